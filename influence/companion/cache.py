@@ -1,0 +1,156 @@
+"""Content-addressed cache: the same inputs and the same code give back the same bytes.
+
+A cached value is never trusted by date. Its name carries a hash of the key (everything the value depends on) and of the
+source that computes it, so that an edit of either makes a new entry.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import json
+import os
+import types
+import uuid
+import warnings
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from . import paths
+
+TEMPORARY = ".tmp-"
+# Files that draw, keep books or run notebooks: an edit there changes no number in a cached table.
+_PRESENTATION = (
+    "companion/__init__.py",
+    "companion/__main__.py",
+    "companion/environment.py",
+    "companion/figures/",
+    "companion/results.py",
+    "companion/run.py",
+)
+
+
+def atomic_write(path: Path, writer: Callable[[Path], object]) -> None:
+    """Write a file so that a reader, or a run after `kill -9`, sees all of it or the former one.
+
+    Args:
+        path: the file to write; its folder is made.
+        writer: called with a temporary path in the same folder, with the same suffix; writes the content there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}-{path.name}")
+    try:
+        writer(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fingerprint(obj: object) -> str:
+    """Sha256 of the canonical JSON of plain values, mappings, sequences and dataclasses.
+
+    Raises:
+        TypeError: for anything else; a path, above all, since a key must not depend on where files lie.
+    """
+    text = json.dumps(_plain(obj), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def code_digest(source: str) -> str:
+    """Sha256 of Python source without its comments, docstrings and layout (of the text where it does not parse)."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:  # a notebook cell with a magic
+        return hashlib.sha256(source.encode()).hexdigest()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+                node.body = node.body[1:]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
+
+
+def source_hash(*modules: str | types.ModuleType) -> str:
+    """Sha256 of the code of modules, without comments and docstrings.
+
+    Args:
+        *modules: modules of this package, or their dotted names; a package stands for all of its files. None: the whole
+            package.
+
+    Raises:
+        ValueError: a module is not a part of this package.
+    """
+    names = sorted({m if isinstance(m, str) else m.__name__ for m in modules})
+    files = {file for name in names for file in _files(name)} if names else set(paths.PACKAGE.rglob("*.py"))
+    return _hash_files(files)
+
+
+def table(name: str, key: Mapping[str, Any], compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """A table that is computed once for each key and each state of the computing code.
+
+    What is returned has always been through the file, so that a fresh and a cached value have the same bytes.
+
+    Args:
+        name: says what the table is; the file's name begins with it ("/" makes folders).
+        key: everything `compute` depends on: parameters, seeds, digests of the data.
+        compute: returns the table.
+    """
+    digest = fingerprint({"key": dict(key), "code": computing_hash()})[:32]
+    path = paths.cache_dir() / "tables" / f"{name}-{digest}.parquet"
+    if path.exists():
+        try:
+            return pd.read_parquet(path)
+        except Exception as error:  # a damaged file must not stop a run that can make it anew
+            warnings.warn(f"{path.name} cannot be read and is computed again: {error}", stacklevel=2)
+    frame = compute()
+    atomic_write(path, lambda temporary: frame.to_parquet(temporary))
+    return pd.read_parquet(path)
+
+
+@cache
+def computing_hash() -> str:
+    """Sha256 of the package without what only draws figures, keeps the ledger or runs notebooks."""
+    files = paths.PACKAGE.rglob("*.py")
+    return _hash_files({f for f in files if not f.relative_to(paths.PACKAGE).as_posix().startswith(_PRESENTATION)})
+
+
+def _files(module: str) -> set[Path]:
+    root, *rest = module.split(".")
+    base = paths.PACKAGE.joinpath(*rest)
+    if root == paths.PACKAGE.name and base.is_dir():
+        return set(base.rglob("*.py"))
+    if root == paths.PACKAGE.name and base.with_suffix(".py").is_file():
+        return {base.with_suffix(".py")}
+    raise ValueError(f"{module!r} is no module of the package {paths.PACKAGE.name!r}")
+
+
+def _hash_files(files: set[Path]) -> str:
+    sha = hashlib.sha256()
+    for relative, file in sorted((f.relative_to(paths.PACKAGE).as_posix(), f) for f in files):
+        sha.update(f"{relative}\0{code_digest(file.read_text(encoding='utf-8'))}\n".encode())
+    return sha.hexdigest()
+
+
+def _plain(obj: object) -> Any:
+    if obj is None or isinstance(obj, bool | int | float | str):
+        return obj
+    if isinstance(obj, np.generic):
+        return obj.item()
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        fields = {f.name: _plain(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
+        return {"__dataclass__": type(obj).__name__, **fields}
+    if isinstance(obj, Mapping):
+        if not all(isinstance(k, str) for k in obj):
+            raise TypeError(f"keys must be strings, got {list(obj)!r}")
+        return {k: _plain(v) for k, v in obj.items()}
+    if isinstance(obj, list | tuple):
+        return [_plain(v) for v in obj]
+    raise TypeError(f"cannot take the fingerprint of {type(obj).__name__} {obj!r}: use plain values or dataclasses")

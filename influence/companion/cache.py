@@ -25,14 +25,16 @@ import pandas as pd
 from . import paths
 
 TEMPORARY = ".tmp-"
-# Files that draw, keep books or run notebooks: an edit there changes no number in a cached table.
+# Files that start notebooks and look at results: an edit there changes no file of results.
+_RUNNER = ("companion/__main__.py", "companion/environment.py", "companion/listing.py", "companion/run.py")
+# Files that draw and keep the ledger: an edit there changes no number in a cached table.
 _PRESENTATION = (
     "companion/__init__.py",
-    "companion/__main__.py",
-    "companion/environment.py",
     "companion/figures/",
+    "companion/manifest.py",
+    "companion/notebook.py",
+    "companion/reference.py",
     "companion/results.py",
-    "companion/run.py",
 )
 
 
@@ -72,9 +74,9 @@ def code_digest(source: str) -> str:
         return hashlib.sha256(source.encode()).hexdigest()
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
-            first = node.body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-                node.body = node.body[1:]
+            match node.body[0]:
+                case ast.Expr(value=ast.Constant(value=str())):
+                    node.body = node.body[1:]
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
 
 
@@ -116,10 +118,20 @@ def table(name: str, key: Mapping[str, Any], compute: Callable[[], pd.DataFrame]
 
 
 @cache
+def package_hash() -> str:
+    """Sha256 of the package without the runner: what an artifact depends on."""
+    return _hash_files(_without(_RUNNER))
+
+
+@cache
 def computing_hash() -> str:
-    """Sha256 of the package without what only draws figures, keeps the ledger or runs notebooks."""
+    """Sha256 of the package without runner, ledger and figures: what a number depends on."""
+    return _hash_files(_without(_RUNNER + _PRESENTATION))
+
+
+def _without(excluded: tuple[str, ...]) -> set[Path]:
     files = paths.PACKAGE.rglob("*.py")
-    return _hash_files({f for f in files if not f.relative_to(paths.PACKAGE).as_posix().startswith(_PRESENTATION)})
+    return {f for f in files if not f.relative_to(paths.PACKAGE).as_posix().startswith(excluded)}
 
 
 def _files(module: str) -> set[Path]:

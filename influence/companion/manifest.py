@@ -1,0 +1,103 @@
+"""The ledger of a profile: `results/PROFILE/manifest.json`, one row per artifact, and the files it owns."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from . import cache, paths, reference
+from .notebook import Notebook
+
+NAME = "manifest.json"
+_RESERVED = "reference"
+
+
+class ManifestError(RuntimeError):
+    """The ledger cannot be read; the message is one line for the reader."""
+
+
+def folder(profile: str) -> Path:
+    """Where the results of a profile lie; no two profiles share one.
+
+    Raises:
+        ValueError: not a name for a folder, or the folder of the reference values.
+    """
+    if not profile.replace("_", "").replace("-", "").isalnum() or profile == _RESERVED:
+        raise ValueError(f"profile {profile!r}: expected letters, digits, - and _, and not {_RESERVED!r}")
+    return paths.results_dir() / profile
+
+
+def key(notebook: Notebook, parameters: Mapping[str, Any]) -> str:
+    """What an artifact depends on: the notebook's code, the package, every parameter and the reference values."""
+    rows = reference.load(notebook.stem)
+    return cache.fingerprint([notebook.code_hash, cache.package_hash(), dict(parameters), rows])
+
+
+def read(profile: str) -> dict[str, dict[str, Any]]:
+    """The rows by stem; none where nothing has run.
+
+    Raises:
+        ManifestError: the file is damaged.
+    """
+    path = folder(profile) / NAME
+    if not path.exists():
+        return {}
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return {stem: dict(row) for stem, row in rows.items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ManifestError(f"{path} is damaged ({error}): delete it, and everything runs again") from None
+
+
+def record(profile: str, row: Mapping[str, Any]) -> None:
+    """Put an artifact's row into the ledger and delete files that it owned before and owns no longer."""
+    root = folder(profile)
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / ".manifest.lock"):
+        rows = read(profile)
+        former = rows.get(row["stem"], {}).get("files", {})
+        rows[row["stem"]] = dict(row)
+        text = json.dumps(rows, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        cache.atomic_write(root / NAME, lambda path: path.write_text(text, encoding="utf-8"))
+        kept = {relative for other in rows.values() for relative in other["files"]}
+        for relative in set(former) - kept:
+            (root / relative).unlink(missing_ok=True)
+
+
+def up_to_date(profile: str, row: Mapping[str, Any] | None, expected: str) -> bool:
+    """Whether the row was made from what is there now, and all of its files are there with their content."""
+    if row is None or row.get("key") != expected:
+        return False
+    return not _damaged(folder(profile), row)
+
+
+def problems(profile: str, stems: set[str]) -> list[str]:
+    """What is wrong with a profile's results: files and rows without a notebook, files missing or changed.
+
+    Args:
+        profile: the profile.
+        stems: the notebooks there are.
+    """
+    root, rows = folder(profile), read(profile)
+    found = [f"{profile}: row {stem} has no notebook" for stem in rows if stem not in stems]
+    for stem, row in rows.items():
+        found += [f"{profile}: {relative} of {stem} is missing or changed" for relative in _damaged(root, row)]
+    owned = {NAME} | {f"provenance/{stem}.json" for stem in rows}
+    owned |= {relative for row in rows.values() for relative in row["files"]}
+    files = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and not p.name.startswith(".")}
+    return found + [f"{profile}: {relative} is owned by no notebook" for relative in sorted(files - owned)]
+
+
+def sha256(path: Path) -> str:
+    """Sha256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _damaged(root: Path, row: Mapping[str, Any]) -> list[str]:
+    files: Mapping[str, str] = row.get("files", {})
+    return [name for name, digest in files.items() if not (root / name).is_file() or sha256(root / name) != digest]

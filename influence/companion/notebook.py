@@ -1,0 +1,196 @@
+"""What the runner reads off a notebook without running it: title, parameters, code hash."""
+
+from __future__ import annotations
+
+import ast
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from . import cache, paths
+
+_ORDER = ("sensitivity", "stability", "bridge")  # then adapt_your_model and whatever else stands alone
+_LAST = "00_overview"
+_ANNOTATIONS = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": tuple, "dict": dict}
+
+
+class NotebookError(ValueError):
+    """A notebook or a set of parameters that cannot be run; the message is one line for the reader."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One line of the `parameters` cell: an annotation (source text, None without) and the default."""
+
+    annotation: str | None
+    default: Any
+
+    def convert(self, value: Any) -> Any:
+        """`value` as the notebook is to get it: an int becomes a float where a float is asked for.
+
+        Raises:
+            TypeError: the value is of another type.
+        """
+        return _convert(value, _evaluate(self.annotation) if self.annotation else _type_of(self.default))
+
+    @property
+    def type_name(self) -> str:
+        """The type in words."""
+        return self.annotation or type(self.default).__name__
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """A notebook, named by its stem: the path below `notebooks/` without suffix."""
+
+    stem: str
+    path: Path
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """The notebook's JSON.
+
+        Raises:
+            NotebookError: not a notebook.
+        """
+        try:
+            content: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise NotebookError(f"{self.stem}: cannot be read as a notebook: {error}") from None
+        if "cells" not in content:
+            raise NotebookError(f"{self.stem}: is no notebook: it has no cells")
+        return content
+
+    def cells(self, *, tag: str | None = None) -> list[dict[str, Any]]:
+        """The code cells, in order; with `tag`, those that carry it."""
+        code = [c for c in self.content["cells"] if c["cell_type"] == "code"]
+        return [c for c in code if tag is None or tag in c.get("metadata", {}).get("tags", [])]
+
+    @property
+    def code_hash(self) -> str:
+        """Hash of the code cells; comments, text and outputs do not count."""
+        return cache.fingerprint([cache.code_digest("".join(c["source"])) for c in self.cells()])
+
+    @property
+    def title(self) -> str:
+        """The first heading; the stem where there is none."""
+        for cell in self.content["cells"]:
+            for line in "".join(cell["source"]).splitlines() if cell["cell_type"] == "markdown" else ():
+                if line.startswith("#"):
+                    return line.lstrip("#").strip()
+        return self.stem
+
+    @cached_property
+    def parameters(self) -> dict[str, Parameter]:
+        """The `parameters` cell: name -> annotation and default.
+
+        Raises:
+            NotebookError: not exactly one such cell, or one that holds more than assignments of literals.
+        """
+        tagged = self.cells(tag="parameters")
+        if len(tagged) != 1:
+            raise NotebookError(f"{self.stem}: expected one cell with the tag 'parameters', found {len(tagged)}")
+        try:
+            return dict(_parameter(node) for node in ast.parse("".join(tagged[0]["source"])).body)
+        except (SyntaxError, ValueError) as error:
+            message = f"{self.stem}: the parameters cell takes only assignments of literals: {error}"
+            raise NotebookError(message) from None
+
+    def merge(self, overrides: Mapping[str, Any], *, profile: str) -> dict[str, Any]:
+        """The defaults under the profile's parameters, every type checked.
+
+        Raises:
+            NotebookError: a parameter the notebook does not have, or a value of the wrong type.
+        """
+        known = self.parameters
+        if "profile" not in known:
+            raise NotebookError(f"{self.stem}: the parameters cell has no 'profile'")
+        unknown = [name for name in overrides if name not in known]
+        if unknown:
+            raise NotebookError(f"{self.stem}: unknown parameter {unknown[0]!r}: it has {', '.join(known)}")
+        merged = {name: parameter.default for name, parameter in known.items()}
+        for name, value in {**merged, **overrides, "profile": profile}.items():
+            try:
+                merged[name] = known[name].convert(value)
+            except TypeError:
+                expected = known[name].type_name
+                raise NotebookError(f"{self.stem}: parameter {name!r} is {expected}, got {value!r}") from None
+        return merged
+
+
+def discover() -> dict[str, Notebook]:
+    """All notebooks by stem, in the order in which they run: one folder after the other, the overview last."""
+    found = [
+        Notebook(path.relative_to(paths.NOTEBOOKS).with_suffix("").as_posix(), path)
+        for path in paths.NOTEBOOKS.rglob("*.ipynb")
+        if ".ipynb_checkpoints" not in path.parts
+    ]
+
+    def place(notebook: Notebook) -> tuple[int, str]:
+        folder = notebook.stem.split("/")[0]
+        last = len(_ORDER) + (notebook.stem == _LAST)
+        return (_ORDER.index(folder) if folder in _ORDER else last, notebook.stem)
+
+    return {notebook.stem: notebook for notebook in sorted(found, key=place)}
+
+
+def _parameter(node: ast.stmt) -> tuple[str, Parameter]:
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+        return node.target.id, Parameter(ast.unparse(node.annotation), ast.literal_eval(node.value))
+    if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+        return node.targets[0].id, Parameter(None, ast.literal_eval(node.value))
+    raise ValueError(ast.unparse(node))
+
+
+def _evaluate(annotation: str) -> Any:
+    try:
+        return eval(annotation, {"__builtins__": {}}, {**_ANNOTATIONS, "Literal": Literal})
+    except Exception:
+        raise NotebookError(f"annotation {annotation!r} of a parameter: use {', '.join(_ANNOTATIONS)}") from None
+
+
+def _type_of(value: Any) -> Any:
+    return Any if value is None else type(value)
+
+
+def _convert(value: Any, expected: Any) -> Any:
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if expected is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return _convert_union(value, arguments)
+    if origin is Literal:
+        return _check(value in arguments, value)
+    if expected is None or expected is type(None):
+        return _check(value is None, value)
+    kind = origin or expected
+    if kind in (list, tuple):
+        _check(isinstance(value, list | tuple), value)
+        return [_convert(v, arguments[0]) for v in value] if arguments else list(value)
+    if kind is dict:
+        _check(isinstance(value, dict), value)
+        return {k: _convert(v, arguments[1]) if arguments else v for k, v in value.items()}
+    if kind is float:
+        return float(_check(isinstance(value, int | float) and not isinstance(value, bool), value))
+    return _check(type(value) is kind, value)
+
+
+def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:
+    exact = [m for m in members if m is type(value)]  # int | float keeps an int an int
+    for member in (*exact, *members):
+        try:
+            return _convert(value, member)
+        except TypeError:
+            continue
+    raise TypeError(value)
+
+
+def _check(condition: bool, value: Any) -> Any:
+    if not condition:
+        raise TypeError(value)
+    return value

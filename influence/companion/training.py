@@ -1,0 +1,325 @@
+"""Train the companion's networks: deterministic, resumable epoch by epoch, cached by the hash of what made them.
+
+`fit` trains a classifier as Shu & Zhu (2019) do. `finetune` continues one with the objective of Zheng et al. (2016) or
+with one of the two controls that it has to be compared with.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+import influence
+
+from . import cache, models, paths
+from .data import Dataset, Split
+
+_L2 = 1e-4  # Keras' regularizers.l2(1e-4) adds 1e-4 |w|^2 to the loss, hence a weight decay of twice that.
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a trained classifier, besides the data and the code.
+
+    Attributes:
+        model: a name of `models.NAMES`.
+        width: channel multiplier.
+        train_per_class: training images of each class; None for all.
+        phases: (epochs, learning rate) one after the other; the best validation accuracy of the last one is kept.
+        batch_size: images a step.
+        dropout: probability of dropping an activation.
+        precision: "float32" or "bfloat16" (autocast; the weights stay float32).
+        seed: of weights, order and dropout.
+    """
+
+    model: str
+    width: float
+    train_per_class: int | None
+    phases: tuple[tuple[int, float], ...]
+    batch_size: int = 128
+    dropout: float = 0.2
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of continuing a trained network; every arm of an experiment shares base, steps, order and noise.
+
+    The network stays in evaluation mode: batch-normalisation statistics fixed, no dropout, so that the two branches of
+    the stability loss differ by the noise alone.
+
+    Attributes:
+        objective: "control" (task loss, clean images), "augmentation" (task loss, noisy images) or "stability" (task
+            loss on clean images + alpha * divergence between clean and noisy outputs).
+        steps: optimiser steps (Adam).
+        learning_rate: of Adam.
+        sigma: standard deviation of the Gaussian noise on pixels in [0, 1].
+        alpha: weight of the stability loss.
+        divergence: "kl" or "ce".
+        batch_size: images a step.
+    """
+
+    objective: Literal["control", "augmentation", "stability"]
+    steps: int
+    learning_rate: float
+    sigma: float = 0.04
+    alpha: float = 0.0
+    divergence: Literal["kl", "ce"] = "kl"
+    batch_size: int = 128
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network in evaluation mode with the key of its checkpoint.
+
+    Attributes:
+        model: the network, on the device asked for.
+        key: sha256 of what made it.
+        history: one row per epoch (`fit`) or per step (`finetune`).
+        seconds: the training took, when it was done.
+    """
+
+    model: nn.Module
+    key: str
+    history: list[dict[str, float]]
+    seconds: float
+
+
+def phases(epochs: int, *, parts: tuple[int, ...] = (2, 1, 1, 1), peak: float = 1e-3) -> tuple[tuple[int, float], ...]:
+    """The paper's four phases over `epochs`, in the proportions `parts` (CIFAR-10: 2:1:1:1, MNIST: 1:1:1:1).
+
+    The learning rates are 1, 1/2, 1/4 and 1/10 of `peak` (1e-3 in the paper).
+
+    Raises:
+        ValueError: fewer epochs than phases.
+    """
+    rates = tuple(peak * factor for factor in (1, 0.5, 0.25, 0.1))
+    if epochs < len(rates):
+        raise ValueError(f"the schedule has {len(rates)} phases and needs at least as many epochs, got {epochs}")
+    ends = [max(i + 1, round(epochs * sum(parts[: i + 1]) / sum(parts))) for i in range(len(rates))]
+    return tuple((end - start, rate) for start, end, rate in zip([0, *ends], ends, rates, strict=False))
+
+
+def fit(recipe: Recipe, dataset: Dataset, *, device: torch.device | str = "cpu") -> Trained:
+    """Train the classifier of `recipe`, or load it when the same recipe, data and code made it before.
+
+    Interrupted, it goes on from the last finished epoch and ends with the same weights.
+    """
+    key = cache.fingerprint({"recipe": asdict(recipe), "data": dataset.digest, "code": _code()})
+    name = f"{dataset.name}-{recipe.model}-{recipe.seed}-{key[:16]}"
+    model = _fresh(recipe, dataset).to(device)
+    stored = _stored(name, model, device)
+    if stored is None:
+        stored = _train(recipe, dataset, model, torch.device(device), name)
+    return Trained(model.eval(), key, *stored)
+
+
+def finetune(recipe: Recipe, arm: Arm, dataset: Dataset, *, device: torch.device | str = "cpu") -> Trained:
+    """Continue the classifier of `recipe` with the objective of `arm` for a fixed number of steps."""
+    base = fit(recipe, dataset, device=device)
+    key = cache.fingerprint({"base": base.key, "arm": asdict(arm), "code": _code()})
+    name = f"{dataset.name}-{recipe.model}-{recipe.seed}-{arm.objective}-{key[:16]}"
+    stored = _stored(name, base.model, device)
+    if stored is None:
+        stored = _continue(recipe, arm, dataset, base.model, torch.device(device), name)
+    return Trained(base.model.eval(), key, *stored)
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: Tensor, *, device: torch.device | str = "cpu", batch_size: int = 256) -> Tensor:
+    """Logits (N, K) float32 on the CPU for raw uint8 images (N, C, H, W)."""
+    return torch.cat([model(pixels(chunk, device)).float().cpu() for chunk in images.split(batch_size)])
+
+
+def pixels(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Raw uint8 images as the float32 pixels 0..255 that the networks take, channels last."""
+    return images.to(device).float().contiguous(memory_format=torch.channels_last)
+
+
+# -- what one call does -----------------------------------------------------------------------------------------------
+
+
+_Record = tuple[list[dict[str, float]], float]  # history, seconds
+
+
+def _train(recipe: Recipe, dataset: Dataset, model: nn.Module, device: torch.device, name: str) -> _Record:
+    train = dataset.train.per_class(recipe.train_per_class)
+    optimizer = _adam(model, recipe.phases[0][1])
+    last = len(recipe.phases) - 1
+    schedule = [(phase, rate) for phase, (epochs, rate) in enumerate(recipe.phases) for _ in range(epochs)]
+    state_file = _folder() / f"{name}.resume.pt"
+    state: dict[str, Any] = {"epoch": 0, "best": None, "best_accuracy": -1.0, "history": [], "seconds": 0.0}
+    if state_file.exists():
+        state = torch.load(state_file, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    bar = tqdm(schedule, desc=name.rsplit("-", 1)[0], unit="epoch", initial=state["epoch"], leave=False)
+    for epoch, (phase, rate) in enumerate(schedule):
+        if epoch < state["epoch"]:
+            continue
+        start = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = _epoch(recipe, train, model, optimizer, device, epoch)
+        accuracy = _accuracy(model, dataset.valid, device)
+        state["history"].append({"epoch": epoch + 1, "lr": rate, "loss": loss, "valid_accuracy": accuracy})
+        if phase == last and accuracy > state["best_accuracy"]:
+            state["best_accuracy"] = accuracy
+            state["best"] = {key: value.clone() for key, value in model.state_dict().items()}
+        state["seconds"] += time.perf_counter() - start
+        state |= {"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        cache.atomic_write(state_file, partial(torch.save, state))
+        bar.update()
+        bar.set_postfix(loss=f"{loss:.3f}", valid=f"{accuracy:.4f}")
+    bar.close()
+    model.load_state_dict(state["best"])
+    record = state["history"], state["seconds"]
+    _store(name, model, record, {"recipe": asdict(recipe), "data": dataset.digest})
+    state_file.unlink(missing_ok=True)
+    return record
+
+
+def _epoch(
+    recipe: Recipe, train: Split, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, epoch: int
+) -> float:
+    model.train()
+    total = 0.0
+    with _seeded(recipe.seed, epoch, device):
+        for images, labels in _batches(train, recipe.batch_size, recipe.seed, epoch):
+            x, y = pixels(images, device), labels.to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+                logits = model(x)
+            loss = F.cross_entropy(logits.float(), y)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total += float(loss.detach()) * len(labels)
+    model.eval()
+    return total / len(train)
+
+
+def _continue(recipe: Recipe, arm: Arm, dataset: Dataset, model: nn.Module, device: torch.device, name: str) -> _Record:
+    start = time.perf_counter()
+    train = dataset.train.per_class(recipe.train_per_class)
+    optimizer = _adam(model, arm.learning_rate)
+    noise = torch.Generator(device).manual_seed(_mixed(recipe.seed, 10_000))
+    history: list[dict[str, float]] = []
+    steps = _endless(train, arm.batch_size, recipe.seed)
+    for step in tqdm(range(arm.steps), desc=f"{arm.objective} {recipe.seed}", unit="step", leave=False):
+        images, labels = next(steps)
+        x, y = pixels(images, device), labels.to(device)
+        # Drawn by every arm, so that step n of each sees the same images and the same noise.
+        noisy = influence.gaussian_perturbation(x, sigma=arm.sigma * 255, generator=noise, clip=(0, 255))
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+            clean_logits = model(x) if arm.objective != "augmentation" else None
+            noisy_logits = model(noisy) if arm.objective != "control" else None
+        if clean_logits is None or noisy_logits is None:
+            logits = noisy_logits if clean_logits is None else clean_logits
+            assert logits is not None
+            loss = F.cross_entropy(logits.float(), y)
+        else:
+            loss = influence.stability_loss(
+                clean_logits.float(), noisy_logits.float(), y, alpha=arm.alpha, divergence=arm.divergence
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        history.append({"step": step + 1, "loss": float(loss.detach())})
+    record = history, time.perf_counter() - start
+    _store(name, model, record, {"recipe": asdict(recipe), "arm": asdict(arm), "data": dataset.digest})
+    return record
+
+
+def _adam(model: nn.Module, rate: float) -> torch.optim.Adam:
+    kernels: list[Tensor] = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
+    chosen = {id(weight) for weight in kernels}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+    groups: list[dict[str, Any]] = [{"params": kernels, "weight_decay": 2 * _L2}, {"params": rest}]
+    return torch.optim.Adam(groups, lr=rate, eps=1e-7)  # Keras' epsilon
+
+
+def _accuracy(model: nn.Module, part: Split, device: torch.device) -> float:
+    return float((predict(model, part.images, device=device).argmax(1) == part.labels).double().mean())
+
+
+# -- order and randomness ---------------------------------------------------------------------------------------------
+
+
+def _mixed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 2)
+
+
+def _batches(train: Split, size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(_mixed(seed, epoch)))
+    for rows in order.split(size):
+        if len(rows) > 1:  # batch normalisation needs two
+            yield train.images[rows], train.labels[rows]
+
+
+def _endless(train: Split, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    epoch = 20_000  # far from the epochs of `fit`, so that the order differs from theirs
+    while True:
+        yield from _batches(train, size, seed, epoch)
+        epoch += 1
+
+
+@contextmanager
+def _seeded(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
+    """Seed PyTorch for one epoch and give the caller's random state back: resuming needs no stored state."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(_mixed(seed, epoch))
+        yield
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def _code() -> str:
+    return cache.source_hash(models, __name__)
+
+
+def _folder() -> Path:
+    return paths.cache_dir() / "checkpoints"
+
+
+def _fresh(recipe: Recipe, dataset: Dataset) -> nn.Module:
+    model = models.build(
+        recipe.model,
+        shape=dataset.shape,
+        n_classes=len(dataset.classes),
+        width=recipe.width,
+        dropout=recipe.dropout,
+        seed=recipe.seed,
+    )
+    return model.to(memory_format=torch.channels_last)
+
+
+def _stored(name: str, model: nn.Module, device: torch.device | str) -> _Record | None:
+    weights, notes = _folder() / f"{name}.safetensors", _folder() / f"{name}.json"
+    if not (weights.exists() and notes.exists()):
+        return None
+    model.load_state_dict(load_file(weights, device=str(device)))
+    stored = json.loads(notes.read_text())
+    return stored["history"], stored["seconds"]
+
+
+def _store(name: str, model: nn.Module, record: _Record, notes: dict[str, Any]) -> None:
+    history, seconds = record
+    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    cache.atomic_write(_folder() / f"{name}.safetensors", lambda temporary: save_file(weights, temporary))
+    text = json.dumps({**notes, "seconds": seconds, "history": history}, indent=1)
+    cache.atomic_write(_folder() / f"{name}.json", lambda temporary: temporary.write_text(text))

@@ -26,7 +26,13 @@ from . import paths
 
 TEMPORARY = ".tmp-"
 # Files that start notebooks and look at results: an edit there changes no file of results.
-_RUNNER = ("companion/__main__.py", "companion/environment.py", "companion/listing.py", "companion/run.py")
+_RUNNER = (
+    "companion/__main__.py",
+    "companion/environment.py",
+    "companion/execute.py",
+    "companion/listing.py",
+    "companion/run.py",
+)
 # Files that draw and keep the ledger: an edit there changes no number in a cached table.
 _PRESENTATION = (
     "companion/__init__.py",

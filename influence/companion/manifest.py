@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock
 
 from . import cache, paths, reference
-from .notebook import Notebook
+from .notebook import LAST, Notebook
 
 NAME = "manifest.json"
 _RESERVED = "reference"
@@ -33,18 +33,28 @@ def folder(profile: str) -> Path:
 
 
 def key(notebook: Notebook, parameters: Mapping[str, Any]) -> str:
-    """What an artifact depends on: the notebook's code, the package, every parameter and the reference values."""
-    rows = reference.load(notebook.stem)
-    return cache.fingerprint([notebook.code_hash, cache.package_hash(), dict(parameters), rows])
+    """What an artifact depends on: the notebook's code, the package, every parameter and the reference values.
+
+    The overview shows what the others found, so it depends on their rows as well.
+    """
+    parts = [notebook.code_hash, cache.package_hash(), dict(parameters), reference.load(notebook.stem)]
+    if notebook.stem == LAST:
+        others = {stem: row for stem, row in read(parameters["profile"]).items() if stem != LAST}
+        parts.append({stem: [row["key"], row["findings"], row["verdict"]] for stem, row in others.items()})
+    return cache.fingerprint(parts)
 
 
-def read(profile: str) -> dict[str, dict[str, Any]]:
+def read(profile: str, *, root: Path | None = None) -> dict[str, dict[str, Any]]:
     """The rows by stem; none where nothing has run.
+
+    Args:
+        profile: name of the profile.
+        root: folder of all results; None is where this run writes them.
 
     Raises:
         ManifestError: the file is damaged.
     """
-    path = folder(profile) / NAME
+    path = (root / profile if root else folder(profile)) / NAME
     if not path.exists():
         return {}
     try:

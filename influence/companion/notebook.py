@@ -15,7 +15,7 @@ from typing import Any, Literal
 from . import cache, paths
 
 _ORDER = ("sensitivity", "stability", "bridge")  # then adapt_your_model and whatever else stands alone
-_LAST = "00_overview"
+LAST = "00_overview"
 _ANNOTATIONS = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": tuple, "dict": dict}
 
 
@@ -133,7 +133,7 @@ def discover() -> dict[str, Notebook]:
 
     def place(notebook: Notebook) -> tuple[int, str]:
         folder = notebook.stem.split("/")[0]
-        last = len(_ORDER) + (notebook.stem == _LAST)
+        last = len(_ORDER) + (notebook.stem == LAST)
         return (_ORDER.index(folder) if folder in _ORDER else last, notebook.stem)
 
     return {notebook.stem: notebook for notebook in sorted(found, key=place)}

@@ -1,0 +1,118 @@
+#!/usr/bin/env bash
+# Sets up what is missing, then regenerates every artifact of a profile that is not up to date.
+#
+#   ./run_all.sh [--profile smoke|cpu|paper] [--only STEM...] [--force] [--data DIR] [--device cpu|cuda|cuda:N]
+#                [--time-limit SECONDS]
+#   ./run_all.sh --list          name every notebook
+#   ./run_all.sh check           is every file in results/ owned by a notebook, and as its ledger says?
+#   ./run_all.sh test [ARGS]     linters, types, all tests, every notebook's outputs; ARGS go to pytest
+#   ./run_all.sh setup           only set up; prints the interpreter
+#
+#   --profile NAME        smoke (default: no download, no GPU, minutes), cpu (MNIST and CIFAR-10, hours), paper (one GPU)
+#   --only STEM...        these notebooks alone, such as sensitivity/fig_outliers
+#   --force               run again what is unchanged as well
+#   --data DIR            folder of the data sets, in torchvision's layout (default: $INFLUENCE_DATA, else a download)
+#   --device NAME         cpu, cuda or cuda:N (default: $INFLUENCE_DEVICE, else a GPU where there is one)
+#   --time-limit SECONDS  for each notebook
+#   --refresh-notebooks   for maintainers: write the outputs of the smoke profile back into notebooks/
+#
+# Results go to results/PROFILE/ ($INFLUENCE_RESULTS moves results/), logs and executed notebooks to build/. A run that
+# was interrupted goes on where it stopped. Exit status: 0 well, 1 something failed, 2 bad usage, 130 interrupted.
+# An active environment that meets pyproject.toml is used as it is; else .venv is made here from requirements.lock.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+venv="$root/.venv"
+
+say() { printf '%s\n' "$*" >&2; }
+die() { say "error: $*"; exit 1; }
+
+new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
+
+# has_everything PYTHON EXTRA...: does it meet pyproject.toml with these extras?
+has_everything() { new_enough "$1" && "$1" -P "$root/influence/companion/environment.py" "${@:2}" >/dev/null 2>&1; }
+
+# The environment the reader has activated, or an interpreter on PATH that happens to have everything.
+active_python() {
+    local candidate
+    for candidate in ${VIRTUAL_ENV:+"$VIRTUAL_ENV/bin/python"} ${CONDA_PREFIX:+"$CONDA_PREFIX/bin/python"}; do
+        [ "$candidate" != "$venv/bin/python" ] || continue
+        if has_everything "$candidate" "$@"; then printf '%s' "$candidate"; return; fi
+    done
+    if [ ! -x "$venv/bin/python" ] && has_everything python3 "$@"; then printf 'python3'; fi
+}
+
+find_python() {
+    local candidate
+    for candidate in python3 python3.13 python3.12 python3.11; do
+        # The path of the interpreter itself: version managers put scripts in its place.
+        if new_enough "$candidate"; then "$candidate" -c 'import sys; print(sys.executable)'; return; fi
+    done
+    die "no Python >= 3.11 on PATH (tried python3, python3.13, python3.12, python3.11): install one, then run this again"
+}
+
+# uv from PATH, else a private copy in build/.
+find_uv() {
+    local python="$1" private="$root/build/uv"
+    if uv --version >/dev/null 2>&1; then printf 'uv'; return; fi
+    if ! "$private/bin/uv" --version >/dev/null 2>&1; then
+        say "uv is not on PATH: installing a private copy into build/uv"
+        rm -rf "$private"
+        if "$python" -m venv "$private" >/dev/null 2>&1; then
+            "$private/bin/python" -m pip install --quiet --disable-pip-version-check uv >&2 || die "cannot install uv"
+        else  # distributions that ship Python without venv
+            rm -rf "$private"
+            "$python" -m pip install --quiet --disable-pip-version-check --target "$private" uv >&2 ||
+                die "cannot install uv: install uv, or Python's venv and pip modules, then run this again"
+        fi
+    fi
+    printf '%s' "$private/bin/uv"
+}
+
+set_up_venv() {
+    local wanted python uv quiet=--quiet
+    wanted="$(cat "$root/requirements.lock" "$root/pyproject.toml" | cksum)"
+    if new_enough "$venv/bin/python" && [ "$(cat "$venv/.complete" 2>/dev/null)" = "$wanted" ]; then return; fi
+    python="$(find_python)"
+    uv="$(find_uv "$python")"
+    [ -t 2 ] && quiet=
+    say "setting up .venv from requirements.lock (once; PyTorch is a large download)"
+    rm -f "$venv/.complete"
+    if ! new_enough "$venv/bin/python"; then
+        rm -rf "$venv"
+        "$uv" venv --quiet --python "$python" "$venv" >&2 || die "cannot create .venv"
+    fi
+    # shellcheck disable=SC2086  # $quiet is one option or none
+    "$uv" pip install $quiet --python "$venv/bin/python" --require-hashes -r "$root/requirements.lock" >&2 ||
+        die "cannot install requirements.lock into .venv (see above)"
+    "$uv" pip install --quiet --python "$venv/bin/python" --no-deps --editable "$root" >&2 ||
+        die "cannot install the package into .venv (see above)"
+    printf '%s' "$wanted" >"$venv/.complete"
+}
+
+# set_up EXTRA...: leaves the interpreter in $python.
+set_up() {
+    python="$(active_python "$@")"
+    if [ -z "$python" ]; then
+        set_up_venv
+        python="$venv/bin/python"
+    fi
+    export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+}
+
+run_tests() {
+    cd "$root"
+    local failed=0
+    "$python" -m ruff check . || failed=1
+    "$python" -m mypy influence || failed=1
+    "$python" -m pytest "$@" || failed=1
+    return "$failed"
+}
+
+case "${1:-}" in
+    -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}" ;;
+    setup) set_up companion test; printf '%s\n' "$python" ;;
+    test) shift; set_up companion test; run_tests "$@" ;;
+    check) shift; set_up companion; exec "$python" -m influence.companion check "$@" ;;
+    --list) shift; set_up companion; exec "$python" -m influence.companion list "$@" ;;
+    *) set_up companion; exec "$python" -m influence.companion run "$@" ;;
+esac

@@ -1,0 +1,26 @@
+"""Metric tensor, influence measure and stability training of deep classifiers.
+
+Sensitivity (Shu & Zhu 2019, arXiv 1901.07152): ``metric_tensor`` then ``first_order_influence``.
+Stability (Zheng et al. 2016, arXiv 1604.04326): ``stability_loss``, ``embedding_stability_loss`` and
+``gaussian_perturbation``.
+"""
+
+from influence.measures import Exact, Influence, Regularised, Released, first_order_influence
+from influence.metric import MetricTensor, metric_tensor
+from influence.stability import embedding_stability_loss, gaussian_perturbation, stability_loss
+
+__all__ = [  # noqa: RUF022 (grouped by purpose)
+    # the metric tensor
+    "MetricTensor",
+    "metric_tensor",
+    # the influence measure and its estimators
+    "Exact",
+    "Influence",
+    "Regularised",
+    "Released",
+    "first_order_influence",
+    # stability training
+    "embedding_stability_loss",
+    "gaussian_perturbation",
+    "stability_loss",
+]

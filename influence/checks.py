@@ -1,0 +1,122 @@
+"""Errors at the door: what was expected, what was got, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_RECURRENT = (nn.RNN, nn.LSTM, nn.GRU)
+
+
+def require_finite(tensor: Tensor, *, name: str, hint: str) -> None:
+    """Refuse NaN and infinity in a floating tensor.
+
+    Raises:
+        ValueError: If an entry is not finite; the message counts them and says where the first one is.
+    """
+    if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
+        return
+    bad = ~torch.isfinite(tensor)
+    first = tuple(int(i) for i in bad.nonzero()[0])
+    raise ValueError(
+        f"{name} must be finite, got {int(bad.sum())} NaN or infinite entries of {tensor.numel()}, "
+        f"the first at index {first}. {hint}"
+    )
+
+
+def require_logits(output: Any, *, examples: int | None = None, name: str = "the model's output") -> Tensor:
+    """Unwrap and check logits of shape ``(N, K)``.
+
+    Args:
+        output: A tensor, or an object with a ``.logits`` tensor.
+        examples: N, where it is known.
+        name: How the messages name the tensor.
+
+    Returns:
+        The logits, ``(N, K)``.
+
+    Raises:
+        TypeError: If there is no floating tensor of logits.
+        ValueError: If the shape is not ``(N, K)``, K < 2, or an entry is not finite.
+    """
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor of logits (N, K) or an object with a tensor .logits, got "
+            f"{type(output).__name__}. Wrap the model in a module that returns its logits."
+        )
+    if not logits.is_floating_point():
+        raise TypeError(f"{name} must be floating logits, got {logits.dtype}. Return scores, not classes.")
+    expected = "(N, K)" if examples is None else f"(N, K) with N = {examples}"
+    if logits.ndim != 2 or (examples is not None and logits.shape[0] != examples):
+        raise ValueError(
+            f"{name} must have shape {expected}, got {tuple(logits.shape)}. "
+            "Return one row of K class logits for each example."
+        )
+    if logits.shape[0] == 0:
+        raise ValueError(f"{name} must hold at least one example, got shape {tuple(logits.shape)}.")
+    if logits.shape[1] < 2:
+        raise ValueError(
+            f"{name} must have K >= 2 classes, got K = {logits.shape[1]}. "
+            "For a single binary logit z return torch.stack([zeros_like(z), z], dim=1)."
+        )
+    require_finite(logits, name=name, hint="Check the inputs and the weights.")
+    return logits
+
+
+def require_labels(labels: Tensor | Sequence[int], *, examples: int, classes: int, device: torch.device) -> Tensor:
+    """Check class labels and return them as int64, ``(N,)``, on ``device``.
+
+    Raises:
+        TypeError: If the labels are not integers.
+        ValueError: If there are not N of them or one is outside ``0..K-1``.
+    """
+    labels = torch.as_tensor(labels)
+    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"labels must be integer classes, got {labels.dtype}. Convert with labels.long().")
+    if labels.shape != (examples,):
+        raise ValueError(
+            f"labels must have shape ({examples},), one class for each example, got {tuple(labels.shape)}."
+        )
+    labels = labels.to(device=device, dtype=torch.int64)
+    if bool(((labels < 0) | (labels >= classes)).any()):
+        raise ValueError(
+            f"labels must lie in 0..{classes - 1} for K = {classes} classes, got values from "
+            f"{int(labels.min())} to {int(labels.max())}. Relabel the data or use a model with more outputs."
+        )
+    return labels
+
+
+def require_deterministic(model: nn.Module) -> None:
+    """Refuse a model whose examples influence each other or whose output is random.
+
+    Raises:
+        RuntimeError: For BatchNorm or Dropout (also inside attention and recurrent layers) in training mode, and
+            for BatchNorm without running statistics, which mixes the examples of a batch in any mode.
+    """
+    for name, module in model.named_modules():
+        kind, where = type(module).__name__, name or "the model itself"
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if module.training:
+                _refuse_training(kind, where)
+            if module.running_mean is None:
+                raise RuntimeError(
+                    f"{kind} at {where!r} has no running statistics: it mixes the examples of a batch even in "
+                    "evaluation mode, so no example has a Jacobian of its own. Use track_running_stats=True."
+                )
+        elif module.training:
+            random = isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU)) or (
+                isinstance(module, (nn.MultiheadAttention, *_RECURRENT)) and module.dropout > 0
+            )
+            if random:
+                _refuse_training(kind, where)
+
+
+def _refuse_training(kind: str, where: str) -> None:
+    raise RuntimeError(
+        f"expected a model in evaluation mode, got {kind} at {where!r} in training mode: its output is random or "
+        "depends on the other examples. Call model.eval() first."
+    )

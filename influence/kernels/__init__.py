@@ -1,0 +1,1 @@
+"""Batched K x K algebra: each kernel one file."""

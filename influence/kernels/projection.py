@@ -1,0 +1,80 @@
+"""How much of the loss direction can a perturbation reach: weighted least squares for weights of any range."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def weighted_projection(rows: Tensor, log_weights: Tensor, target: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Fit ``target`` by a linear function of ``rows`` and return the explained and the unexplained sum of squares.
+
+    For weights w and rows c_i the two parts of sum_i w_i t_i^2 under the best linear fit t_i ~ c_i . u. Probabilities
+    as weights span hundreds of orders of magnitude, where normal equations and an ordinary QR lose every digit. So the
+    rows are eliminated in the order of their *weighted* residual (complete pivoting): with pivots 1 and the rest 2,
+
+    .. math:: E = D_2 C_2 C_1^{-1} D_1^{-1}, \quad h = D_2 (t_2 - C_2 C_1^{-1} t_1), \quad g = D_1 t_1 + E^T D_2 t_2,
+
+    where D holds the square roots of the weights, the entries of E are of order one, and both parts come from well
+    conditioned systems: explained = g^T (I + E^T E)^{-1} g, unexplained = h^T (I + E E^T)^{-1} h. Neither is formed
+    as one minus the other, so the small one keeps its digits.
+
+    Args:
+        rows: ``(M, Q, r)`` float64.
+        log_weights: ``(M, Q)`` logarithms of the weights; minus infinity leaves a row out.
+        target: ``(M, Q)``.
+        cut: ``(M, Q)`` or ``(M, 1)``: a row whose squared residual (unweighted) falls to this is dependent on the
+            pivots so far. Without it, rounding noise times a large weight would pass for a direction.
+
+    Returns:
+        explained ``(M,)`` and unexplained ``(M,)``.
+    """
+    batch, count, width = rows.shape
+    weight_root = (0.5 * log_weights).exp()
+    if width == 0:
+        return rows.new_zeros(batch), (weight_root * target).square().sum(dim=-1)
+    example = torch.arange(batch, device=rows.device)
+    residual = rows.clone()
+    spent = torch.isneginf(log_weights)
+    lower = rows.new_zeros(batch, count, width)
+    pivots = torch.zeros(batch, width, dtype=torch.int64, device=rows.device)
+    used = torch.zeros(batch, width, dtype=torch.bool, device=rows.device)
+    for step in range(width):
+        length = residual.square().sum(dim=-1)
+        dependent = length <= cut
+        residual = torch.where(dependent[..., None], 0.0, residual)
+        score = torch.where(spent | dependent, -torch.inf, log_weights + length.log())
+        value, index = score.max(dim=-1)
+        kept = ~torch.isneginf(value)
+        pivot = residual[example, index]
+        unit = pivot / torch.where(kept, length[example, index], 1.0).sqrt()[:, None]
+        unit = torch.where(kept[:, None], unit, 0.0)
+        along = (residual @ unit[..., None]).squeeze(-1)
+        residual = residual - along[..., None] * unit[:, None, :]
+        lower[:, :, step] = along
+        pivots[:, step], used[:, step] = index, kept
+        newly = torch.zeros_like(spent)
+        newly[example, index] = kept
+        spent = spent | newly
+        residual = torch.where(newly[..., None], 0.0, residual)
+
+    # Rows left out and spent rows take no part in the second group.
+    first = lower[example[:, None], pivots]
+    first = torch.where(used[:, :, None], first, 0.0) + torch.diag_embed((~used).to(rows.dtype))
+    coefficients = torch.linalg.solve_triangular(first, lower, upper=False, left=False)
+    coefficients = torch.where(spent[..., None] | ~used[:, None, :], 0.0, coefficients)
+    pivot_log = torch.where(used, log_weights[example[:, None], pivots], 0.0)
+    gap = torch.where(spent, -torch.inf, log_weights)[:, :, None] - pivot_log[:, None, :]
+    scaled = torch.where(coefficients == 0, 0.0, coefficients * (0.5 * gap).clamp(max=600.0).exp())
+    pivot_target = torch.where(used, target[example[:, None], pivots], 0.0)
+    rest_root = torch.where(spent, 0.0, weight_root)
+    rest = rest_root * (target - (coefficients @ pivot_target[..., None]).squeeze(-1))
+    hit = (0.5 * pivot_log).exp() * pivot_target + (scaled.mT @ (rest_root * target)[..., None]).squeeze(-1)
+
+    system = torch.linalg.cholesky(torch.eye(width, dtype=rows.dtype, device=rows.device) + scaled.mT @ scaled)
+    right = torch.stack([hit, (scaled.mT @ rest[..., None]).squeeze(-1)], dim=-1)
+    solved = torch.cholesky_solve(right, system)
+    explained = (hit * solved[..., 0]).sum(dim=-1)
+    miss = rest - (scaled @ solved[..., 1:]).squeeze(-1)
+    unexplained = miss.square().sum(dim=-1) + (scaled.mT @ miss[..., None]).squeeze(-1).square().sum(dim=-1)
+    return explained, unexplained

@@ -1,0 +1,305 @@
+"""First-order influence of a perturbation on the loss, from the metric tensor in class space."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from influence.checks import require_labels
+from influence.kernels.cholesky import Factor, pivoted_cholesky
+from influence.kernels.projection import weighted_projection
+from influence.metric import MetricTensor, default_rtol
+
+# A Gram is float64: pivots below this share of the first are its rounding noise (times K).
+_GRAM_EPS = torch.finfo(torch.float64).eps
+# A singular value of L0 is near the cut within this many eps of the Jacobian's precision, relative.
+_GUARD = 1e4
+# A pivot is near the tolerance, which has a margin of its own, within this factor.
+_PIVOT_BAND = 10.0
+
+
+@dataclass(frozen=True)
+class Exact:
+    """FI = grad f^T G^+ grad f with the pseudo-inverse of exact arithmetic (Shu & Zhu 2019, section 2).
+
+    Attributes:
+        rtol: Tolerance on the pivots of the contrast Gram, relative to its largest, below which a direction counts as
+            absent. None: from the precision of the Jacobian, ``metric.default_rtol``.
+    """
+
+    rtol: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a tolerance outside [0, 1)."""
+        if self.rtol is not None and not 0 <= self.rtol < 1:
+            raise ValueError(f"rtol must lie in [0, 1), got {self.rtol}. Use None for the default.")
+
+
+@dataclass(frozen=True)
+class Released:
+    """The estimator of the authors' released code, its constant and its cut included.
+
+    With e = epsilon, L0 has columns dP_k / (sqrt(P_k) + e), grad f = dP_y / (P_y + e), only singular values of L0
+    above e are kept (an absolute cut, in the unit of omega^-1), and FI = 0 when none is. Inputs there are raw 0..255
+    pixels. Here it is that definition in exact arithmetic, without the noise of float32 below the cut.
+
+    Attributes:
+        epsilon: e; 1e-3 there, 1e-8 in the outlier simulation.
+    """
+
+    epsilon: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Refuse an epsilon that is not positive."""
+        if not (math.isfinite(self.epsilon) and self.epsilon > 0):
+            raise ValueError(f"epsilon must be finite and > 0, got {self.epsilon}. Use Exact() for no epsilon.")
+
+
+@dataclass(frozen=True)
+class Regularised:
+    """FI_lambda = grad f^T (G + lambda I)^-1 grad f: from FI (lambda -> 0) to |grad f|^2 / lambda.
+
+    Attributes:
+        lam: lambda, in the unit of G, (unit of omega)^-2.
+    """
+
+    lam: float
+
+    def __post_init__(self) -> None:
+        """Refuse a lambda that is not positive."""
+        if not (math.isfinite(self.lam) and self.lam > 0):
+            raise ValueError(f"lam must be finite and > 0, got {self.lam}. Use Exact() for the limit 0.")
+
+
+Estimator = Exact | Released | Regularised
+
+
+@dataclass(frozen=True)
+class Influence:
+    """First-order influence of each example and block, for f = -log P_y.
+
+    Attributes:
+        fi: ``(N, B)`` float64, the estimator's value; no unit.
+        ceiling: ``(N,)`` float64, (1 - P_y) / P_y, the exact FI of any perturbation of full rank.
+        alignment: ``(N, B)`` float64 in [0, 1], exact FI / ceiling: the part that depends on the perturbation, whatever
+            the estimator. 0 where the perturbation moves nothing.
+        rank: ``(N, B)`` int64, the directions used: the rank of G; for ``Released`` the singular values above its cut.
+        near_cut: ``(N, B)`` bool, whether rounding of the Jacobian may have moved a direction across the cut; compute
+            these examples in float64 where it matters.
+        labels: ``(N,)`` int64, y.
+        blocks: B names.
+    """
+
+    fi: Tensor
+    ceiling: Tensor
+    alignment: Tensor
+    rank: Tensor
+    near_cut: Tensor
+    labels: Tensor
+    blocks: tuple[str, ...]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Long form, one row for each example and block, sorted by example.
+
+        Returns:
+            Columns example, block, label, fi, ceiling, alignment, rank, near_cut.
+        """
+        examples, blocks = self.fi.shape
+        columns = {
+            "example": torch.arange(examples).repeat_interleave(blocks).numpy(),
+            "block": list(self.blocks) * examples,
+            "label": self.labels.cpu().repeat_interleave(blocks).numpy(),
+            "fi": self.fi.cpu().flatten().numpy(),
+            "ceiling": self.ceiling.cpu().repeat_interleave(blocks).numpy(),
+            "alignment": self.alignment.cpu().flatten().numpy(),
+            "rank": self.rank.cpu().flatten().numpy(),
+            "near_cut": self.near_cut.cpu().flatten().numpy(),
+        }
+        return pd.DataFrame(columns)
+
+
+def first_order_influence(
+    metric: MetricTensor, labels: Tensor | Sequence[int] | None = None, *, estimator: Estimator | None = None
+) -> Influence:
+    r"""First-order influence of the perturbation on the loss f = -log P_y of each example.
+
+    .. math:: FI = \nabla f^T G^+ \nabla f = \frac{1}{P_y} e_y^T M^+ M e_y \le \frac{1 - P_y}{P_y},
+        \quad M = L_0^T L_0 \in R^{K \times K}
+
+    (Shu & Zhu 2019, section 2, arXiv 1901.07152), with equality at rank K - 1, where the closed form is taken.
+
+    Args:
+        metric: From ``metric_tensor``.
+        labels: ``(N,)`` integer classes y; None takes the predicted class.
+        estimator: ``Exact()`` (the default), ``Released(epsilon)`` or ``Regularised(lam)``.
+
+    Returns:
+        The influence.
+
+    Raises:
+        TypeError: If the labels are not integers or the estimator is none of the three.
+        ValueError: If there are not N labels or one is outside ``0..K-1``.
+
+    Example:
+        >>> from influence.metric import metric_tensor
+        >>> metric = metric_tensor(torch.nn.Identity(), torch.tensor([[0.0, 0.0, 0.0]]))
+        >>> first_order_influence(metric, [1]).fi
+        tensor([[2.]], dtype=torch.float64)
+    """
+    estimator = Exact() if estimator is None else estimator
+    if not isinstance(estimator, Exact | Released | Regularised):
+        raise TypeError(f"estimator must be Exact(), Released() or Regularised(lam), got {estimator!r}.")
+    examples, blocks, classes, _ = metric.gram.shape
+    if labels is None:
+        labels = metric.log_probs.argmax(dim=1)
+    labels = require_labels(labels, examples=examples, classes=classes, device=metric.log_probs.device)
+
+    # From here on one problem for each example and block.
+    flat = _Problems(
+        contrast=metric.contrast_gram().flatten(0, 1),
+        log_probs=metric.log_probs.repeat_interleave(blocks, dim=0),
+        labels=labels.repeat_interleave(blocks),
+        log_ceiling=_log_ceiling(metric.log_probs, labels).repeat_interleave(blocks),
+        dtype=metric.dtype,
+    )
+    rtol = estimator.rtol if isinstance(estimator, Exact) else None
+    exact = _exact(flat, default_rtol(metric.dtype, classes=classes) if rtol is None else rtol)
+    if isinstance(estimator, Released):
+        fi, rank, near = _released(flat, estimator.epsilon)
+    elif isinstance(estimator, Regularised):
+        fi, rank, near = _regularised(flat, estimator.lam), exact.rank, torch.zeros_like(exact.near)
+    else:
+        fi, rank, near = exact.fi, exact.rank, exact.near
+    shape = (examples, blocks)
+    return Influence(
+        fi=fi.view(shape),
+        ceiling=_log_ceiling(metric.log_probs, labels).exp(),
+        alignment=exact.alignment.view(shape),
+        rank=rank.view(shape),
+        near_cut=near.view(shape),
+        labels=labels,
+        blocks=metric.blocks,
+    )
+
+
+@dataclass(frozen=True)
+class _Problems:
+    """M = N B problems in class space: ``contrast`` (M, K, K), ``log_probs`` (M, K), ``labels`` (M,)."""
+
+    contrast: Tensor
+    log_probs: Tensor
+    labels: Tensor
+    log_ceiling: Tensor
+    dtype: torch.dtype
+
+    def __getitem__(self, chosen: Tensor) -> _Problems:
+        return _Problems(
+            self.contrast[chosen], self.log_probs[chosen], self.labels[chosen], self.log_ceiling[chosen], self.dtype
+        )
+
+
+@dataclass(frozen=True)
+class _ExactValues:
+    fi: Tensor
+    alignment: Tensor
+    rank: Tensor
+    near: Tensor
+
+
+def _log_ceiling(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """log((1 - P_y) / P_y) from the other classes, so that 1 - P_y keeps its digits where P_y is near 1."""
+    others = log_probs.scatter(1, labels[:, None], -torch.inf)
+    return others.logsumexp(dim=1) - log_probs.gather(1, labels[:, None]).squeeze(1)
+
+
+def _exact(problems: _Problems, rtol: float) -> _ExactValues:
+    classes = problems.log_probs.shape[1]
+    factor = pivoted_cholesky(problems.contrast, rtol=rtol, max_rank=classes - 1)
+    full = factor.rank == classes - 1
+    fi = torch.where(full, problems.log_ceiling.exp(), 0.0)
+    alignment = full.to(fi.dtype)
+    partial = (~full & (factor.rank > 0)).nonzero().squeeze(1)
+    if len(partial):
+        rows = factor.rows[partial]
+        cut = (rtol * factor.largest[partial])[:, None]
+        fi[partial], alignment[partial] = _reach(problems[partial], rows, cut)
+    near = (factor.smallest < rtol * _PIVOT_BAND) | (factor.refused * _PIVOT_BAND > rtol)
+    return _ExactValues(fi=fi, alignment=alignment, rank=factor.rank, near=near & (factor.largest > 0))
+
+
+def _reach(problems: _Problems, rows: Tensor, cut: Tensor, *, penalty: float = 0.0) -> tuple[Tensor, Tensor]:
+    r"""FI and FI / ceiling below full rank, or under a penalty, from a factor of the contrast Gram.
+
+    With t_k = (c_k - c_y) . u for a direction u of omega and Q_k = P_k / (1 - P_y) the distribution over the other
+    classes, let cos^2 be the share of sum_k Q_k 1^2 that t explains in a least squares fit of the constant 1, and
+    sin^2 the rest. Then maximising over u
+
+    .. math:: FI = \max_u \frac{(\sum_k P_k t_k)^2}{Var_P(t)} = \frac{\cos^2}{P_y / (1 - P_y) + \sin^2}.
+
+    A penalty lambda |u|^2 beside Var_P(t) adds the rows of the identity with weight lambda / (1 - P_y), target 0.
+    """
+    count, classes, width = rows.shape
+    label = problems.labels[:, None]
+    contrast = rows - rows.gather(1, label[..., None].expand(-1, 1, width))
+    others = problems.log_probs.scatter(1, label, -torch.inf)
+    log_rest = others.logsumexp(dim=1, keepdim=True)
+    log_weights, target, limit = others - log_rest, torch.ones_like(others), cut.expand(-1, classes)
+    if penalty > 0:
+        identity = torch.eye(width, dtype=rows.dtype, device=rows.device).expand(count, -1, -1)
+        contrast = torch.cat([contrast, identity], dim=1)
+        log_weights = torch.cat([log_weights, (math.log(penalty) - log_rest).expand(-1, width)], dim=1)
+        target = torch.nn.functional.pad(target, (0, width))
+        limit = torch.cat([limit, limit.new_full((count, width), classes * _GRAM_EPS)], dim=1)
+    explained, unexplained = weighted_projection(contrast, log_weights, target, limit)
+    explained = explained.clamp(max=1.0)
+    odds = (-problems.log_ceiling).exp()
+    fi = explained / (odds + unexplained)
+    # Two forms of fi / ceiling: neither multiplies by a ceiling that may have overflowed.
+    sure = explained / (1 + problems.log_ceiling.clamp(max=0).exp() * unexplained)
+    return fi, torch.where(problems.log_ceiling <= 0, sure, fi * odds)
+
+
+def _factor(problems: _Problems) -> Factor:
+    """Factor of the contrast Gram down to its own rounding noise, for estimators that do not decide a rank."""
+    classes = problems.log_probs.shape[1]
+    return pivoted_cholesky(problems.contrast, rtol=classes * _GRAM_EPS, max_rank=classes - 1)
+
+
+def _released(problems: _Problems, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """FI, kept singular values and nearness to the cut of ``Released``.
+
+    grad f is (sqrt(P_y) + e) / (P_y + e) times column y of L0, so with L0^T = U S V^T its FI is that factor squared
+    times the squared length of row y of U on the kept directions. U and S come from L0^T in the coordinates of the
+    contrast factor, not from the eigenvalues of a Gram, which loses singular values below 1e-8 of the largest.
+    """
+    rows = _factor(problems).rows
+    if rows.shape[2] == 0:
+        zero = torch.zeros_like(problems.log_ceiling)
+        return zero, zero.long(), zero.bool()
+    probs = problems.log_probs.exp()
+    root = (0.5 * problems.log_probs).exp()
+    scores = rows - probs[:, None] @ rows
+    left, singular, _ = torch.linalg.svd((probs / (root + epsilon))[..., None] * scores, full_matrices=False)
+    label = problems.labels[:, None]
+    kept = singular > epsilon
+    row = left.gather(1, label[..., None].expand(-1, 1, left.shape[2])).squeeze(1)
+    gain = ((root + epsilon) / (probs + epsilon)).gather(1, label).squeeze(1)
+    fi = gain.square() * torch.where(kept, row.square(), 0.0).sum(dim=1)
+    near = ((singular / epsilon - 1).abs() < _guard(problems.dtype)).any(dim=1)
+    return fi, kept.sum(dim=1), near
+
+
+def _regularised(problems: _Problems, lam: float) -> Tensor:
+    factor = _factor(problems)
+    cut = problems.log_probs.shape[1] * _GRAM_EPS * factor.largest
+    return _reach(problems, factor.rows, cut[:, None], penalty=lam)[0]
+
+
+def _guard(dtype: torch.dtype) -> float:
+    """Relative distance of a singular value from a cut within which rounding of the Jacobian decides."""
+    return min(_GUARD * torch.finfo(dtype).eps, 0.5)

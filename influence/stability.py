@@ -1,0 +1,181 @@
+"""The objective of stability training (Zheng et al. 2016, arXiv 1604.04326): task loss plus a stability term."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name every reader of PyTorch code expects)
+from torch import Tensor
+
+from influence.checks import require_finite, require_labels, require_logits
+
+
+def stability_loss(
+    logits: Tensor,
+    logits_perturbed: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 0.01,
+    divergence: Literal["kl", "ce"] = "kl",
+    stop_gradient: bool = False,
+) -> Tensor:
+    r"""Cross-entropy on the clean input plus alpha times the divergence between clean and perturbed output.
+
+    .. math:: L = \frac1N \sum_n \bigl[ -\log p_{y} + \alpha\, D(p(x), p(x')) \bigr], \quad
+        D_{kl} = \sum_k p_k \log (p_k / p'_k), \quad D_{ce} = -\sum_k p_k \log p'_k = D_{kl} + H(p)
+
+    (Zheng et al. 2016, section 3). The task loss sees the clean input only. The paper writes the cross-entropy and
+    calls it KL; with the gradient flowing through both branches the two differ (the cross-entropy also sharpens the
+    clean prediction), with ``stop_gradient`` their gradients are equal. For x' = x + eps, eps ~ N(0, sigma^2 I),
+    E D_kl = (sigma^2 / 2) tr G(x) + O(sigma^4), G the metric tensor of an input perturbation.
+
+    Computed from the logits in float64 and returned in their dtype (float32 for half precision): the KL of two close
+    distributions is a difference of second order, of which float32 would keep nothing.
+
+    Args:
+        logits: ``(N, K)`` of the clean inputs.
+        logits_perturbed: ``(N, K)`` of the perturbed inputs.
+        labels: ``(N,)`` integer classes.
+        alpha: Weight of the stability term, >= 0; 0 is plain training.
+        divergence: ``"kl"`` or ``"ce"``.
+        stop_gradient: Treat the clean output as a constant in the stability term.
+
+    Returns:
+        The mean over the batch, a scalar.
+
+    Raises:
+        TypeError: For logits that are not floating or labels that are not integers.
+        ValueError: For shapes that differ, K < 2, non-finite logits, labels out of range, alpha < 0 or not finite,
+            or an unknown divergence.
+
+    Example:
+        >>> z = torch.tensor([[2.0, 0.0]])
+        >>> round(stability_loss(z, z, torch.tensor([0]), alpha=1.0).item(), 4)
+        0.1269
+    """
+    _require_number(alpha, name="alpha", hint="alpha weights a penalty; use 0 for plain training.")
+    if divergence not in ("kl", "ce"):
+        raise ValueError(f"divergence must be 'kl' or 'ce', got {divergence!r}.")
+    require_logits(logits, name="logits")
+    require_logits(logits_perturbed, name="logits_perturbed")
+    _require_same_shape(logits, logits_perturbed, names=("logits", "logits_perturbed"))
+    labels = require_labels(labels, examples=logits.shape[0], classes=logits.shape[1], device=logits.device)
+
+    log_p = F.log_softmax(_widen(logits), dim=1)
+    log_q = F.log_softmax(_widen(logits_perturbed), dim=1)
+    task = F.nll_loss(log_p, labels)
+    target = log_p.detach() if stop_gradient else log_p
+    gap = target - log_q if divergence == "kl" else -log_q
+    stability = (target.exp() * gap).sum(dim=1).mean()
+    return (task + alpha * stability).to(_result_dtype(logits))
+
+
+def embedding_stability_loss(z: Tensor, z_perturbed: Tensor, *, distance: Literal["l2"] = "l2") -> Tensor:
+    r"""Mean distance between the embeddings of an input and of its perturbed copy.
+
+    .. math:: L = \frac1N \sum_n \| f(x_n) - f(x'_n) \|_2
+
+    (Zheng et al. 2016, section 3, feature embeddings): not squared, one norm for each example. Where the two
+    embeddings agree the gradient is 0, the subgradient of least norm.
+
+    Args:
+        z: ``(N, D)`` embeddings of the clean inputs.
+        z_perturbed: ``(N, D)`` embeddings of the perturbed inputs.
+        distance: ``"l2"``.
+
+    Returns:
+        The mean over the batch, a scalar in the unit of the embedding.
+
+    Raises:
+        TypeError: If an embedding is not floating.
+        ValueError: For shapes that differ or are not ``(N, D)``, non-finite embeddings, or an unknown distance.
+    """
+    if distance != "l2":
+        raise ValueError(f"distance must be 'l2', got {distance!r}.")
+    for name, value in (("z", z), ("z_perturbed", z_perturbed)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TypeError(f"{name} must be a floating tensor (N, D), got {_kind(value)}.")
+        if value.ndim != 2 or value.shape[0] == 0:
+            raise ValueError(f"{name} must have shape (N, D) with N >= 1, got {tuple(value.shape)}. Flatten it first.")
+        require_finite(value, name=name, hint="Check the inputs and the weights.")
+    _require_same_shape(z, z_perturbed, names=("z", "z_perturbed"))
+    gap = _widen(z) - _widen(z_perturbed)
+    return torch.linalg.vector_norm(gap, dim=1).mean().to(_result_dtype(z))
+
+
+def gaussian_perturbation(
+    x: Tensor,
+    *,
+    sigma: float = 0.04,
+    generator: torch.Generator | None = None,
+    clip: tuple[float, float] | None = (0.0, 1.0),
+) -> Tensor:
+    """Add fresh Gaussian noise to images and clip: x' = clip(x + eps), eps ~ N(0, sigma^2 I).
+
+    Zheng et al. 2016, section 3: the same perturbation for every task. The noise belongs in pixel space, before any
+    normalisation, which is why images outside ``clip`` are refused.
+
+    Args:
+        x: Images, any shape, floating, within ``clip``.
+        sigma: Standard deviation, in the unit of the pixels (of ``[0, 1]`` by default).
+        generator: Source of the noise, on any device; None draws from PyTorch's global one.
+        clip: Range of the pixels; None does not clip.
+
+    Returns:
+        The perturbed images, same shape, dtype and device.
+
+    Raises:
+        TypeError: If the images are not floating.
+        ValueError: For sigma < 0 or not finite, an empty range, or images that are not finite or lie outside it.
+
+    Example:
+        >>> gaussian_perturbation(torch.full((2,), 0.5), sigma=0.0)
+        tensor([0.5000, 0.5000])
+    """
+    _require_number(sigma, name="sigma", hint="sigma is a standard deviation; use 0 for no noise.")
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be floating images, got {_kind(x)}. Convert 0..255 with x.float() / 255.")
+    require_finite(x, name="x", hint="Check the images.")
+    device = x.device if generator is None else generator.device
+    # Half precision would round the noise itself: draw in float32 at least.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if clip is not None:
+        low, high = clip
+        if not low < high:
+            raise ValueError(f"clip must be (low, high) with low < high, got {clip}.")
+        if x.numel() and (x.min() < low or x.max() > high):
+            raise ValueError(
+                f"x must lie within clip = {clip}, got values from {x.min().item():.6g} to {x.max().item():.6g}. "
+                "Perturb pixels before normalising them, or state their range in clip."
+            )
+    noise = torch.randn(x.shape, generator=generator, device=device, dtype=wide).to(x.device)
+    noisy = x.to(wide) + sigma * noise
+    return (noisy if clip is None else noisy.clamp(*clip)).to(x.dtype)
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    # Apple's GPU has no float64.
+    return tensor.float() if tensor.device.type == "mps" else tensor.double()
+
+
+def _result_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _require_number(value: float, *, name: str, hint: str) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and >= 0, got {value}. {hint}")
+
+
+def _require_same_shape(first: Tensor, second: Tensor, *, names: tuple[str, str]) -> None:
+    if first.shape != second.shape:
+        raise ValueError(
+            f"{names[0]} and {names[1]} must have the same shape, got {tuple(first.shape)} and "
+            f"{tuple(second.shape)}. Pass the same examples, clean and perturbed, in the same order."
+        )

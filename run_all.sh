@@ -108,11 +108,24 @@ run_tests() {
     return "$failed"
 }
 
+# Not `python -m`: the first seconds go into importing PyTorch, and Ctrl-C is to be answered in one line there too.
+companion() {
+    exec "$python" -c '
+import sys
+try:
+    from influence.companion.run import main
+    status = main(sys.argv[1:])
+except KeyboardInterrupt:
+    print("\ninterrupted: nothing had begun", file=sys.stderr)
+    status = 130
+sys.exit(status)' "$@"
+}
+
 case "${1:-}" in
     -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}" ;;
     setup) set_up companion test; printf '%s\n' "$python" ;;
     test) shift; set_up companion test; run_tests "$@" ;;
-    check) shift; set_up companion; exec "$python" -m influence.companion check "$@" ;;
-    --list) shift; set_up companion; exec "$python" -m influence.companion list "$@" ;;
-    *) set_up companion; exec "$python" -m influence.companion run "$@" ;;
+    check) shift; set_up companion; companion check "$@" ;;
+    --list) shift; set_up companion; companion list "$@" ;;
+    *) set_up companion; companion run "$@" ;;
 esac

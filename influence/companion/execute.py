@@ -15,7 +15,7 @@ from typing import Any
 from . import cache
 
 
-def execute(source: Path, target: Path, *, parameters: Mapping[str, Any], limit: float) -> None:
+def execute(source: Path, target: Path, *, parameters: Mapping[str, Any], limit: float, log: Path) -> None:
     """Execute a notebook in its own folder, with the interpreter that runs this.
 
     Args:
@@ -23,10 +23,15 @@ def execute(source: Path, target: Path, *, parameters: Mapping[str, Any], limit:
         target: where the executed notebook goes.
         parameters: injected after the cell with the tag `parameters`.
         limit: seconds for the whole notebook.
+        log: gets what the kernel itself has to say.
+
+    Raises:
+        TimeoutError: over the limit.
     """
     import papermill
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
+    from nbclient.exceptions import CellTimeoutError
 
     class ThisInterpreter(AsyncKernelManager):
         """Starts `python3` with our interpreter, whatever kernels the reader has registered under that name."""
@@ -36,28 +41,36 @@ def execute(source: Path, target: Path, *, parameters: Mapping[str, Any], limit:
             argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
             return KernelSpec(argv=argv, display_name="Python 3 (ipykernel)", language="python", resource_dir="")
 
+        async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
+            """Start it with its own messages in our log."""
+            with log.open("a", encoding="utf-8") as file:
+                await self._async_start_kernel(stderr=file, **options)
+
     deadline = time.monotonic() + limit
     target.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(
-        source,
-        target,
-        parameters=dict(parameters),
-        kernel_name="python3",
-        language="python",
-        cwd=source.parent,
-        progress_bar=False,
-        log_output=True,
-        # A limit for the notebook, not for each cell: every cell gets what is left.
-        timeout_func=lambda cell: max(1, round(deadline - time.monotonic())),
-        kernel_manager_class=ThisInterpreter,
-    )
+    try:
+        papermill.execute_notebook(
+            source,
+            target,
+            parameters=dict(parameters),
+            kernel_name="python3",
+            language="python",
+            cwd=source.parent,
+            progress_bar=False,
+            log_output=True,
+            # A limit for the notebook, not for each cell: every cell gets what is left.
+            timeout_func=lambda cell: max(1, round(deadline - time.monotonic())),
+            kernel_manager_class=ThisInterpreter,
+        )
+    except CellTimeoutError:
+        raise TimeoutError(f"over its limit of {limit:g} s") from None
 
 
 def refresh(source: Path, executed_path: Path) -> None:
     """Write the outputs of a run back into the notebook, without times and without traces of the runner."""
     import nbformat
 
-    executed = nbformat.read(executed_path, as_version=4)  # type: ignore[no-untyped-call]
+    executed = nbformat.read(executed_path, as_version=4)
     executed.metadata.pop("papermill", None)
     executed.metadata.get("language_info", {}).pop("version", None)
     executed.metadata["kernelspec"] = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
@@ -74,7 +87,7 @@ def refresh(source: Path, executed_path: Path) -> None:
             for output in cell.outputs:
                 if "execution_count" in output:
                     output.execution_count = count
-    text = nbformat.writes(executed).rstrip("\n") + "\n"  # type: ignore[no-untyped-call]
+    text = nbformat.writes(executed).rstrip("\n") + "\n"
     cache.atomic_write(source, lambda path: path.write_text(text, encoding="utf-8"))
 
 

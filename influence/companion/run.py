@@ -127,7 +127,7 @@ def _profile(name: str) -> dict[str, dict[str, Any]]:
 def _run(options: argparse.Namespace) -> int:
     profile = options.profile
     if options.refresh_notebooks and profile != _SMOKE:
-        raise UsageError(f"--refresh-notebooks needs the profile {_SMOKE!r}: what is committed is the defaults' outputs")
+        raise UsageError(f"--refresh-notebooks needs the profile {_SMOKE!r}: notebooks are committed as it runs them")
     jobs = plan(profile, options.only)
     environment = _environment(options)
     _writable(manifest.folder(profile), paths.BUILD)
@@ -179,7 +179,7 @@ def _execute(job: Job, limit: float) -> Outcome:
     started = time.monotonic()
     try:
         with execute.logged(log):
-            execute.execute(job.notebook.path, _executed(job), parameters=job.overrides, limit=limit)
+            execute.execute(job.notebook.path, _executed(job), parameters=job.overrides, limit=limit, log=log)
             if not _up_to_date(job):
                 raise RuntimeError("ended without run.save(), or a file it depends on was edited meanwhile")
     except Exception as error:  # one notebook's failure must not stop the others

@@ -95,6 +95,8 @@ set_up() {
     if [ -z "$python" ]; then
         set_up_venv
         python="$venv/bin/python"
+        # Without compiled modules every kernel would compile PyTorch anew; in our own folder they are in nobody's way.
+        unset PYTHONDONTWRITEBYTECODE
     fi
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 }

@@ -17,8 +17,8 @@ from influence.metric import MetricTensor, default_rtol
 
 # A Gram is float64: pivots below this share of the first are its rounding noise (times K).
 _GRAM_EPS = torch.finfo(torch.float64).eps
-# A singular value of L0 is near the cut within this many eps of the Jacobian's precision, relative.
-_GUARD = 1e4
+# Rounding moves a row of the Jacobian by up to this many eps of its precision, relative to its length.
+_JACOBIAN_ROUNDING = 256.0
 # A pivot is near the tolerance, which has a margin of its own, within this factor.
 _PIVOT_BAND = 10.0
 
@@ -89,8 +89,9 @@ class Influence:
         alignment: ``(N, B)`` float64 in [0, 1], exact FI / ceiling: the part that depends on the perturbation, whatever
             the estimator. 0 where the perturbation moves nothing.
         rank: ``(N, B)`` int64, the directions used: the rank of G; for ``Released`` the singular values above its cut.
-        near_cut: ``(N, B)`` bool, whether rounding of the Jacobian may have moved a direction across the cut; compute
-            these examples in float64 where it matters.
+        near_cut: ``(N, B)`` bool, whether rounding may have moved a direction across the cut (of the Jacobian, each row
+            by a few hundred eps of its precision, or of the float64 Gram); compute these examples in float64 where it
+            matters.
         labels: ``(N,)`` int64, y.
         blocks: B names.
     """
@@ -277,29 +278,48 @@ def _released(problems: _Problems, epsilon: float) -> tuple[Tensor, Tensor, Tens
     times the squared length of row y of U on the kept directions. U and S come from L0^T in the coordinates of the
     contrast factor, not from the eigenvalues of a Gram, which loses singular values below 1e-8 of the largest.
     """
-    rows = _factor(problems).rows
-    if rows.shape[2] == 0:
+    factor = _factor(problems)
+    if factor.rows.shape[2] == 0:
         zero = torch.zeros_like(problems.log_ceiling)
         return zero, zero.long(), zero.bool()
     probs = problems.log_probs.exp()
     root = (0.5 * problems.log_probs).exp()
-    scores = rows - probs[:, None] @ rows
-    left, singular, _ = torch.linalg.svd((probs / (root + epsilon))[..., None] * scores, full_matrices=False)
+    weights = probs / (root + epsilon)
+    scores = factor.rows - probs[:, None] @ factor.rows
+    left, singular, _ = torch.linalg.svd(weights[..., None] * scores, full_matrices=False)
     label = problems.labels[:, None]
     kept = singular > epsilon
     row = left.gather(1, label[..., None].expand(-1, 1, left.shape[2])).squeeze(1)
     gain = ((root + epsilon) / (probs + epsilon)).gather(1, label).squeeze(1)
     fi = gain.square() * torch.where(kept, row.square(), 0.0).sum(dim=1)
-    near = ((singular / epsilon - 1).abs() < _guard(problems.dtype)).any(dim=1)
-    return fi, kept.sum(dim=1), near
+    return fi, kept.sum(dim=1), _near_absolute_cut(problems, factor, weights, singular, epsilon)
+
+
+def _near_absolute_cut(
+    problems: _Problems, factor: Factor, weights: Tensor, singular: Tensor, epsilon: float
+) -> Tensor:
+    """Whether rounding, of the Jacobian in its own precision and of the Gram in float64, may cross the cut.
+
+    Two bounds on how far a singular value moves, the smaller counts: relative to itself, by the conditioning of the
+    contrasts (whatever the probabilities); absolute, by the largest singular value.
+    """
+    classes = weights.shape[1]
+    jacobian = _JACOBIAN_ROUNDING * torch.finfo(problems.dtype).eps
+    gram = classes * _GRAM_EPS
+    conditioned = jacobian / factor.smallest.sqrt() + gram / factor.smallest
+    size = singular.square().sum(dim=1).sqrt()
+    lost = gram * size.square()
+    absolute = jacobian * size + torch.minimum(lost / epsilon, lost.sqrt())
+    margin = torch.minimum(conditioned[:, None] * singular.clamp(min=epsilon), absolute[:, None])
+    near = ((singular - epsilon).abs() <= margin).any(dim=1)
+    # Directions that the factor left out as noise of the Gram may have stood above the cut.
+    diagonal = problems.contrast.diagonal(dim1=-2, dim2=-1)
+    left_out = (weights.square() * torch.minimum(gram * factor.largest[:, None], diagonal)).sum(dim=1).sqrt()
+    missing = (factor.rank < classes - 1) & (factor.rank > 0)
+    return near | (missing & (epsilon <= jacobian * size + left_out))
 
 
 def _regularised(problems: _Problems, lam: float) -> Tensor:
     factor = _factor(problems)
     cut = problems.log_probs.shape[1] * _GRAM_EPS * factor.largest
     return _reach(problems, factor.rows, cut[:, None], penalty=lam)[0]
-
-
-def _guard(dtype: torch.dtype) -> float:
-    """Relative distance of a singular value from a cut within which rounding of the Jacobian decides."""
-    return min(_GUARD * torch.finfo(dtype).eps, 0.5)

@@ -225,12 +225,13 @@ def _parameter_blocks(
 
 
 def _input_gram(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
-    leaf = _leaf(x)
-    with torch.enable_grad():
+    # Examples are independent: one backward of the summed contrasts gives every example its own row.
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = x.detach().clone().requires_grad_()
+        # A copy, so that a model that works in place spoils neither the caller's tensor nor the leaf.
         logits = _forward(model, leaf.clone())
     log_probs, order = _classes(logits)
 
-    # Examples are independent: one backward of the summed contrasts gives every example its own row.
     rows = torch.stack([grads[0].flatten(1) for grads in _contrasts(logits, order, [leaf])], dim=1)
     # Example by example, so that the float64 copy stays that of one Jacobian.
     gram = _embed(torch.stack([_products(row) for row in rows]), order)
@@ -243,7 +244,7 @@ def _parameter_gram(
     # Leaves of our own that share the storage: the model's requires_grad and .grad stay out of it.
     used = list(dict.fromkeys(name for names in groups.values() for name in names))
     leaves = {name: parameters[name].detach().requires_grad_() for name in used}
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         logits = _forward(lambda x: functional_call(model, leaves, (x,)), x.clone())
     log_probs, order = _classes(logits)
 
@@ -254,15 +255,8 @@ def _parameter_gram(
     return log_probs, _embed(gram, order.expand(len(groups), -1))[None], _coarser(logits.dtype, *dtypes)
 
 
-def _leaf(x: Tensor) -> Tensor:
-    # A tensor made in inference mode has no gradient; its copy made outside has.
-    with torch.inference_mode(False):
-        return x.detach().clone().requires_grad_()
-
-
 def _forward(model: Callable[[Tensor], object], x: Tensor) -> Tensor:
-    with torch.inference_mode(False):
-        logits = require_logits(model(x), examples=x.shape[0])
+    logits = require_logits(model(x), examples=x.shape[0])
     if not logits.requires_grad:
         raise RuntimeError(
             "the logits carry no gradient: the model detaches them, runs under no_grad, or does not use what is "

@@ -6,7 +6,7 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name every reader of PyTorch code expects)
+import torch.nn.functional as F
 from torch import Tensor
 
 from influence.checks import require_finite, require_labels, require_logits

@@ -75,6 +75,10 @@ set_up_venv() {
     python="$(find_python)"
     uv="$(find_uv "$python")"
     [ -t 2 ] && quiet=
+    # Trust what the system trusts, as pip does: networks with certificates of their own are common.
+    if [ -z "${SSL_CERT_FILE:-}" ] && [ -e /etc/ssl/certs/ca-certificates.crt ]; then
+        export SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt
+    fi
     say "setting up .venv from requirements.lock (once; PyTorch is a large download)"
     rm -f "$venv/.complete"
     if ! new_enough "$venv/bin/python"; then

@@ -7,11 +7,13 @@ Stability (Zheng et al. 2016, arXiv 1604.04326): ``stability_loss``, ``embedding
 
 from influence.measures import Exact, Influence, Regularised, Released, first_order_influence
 from influence.metric import MetricTensor, metric_tensor
+from influence.pixels import Patches
 from influence.stability import embedding_stability_loss, gaussian_perturbation, stability_loss
 
 __all__ = [  # noqa: RUF022 (grouped by purpose)
     # the metric tensor
     "MetricTensor",
+    "Patches",
     "metric_tensor",
     # the influence measure and its estimators
     "Exact",

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from influence.checks import require_deterministic, require_finite
-from influence.kernels.cholesky import pivoted_cholesky
+from influence.kernels.jacobi import jacobi_eigvals
+from influence.kernels.pivots import pivots
 from influence.memory import in_chunks
 from influence.pixels import Patches, input_grams
 from influence.rules.engine import ParameterGrams, differentiable
@@ -63,6 +64,8 @@ class MetricTensor:
         reference = self.log_probs.argmax(dim=1)
         example = torch.arange(len(reference), device=self.gram.device)
         column = self.gram[example, :, :, reference]
+        if not bool(column.any()):
+            return self.gram
         corner = column[example, :, reference]
         return self.gram - column[..., :, None] - column[..., None, :] + corner[..., None, None]
 
@@ -81,7 +84,10 @@ class MetricTensor:
     def lambda_max(self) -> Tensor:
         """Largest eigenvalue of G, ``(N, B)``, in (unit of omega)^-2: the worst unit perturbation."""
         root = (0.5 * self.log_probs).exp()[:, None, :, None]
-        return torch.linalg.eigvalsh(root * self.score_gram() * root.mT)[..., -1].clamp(min=0)
+        weighted = root * self.score_gram() * root.mT
+        if weighted.device.type == "cpu":
+            return torch.linalg.eigvalsh(weighted)[..., -1].clamp(min=0)
+        return jacobi_eigvals(weighted.flatten(0, 1)).amax(dim=1).view(weighted.shape[:2])
 
     def rank(self, *, rtol: float | None = None) -> Tensor:
         """Rank of G, ``(N, B)`` int64, at most K - 1.
@@ -98,8 +104,8 @@ class MetricTensor:
         """
         examples, blocks, classes, _ = self.gram.shape
         rtol = default_rtol(self.dtype, classes=classes) if rtol is None else rtol
-        factor = pivoted_cholesky(self.contrast_gram().flatten(0, 1), rtol=rtol, max_rank=classes - 1)
-        return factor.rank.view(examples, blocks)
+        decided = pivots(self.contrast_gram().flatten(0, 1), rtol=rtol, max_rank=classes - 1)
+        return decided.rank.view(examples, blocks)
 
 
 def default_rtol(dtype: torch.dtype, *, classes: int) -> float:

@@ -129,7 +129,7 @@ def test_classes_that_move_together_need_no_direction_of_their_own(seed: int, co
         jacobian[0, k] = jacobian[0, 0]
     result = influence.first_order_influence(metric_of(logits, jacobian), [classes - 1])
     value, _ = truth.influence_in_many_digits(logits[0].tolist(), jacobian[0], classes - 1)
-    assert result.fi.item() == pytest.approx(value, rel=1e-6, abs=0)
+    assert result.fi.item() == pytest.approx(value, rel=1e-6 if spread < 10 else 1e-4, abs=0)
 
 
 def test_one_parameter() -> None:

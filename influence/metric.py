@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from influence.checks import require_deterministic, require_finite
+from influence.kernels.backend import using
 from influence.kernels.jacobi import jacobi_eigvals
 from influence.kernels.pivots import pivots
 from influence.memory import in_chunks
@@ -119,7 +120,12 @@ def default_rtol(dtype: torch.dtype, *, classes: int) -> float:
 
 
 def metric_tensor(
-    model: nn.Module, x: Tensor, *, wrt: str | Sequence[str] | Patches = "input", chunk_size: int | None = None
+    model: nn.Module,
+    x: Tensor,
+    *,
+    wrt: str | Sequence[str] | Patches = "input",
+    chunk_size: int | None = None,
+    backend: str = "auto",
 ) -> MetricTensor:
     """Compute the metric tensor of each example for a perturbation of its input or of the model's parameters.
 
@@ -142,6 +148,7 @@ def metric_tensor(
             used in two places is one parameter.
         chunk_size: Examples computed at once. None: from the memory that is free, and half of it again each time that
             was too much.
+        backend: Kernels for the products of gradients: "auto", "torch" or "triton", see ``kernels.backend.using``.
 
     Returns:
         The metric tensor, detached, on the device of the logits.
@@ -150,8 +157,8 @@ def metric_tensor(
         TypeError: For an ``x`` that is not a tensor (or not floating, where it is perturbed), an output that is not
             floating logits, or a ``wrt`` of another type.
         ValueError: For an empty or non-finite ``x``, an output that is not finite or not ``(N, K)`` with K >= 2, an
-            unknown ``wrt`` or module name, a module without parameters, patches of what is no image, or a chunk size
-            below 1.
+            unknown ``wrt`` or module name, a module without parameters, patches of what is no image, a chunk size
+            below 1, or an unknown backend.
         RuntimeError: For a model with BatchNorm or Dropout in training mode, or logits that carry no gradient.
 
     Example:
@@ -170,7 +177,7 @@ def metric_tensor(
         assert not isinstance(wrt, Patches)
         dims, compute, size = _of_the_parameters(model, wrt)
     require_deterministic(model)
-    with full_precision():
+    with full_precision(), using(backend):
         parts = list(in_chunks(compute, x, chunk_size or size(x), may_halve=chunk_size is None))
     gram = torch.cat([part[1] for part in parts])
     return MetricTensor(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from influence.contrasts import Classes, forward
-from influence.kernels.contraction import products
+from influence.kernels.projected import products
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Entries of a float64 copy made at once.
-_PIECE = 2**23
+from influence.kernels.projected import projected_gram
+
 # What a float64 multiplication costs, in float32 ones.
 _DOUBLE = 2.0
 
@@ -39,18 +39,6 @@ def cheaper(*, positions: int, inputs: int, outputs: int, classes: int, double: 
     return "ghost" if ghost < materialise else "materialise"
 
 
-def products(rows: Tensor) -> Tensor:
-    """Gram of the rows of each Jacobian ``(N, m, p)`` in float64 whatever its precision, ``(N, m, m)``."""
-    examples, classes, width = rows.shape
-    gram = rows.new_zeros(examples, classes, classes, dtype=torch.float64)
-    step = max(1, _PIECE // max(1, classes * width))
-    for start in range(0, examples, step):
-        chunk = slice(start, start + step)
-        wide = rows[chunk].double()
-        gram[chunk] = wide @ wide.mT
-    return gram
-
-
 def materialised_gram(grads: Tensor, shared: Tensor) -> Tensor:
     """Gram of W_k = sum_t g_k[t] a[t]^T.
 
@@ -61,20 +49,7 @@ def materialised_gram(grads: Tensor, shared: Tensor) -> Tensor:
     Returns:
         ``(N, m, m)`` float64.
     """
-    examples, classes, outputs, positions = grads.shape
-    inputs = shared.shape[1]
-    gram = grads.new_zeros(examples, classes, classes, dtype=torch.float64)
-    # Never more than a piece of all W_k at once.
-    tile = max(1, min(outputs, _PIECE // max(1, classes * inputs)))
-    step = max(1, _PIECE // max(1, classes * inputs * tile))
-    for start in range(0, examples, step):
-        chunk = slice(start, start + step)
-        right = shared[chunk].mT
-        for first in range(0, outputs, tile):
-            part = grads[chunk, :, first : first + tile]
-            rows = part.reshape(len(part), -1, positions) @ right
-            gram[chunk] += products(rows.reshape(len(part), classes, -1))
-    return gram
+    return projected_gram(grads, shared.mT)
 
 
 def ghost_gram(grads: Tensor, gram: Tensor) -> Tensor:
@@ -87,14 +62,13 @@ def ghost_gram(grads: Tensor, gram: Tensor) -> Tensor:
     Returns:
         ``(N, m, m)`` float64.
     """
-    examples, classes, _, positions = grads.shape
-    rows = grads.reshape(examples, -1, positions)
     if grads.dtype == torch.float64:
+        examples, classes, _, positions = grads.shape
+        rows = grads.reshape(examples, -1, positions)
         turned = (rows @ gram).reshape(examples, classes, -1)
         product = turned @ rows.reshape(examples, classes, -1).mT
         return 0.5 * (product + product.mT)
-    turned = rows @ root(gram).to(grads.dtype)
-    return products(turned.reshape(examples, classes, -1))
+    return projected_gram(grads, root(gram).to(grads.dtype))
 
 
 def root(gram: Tensor) -> Tensor:

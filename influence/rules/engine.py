@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from influence.contrasts import Classes, forward
-from influence.kernels.contraction import products
+from influence.kernels.projected import products
+from influence.kernels.tolerances import REVERSE
 from influence.memory import chunk_size, is_out_of_memory, release
 from influence.rules.families import grams, knows
 from influence.rules.graph import Graph, Site, read_graph, shape_of
@@ -27,9 +28,6 @@ _ANNOUNCED: set[tuple[str, tuple[str, ...]]] = set()
 # Examples that a plan is made from: more than two, so that few other dimensions are divisible by it.
 _PROBE = 3
 _LOOKUP = "EmbeddingBackward0"
-# How far our reverse pass may be from PyTorch's on the probe, relative to the largest entry.
-_AGREE = {torch.float64: 1e-9, torch.float32: 1e-3}
-_AGREE_LOW = 5e-2
 
 Key = tuple[str, tuple[tuple[str, int], ...]]
 
@@ -235,7 +233,7 @@ class ParameterGrams:
                 continue
             reference = torch.stack([blank if part is None else part for part in parts])
             difference, size = (mine - reference).abs().amax(), reference.abs().amax()
-            if not bool(difference <= _AGREE.get(reference.dtype, _AGREE_LOW) * size):
+            if not bool(difference <= REVERSE[reference.dtype] * size):
                 plan.refuse(site, "its gradient is changed on the way")
             else:
                 self._place(site, reference, examples, plan)

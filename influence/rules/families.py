@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from influence.kernels.contraction import cheaper, ghost_gram, materialised_gram, products
+from influence.kernels.contraction import cheaper, ghost_gram, materialised_gram
+from influence.kernels.projected import products
 from influence.rules.graph import Node, Operand, Site
 from influence.rules.layout import Layout
 from influence.rules.reverse import step

@@ -17,6 +17,8 @@ from influence.kernels.tolerances import KERNEL
 # Entries of a float64 copy made at once.
 _PIECE = 2**23
 _MOST_CLASSES = 16
+# Multiplications for one class from which on a call of its own costs nothing.
+_LARGE = 2**18
 
 
 def projected_gram(grads: Tensor, shared: Tensor) -> Tensor:
@@ -43,6 +45,14 @@ def projected_gram_torch(grads: Tensor, shared: Tensor) -> Tensor:
     gram = grads.new_zeros(examples, classes, classes, dtype=torch.float64)
     # Never more than a piece of all Y_k at once.
     tile = max(1, min(outputs, _PIECE // max(1, classes * width)))
+    if grads.device.type == "cpu" and outputs * positions * width >= _LARGE:
+        # One by one, so that gradients that lie class by class need no copy.
+        for n in range(examples):
+            right = shared[n].expand(classes, positions, width)
+            for first in range(0, outputs, tile):
+                rows = torch.bmm(grads[n, :, first : first + tile], right)
+                gram[n] += products(rows.view(1, classes, -1))[0]
+        return gram
     step = max(1, _PIECE // max(1, classes * width * tile))
     for start in range(0, examples, step):
         chunk = slice(start, start + step)

@@ -213,7 +213,7 @@ class ParameterGrams:
 
         ours: dict[Key, Tensor] = {}
         try:
-            reverse(graph, seeds, lambda site, grad: ours.__setitem__(site.key, grad))
+            reverse(graph, seeds, lambda site, grad: ours.__setitem__(site.key, grad.clone()))
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise

@@ -112,7 +112,7 @@ def _weighted(
             double=grads.dtype == torch.float64,
             shared=cost,
         )
-        rows = grads.transpose(1, 2).reshape(examples * groups, classes, outputs, positions)
+        rows = grads.squeeze(2) if groups == 1 else grads.transpose(1, 2).flatten(0, 1)
         if way == "ghost":
             if gram is not None and gram[0] < positions**2 * inputs:
                 similar = gram[1]()
@@ -250,15 +250,17 @@ def _affine(site: Site, grads: Tensor, normal: Callable[[], Tensor]) -> Grams:
     """Scale and shift of C channels: gradients ``(m, N, C, T)``, normalised input ``(N, C, T)``."""
     named = _named(site)
     weight, bias = named.get(1), named.get(2)
-    if weight is not None:
-        yield _vector(weight, _sum_of_products(grads, normal()))
-    if bias is not None:
+    if weight is None:
+        assert bias is not None
         yield _vector(bias, grads.sum(dim=-1).transpose(0, 1))
-
-
-def _sum_of_products(grads: Tensor, normal: Tensor) -> Tensor:
-    """``sum_t g[m, n, c, t] x[n, c, t]`` as ``(N, m, C)``."""
-    return torch.stack([(grad * normal).sum(dim=-1) for grad in grads], dim=1)
+        return
+    # Both sums in one pass over the gradients.
+    factors = normal()
+    factors = torch.stack([factors, torch.ones_like(factors)], dim=2) if bias is not None else factors.unsqueeze(2)
+    sums = factors @ grads.permute(1, 2, 3, 0)
+    yield _vector(weight, sums[:, :, 0].mT)
+    if bias is not None:
+        yield _vector(bias, sums[:, :, 1].mT)
 
 
 def _channels(tensor: Tensor, layout: Layout, start: int) -> Tensor:
@@ -323,7 +325,8 @@ def _rms_norm(site: Site, grad: Tensor, layout: Layout, together: bool) -> Grams
     axes = len(node._saved_normalized_shape)
     _require(grad.ndim - 1 > axes)
     normal = _rows_last(node._saved_input.detach() * node._saved_result1, axes, layout, 0)
-    yield _vector(site.operands[0], _sum_of_products(_rows_last(grad, axes, layout, 1), normal))
+    sums = normal.unsqueeze(2) @ _rows_last(grad, axes, layout, 1).permute(1, 2, 3, 0)
+    yield _vector(site.operands[0], sums[:, :, 0].mT)
 
 
 def _sum_to_operand(tensor: Tensor, node: Node, place: int, layout: Layout) -> Tensor:

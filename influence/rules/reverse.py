@@ -27,7 +27,8 @@ def reverse(graph: Graph, seeds: Tensor, collect: Callable[[Site, Tensor], None]
     Args:
         graph: From ``read_graph``.
         seeds: ``(m, N, K)``, one gradient of the logits for each of m classes.
-        collect: Called with each site, latest first, and the gradient ``(m, ...)`` of its output.
+        collect: Called with each site, latest first, and the gradient ``(m, ...)`` of its output, which lasts for the
+            call only.
     """
     visited, further = leading(graph)
     if graph.root[0] not in visited:
@@ -45,13 +46,19 @@ def reverse(graph: Graph, seeds: Tensor, collect: Callable[[Site, Tensor], None]
             if node not in further:
                 continue
             wanted = [source in visited for source, _ in node.next_functions]
-            below = step(node, grads, wanted)
+            ours = id(grads[0]) in owned
             for grad in grads:
                 owned.discard(id(grad))
+            kind = node.name()
+            below = _IN_PLACE[kind](node, grads) if ours and kind in _IN_PLACE and not any(wanted[1:]) else None
+            below = step(node, grads, wanted) if below is None else below
             del grads
             for (source, output), grad, want in zip(node.next_functions, below, wanted, strict=True):
                 if want and grad is not None:
-                    _deliver(pending, owned, (source, output), _fit(grad, source, output))
+                    fitted = _fit(grad, source, output)
+                    if kind in _FRESH and fitted is grad:
+                        owned.add(id(grad))
+                    _deliver(pending, owned, (source, output), fitted)
             del below
 
 
@@ -64,9 +71,12 @@ def _deliver(pending: dict[Node, Grads], owned: set[int], edge: tuple[Node, int]
         grads[output] = grad
     elif id(before) in owned:
         before += grad
+        owned.discard(id(grad))
     else:
-        grads[output] = before + grad
-        owned.add(id(grads[output]))
+        total = before + grad
+        grads[output] = total
+        owned.discard(id(grad))
+        owned.add(id(total))
 
 
 def _fit(grad: Tensor, node: Node, output: int) -> Tensor:
@@ -166,11 +176,21 @@ def _batch_norm(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | Non
     grad = grads[0]
     if grad is None or node._saved_training or any(wanted[1:]) or node._saved_running_var is None:
         return None
+    return [grad * _scale(node, grad), None, None]
+
+
+def _scale(node: Node, grad: Tensor) -> Tensor:
     scale = (node._saved_running_var.double() + node._saved_eps).rsqrt()
     if node._saved_weight is not None:
         scale = scale * node._saved_weight.detach().double()
-    scale = scale.to(grad.dtype).view(-1, *(1,) * (grad.ndim - 3))
-    return [grad * scale, None, None]
+    return scale.to(grad.dtype).view(-1, *(1,) * (grad.ndim - 3))
+
+
+def _batch_norm_in_place(node: Node, grads: Grads) -> Grads | None:
+    grad = grads[0]
+    if grad is None or node._saved_training or node._saved_running_var is None:
+        return None
+    return [grad.mul_(_scale(node, grad)), None, None]
 
 
 def _layer_norm(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
@@ -217,6 +237,14 @@ def _relu(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
     return None if grads[0] is None else [torch.ops.aten.threshold_backward(grads[0], node._saved_result, 0)]
 
 
+def _relu_in_place(node: Node, grads: Grads) -> Grads | None:
+    grad = grads[0]
+    if grad is None:
+        return None
+    torch.ops.aten.threshold_backward.grad_input(grad, node._saved_result, 0, grad_input=grad)
+    return [grad]
+
+
 def _add(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
     del wanted
     return [grads[0], grads[0]] if node._saved_alpha == 1 else None
@@ -261,4 +289,19 @@ _HANDLERS: dict[str, Callable[[Any, Grads, Sequence[bool]], Grads | None]] = {
     "ReluBackward0": _relu,
     "UnsafeViewBackward0": _view,
     "ViewBackward0": _view,
+}
+
+# What these give is no view of anything and goes to one place: the next one may work in it.
+_FRESH = {
+    "AddmmBackward0",
+    "ConvolutionBackward0",
+    "CudnnBatchNormBackward0",
+    "MmBackward0",
+    "NativeBatchNormBackward0",
+    "ReluBackward0",
+}
+_IN_PLACE: dict[str, Callable[[Any, Grads], Grads | None]] = {
+    "CudnnBatchNormBackward0": _batch_norm_in_place,
+    "NativeBatchNormBackward0": _batch_norm_in_place,
+    "ReluBackward0": _relu_in_place,
 }

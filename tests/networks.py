@@ -19,7 +19,7 @@ def image(size: int, channels: int = 3) -> Callable[[int], Tensor]:
 
 
 def tokens(count: int) -> Tensor:
-    return torch.randint(1, 20, (count, 7), generator=torch.Generator().manual_seed(5))
+    return torch.randint(0, 20, (count, 7), generator=torch.Generator().manual_seed(5))
 
 
 class Bert(nn.Module):

@@ -234,21 +234,25 @@ def test_memory_that_runs_out_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) 
     model, x = networks.build("bert", 3), networks.inputs("bert", 9, torch.float64)
     expected = influence.metric_tensor(model, x, wrt="layers").gram
     sizes: list[int] = []
-    forward = model.forward
+    forward, most = model.forward, 2
 
     def limited(ids: Tensor) -> object:
         sizes.append(len(ids))
-        if len(ids) > 2:
+        if len(ids) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(ids)
 
     monkeypatch.setattr(model, "forward", limited)
-    ours = influence.metric_tensor(model, x, wrt="layers").gram
-    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-13)
-    assert max(sizes) == 3  # of the probe, after which examples go one by one
+    for most, seen in ((2, [2, 2, 9, 4, 2]), (1, [2, 1])):  # noqa: B007 (the second: not even the probe fits)
+        sizes.clear()
+        ours = influence.metric_tensor(model, x, wrt="layers").gram
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-13)
+        assert sizes[: len(seen)] == seen
+    most = 2
     x, model = networks.inputs("vit", 9, torch.float64), networks.build("vit", 3)
     whole = influence.metric_tensor(model, x).gram
-    forward, sizes = model.forward, []
+    forward = model.forward
+    sizes.clear()
     monkeypatch.setattr(model, "forward", limited)
     torch.testing.assert_close(influence.metric_tensor(model, x).gram, whole, rtol=1e-10, atol=1e-13)
     assert sizes[:3] == [9, 4, 2]

@@ -25,8 +25,9 @@ from influence.rules.reverse import reverse
 _LOG = logging.getLogger("influence")
 # Models and parameters whose slower way has been announced.
 _ANNOUNCED: set[tuple[str, tuple[str, ...]]] = set()
-# Examples that a plan is made from: more than two, so that few other dimensions are divisible by it.
-_PROBE = 3
+# Examples that a plan is made from, and from how many where so few leave it open which dimension counts them.
+_PROBE, _PROBE_AGAIN = 2, 3
+_UNCLEAR = "its batch dimension is unclear"
 _LOOKUP = "EmbeddingBackward0"
 
 Key = tuple[str, tuple[tuple[str, int], ...]]
@@ -87,6 +88,8 @@ class ParameterGrams:
             return
         try:
             plan = self._make_plan(x[:_PROBE])
+            if _UNCLEAR in plan.refused.values() and len(x) >= _PROBE_AGAIN:
+                plan = self._make_plan(x[:_PROBE_AGAIN])
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -221,22 +224,21 @@ class ParameterGrams:
                 plan.refuse(site, f"its graph cannot be followed ({error})")
             return plan
         edges = [GradientEdge(site.node, 0) for site in sites]
-        truth = [torch.autograd.grad(logits, edges, seed, retain_graph=True, allow_unused=True) for seed in seeds]
-        for site, *parts in zip(sites, *truth, strict=True):
+        # One backward pass for both: gradients of sums are sums of gradients.
+        truth: tuple[Tensor | None, ...] = torch.autograd.grad(logits, edges, seeds.sum(dim=0), allow_unused=True)
+        for site, reference in zip(sites, truth, strict=True):
             mine = ours.get(site.key)
-            blank = next((torch.zeros_like(part) for part in parts if part is not None), None)
-            if blank is None or mine is None:
-                if blank is not None:
-                    plan.refuse(site, "its graph cannot be followed")
-                else:
-                    self._place(site, torch.zeros(len(seeds), *shape_of(site.node, 0)), examples, plan)
-                continue
-            reference = torch.stack([blank if part is None else part for part in parts])
-            difference, size = (mine - reference).abs().amax(), reference.abs().amax()
-            if not bool(difference <= REVERSE[reference.dtype] * size):
-                plan.refuse(site, "its gradient is changed on the way")
+            if reference is None and mine is None:
+                self._place(site, torch.zeros(len(seeds), *shape_of(site.node, 0)), examples, plan)
+            elif reference is None or mine is None:
+                plan.refuse(site, "its graph cannot be followed")
             else:
-                self._place(site, reference, examples, plan)
+                difference = (mine.sum(dim=0) - reference).abs().amax()
+                # Each part on its own scale: two that cancel would hide what is wrong with them.
+                if bool(difference <= REVERSE[reference.dtype] * mine.abs().amax()):
+                    self._place(site, mine, examples, plan)
+                else:
+                    plan.refuse(site, "its gradient is changed on the way")
         return plan
 
     @staticmethod
@@ -255,7 +257,7 @@ class ParameterGrams:
         elif not options and site.node.name() == _LOOKUP:
             plan.gathered.update(operand.name for operand in site.operands)
         else:
-            plan.refuse(site, "its batch dimension is unclear" if fits or options else "it has no batch dimension")
+            plan.refuse(site, _UNCLEAR if fits or options else "it has no batch dimension")
 
     def _announce(self) -> None:
         """Say once which parameters go the slower way."""

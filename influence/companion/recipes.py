@@ -14,7 +14,7 @@ _EVEN = (1, 1, 1, 1)  # four phases of equal length, as for MNIST in the paper; 
 # Dropout 0.2 after every ReLU, also on the residual stream, leaves nothing to learn from in a network of an eighth of
 # the paper's channels (10% accuracy on the digits): only the full-width networks have it.
 _Row = tuple[float, int | None, tuple[tuple[int, float], ...], int, float, Literal["float32", "bfloat16"]]
-_DIGITS = phases(12, parts=_EVEN, peak=3e-3)
+_DIGITS = phases(8, parts=_EVEN, peak=3e-3)
 _MNIST = phases(4, parts=_EVEN, peak=2e-3)
 _CIFAR10 = phases(12, peak=2e-3)
 _TABLE: dict[str, dict[str, dict[str, _Row]]] = {

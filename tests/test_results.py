@@ -121,7 +121,7 @@ def test_what_cannot_be_written_is_refused(begun: Run, workspace: Workspace, tab
         begun.save(table=table, findings={"auc": "high"})  # type: ignore[dict-item]
     begun.add_input("digits", "abc")
     with pytest.raises(ValueError, match="two contents"):
-        begun.add_input("digits", "abd")
+        begun.add_input("digits", "def")
     assert workspace.manifest() == {}
 
 

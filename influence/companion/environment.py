@@ -1,4 +1,6 @@
-"""What an interpreter lacks of the requirements in pyproject.toml. Standard library only, and run as a file:
+"""What an interpreter lacks of the requirements in pyproject.toml.
+
+Standard library only, since it is run as a file by an interpreter that may have nothing else:
 
     python -P influence/companion/environment.py companion test
 

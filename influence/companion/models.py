@@ -84,7 +84,7 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Zero each entry with probability p (to 1 / 65,536) and scale the rest by 1 / (1 - p); in eval mode, nothing."""
+        """Zero each entry with probability p (to 1 / 65,536), scale the rest by 1 / (1 - p), in training mode."""
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return super().forward(x)
         words = np.random.SFC64(int(torch.randint(2**62, ()))).random_raw(-(-x.numel() // 4))

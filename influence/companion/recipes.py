@@ -5,7 +5,27 @@ from __future__ import annotations
 from typing import Literal
 
 from .models import NAMES
-from .training import Recipe, phases
+from .training import Recipe
+
+
+def phases(epochs: int, *, parts: tuple[int, ...] = (2, 1, 1, 1), peak: float = 1e-3) -> tuple[tuple[int, float], ...]:
+    """The paper's four phases over `epochs`, in the proportions `parts` (CIFAR-10: 2:1:1:1, MNIST: 1:1:1:1).
+
+    The learning rates are 1, 1/2, 1/4 and 1/10 of `peak` (1e-3 in the paper).
+
+    Raises:
+        ValueError: fewer epochs than phases.
+    """
+    rates = tuple(peak * factor for factor in (1, 0.5, 0.25, 0.1))
+    if epochs < len(rates):
+        raise ValueError(f"the schedule has {len(rates)} phases and needs at least as many epochs, got {epochs}")
+    ends = [0]
+    for phase in range(len(rates)):
+        share = round(epochs * sum(parts[: phase + 1]) / sum(parts))
+        left = len(rates) - 1 - phase  # each later phase keeps at least one epoch
+        ends.append(min(max(share, ends[-1] + 1), epochs - left))
+    return tuple((end - start, rate) for start, end, rate in zip(ends[:-1], ends[1:], rates, strict=True))
+
 
 PROFILES = ("smoke", "cpu", "paper")
 _EVEN = (1, 1, 1, 1)  # four phases of equal length, as for MNIST in the paper; CIFAR-10 has 2:1:1:1
@@ -14,7 +34,7 @@ _EVEN = (1, 1, 1, 1)  # four phases of equal length, as for MNIST in the paper; 
 # Dropout 0.2 after every ReLU, also on the residual stream, leaves nothing to learn from in a network of an eighth of
 # the paper's channels (10% accuracy on the digits): only the full-width networks have it.
 _Row = tuple[float, int | None, tuple[tuple[int, float], ...], int, float, Literal["float32", "bfloat16"]]
-_DIGITS = phases(12, parts=_EVEN, peak=3e-3)
+_DIGITS = phases(8, parts=_EVEN, peak=3e-3)
 _MNIST = phases(4, parts=_EVEN, peak=2e-3)
 _CIFAR10 = phases(12, peak=2e-3)
 _TABLE: dict[str, dict[str, dict[str, _Row]]] = {

@@ -99,21 +99,6 @@ class Trained:
     seconds: float
 
 
-def phases(epochs: int, *, parts: tuple[int, ...] = (2, 1, 1, 1), peak: float = 1e-3) -> tuple[tuple[int, float], ...]:
-    """The paper's four phases over `epochs`, in the proportions `parts` (CIFAR-10: 2:1:1:1, MNIST: 1:1:1:1).
-
-    The learning rates are 1, 1/2, 1/4 and 1/10 of `peak` (1e-3 in the paper).
-
-    Raises:
-        ValueError: fewer epochs than phases.
-    """
-    rates = tuple(peak * factor for factor in (1, 0.5, 0.25, 0.1))
-    if epochs < len(rates):
-        raise ValueError(f"the schedule has {len(rates)} phases and needs at least as many epochs, got {epochs}")
-    ends = [max(i + 1, round(epochs * sum(parts[: i + 1]) / sum(parts))) for i in range(len(rates))]
-    return tuple((end - start, rate) for start, end, rate in zip([0, *ends], ends, rates, strict=False))
-
-
 def fit(recipe: Recipe, dataset: Dataset, *, device: torch.device | str = "cpu") -> Trained:
     """Train the classifier of `recipe`, or load it when the same recipe, data and code made it before.
 

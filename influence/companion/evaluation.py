@@ -1,0 +1,49 @@
+"""Scores of a classifier and the intervals they are reported with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+
+def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, *, bins: int = 15) -> float:
+    """Mean gap between confidence and accuracy over equally wide bins of confidence (Guo et al. 2017, eq. 3).
+
+    Args:
+        confidence: (N,) probability of the predicted class.
+        correct: (N,) whether the prediction is right.
+        bins: number of bins over (0, 1].
+
+    Raises:
+        ValueError: the two differ in length, or are empty.
+    """
+    p, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    if p.shape != right.shape or p.ndim != 1 or not len(p):
+        raise ValueError(f"expected two vectors of one length, at least 1, got shapes {p.shape} and {right.shape}")
+    which = np.clip(np.ceil(p * bins).astype(int) - 1, 0, bins - 1)
+    gaps = np.bincount(which, weights=right - p, minlength=bins)
+    return float(np.abs(gaps).sum() / len(p))
+
+
+def mean_interval(values: Sequence[float] | ArrayLike, *, level: float = 0.95) -> tuple[float, float, float]:
+    """Mean over seeds with its Student t interval: (mean, low, high); the interval of a single value is infinite.
+
+    Raises:
+        ValueError: no values.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 1 or not len(x):
+        raise ValueError(f"expected a vector of at least one value, got shape {x.shape}")
+    mean = float(x.mean())
+    if len(x) == 1:
+        return mean, -np.inf, np.inf
+    half = float(stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
+    return mean, mean - half, mean + half
+
+
+def rank_agreement(first: ArrayLike, second: ArrayLike) -> float:
+    """Spearman's rank correlation, ties given their mean rank."""
+    return float(stats.spearmanr(np.asarray(first), np.asarray(second)).statistic)

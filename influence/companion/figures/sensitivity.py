@@ -1,0 +1,112 @@
+"""Figures of Shu & Zhu (2019)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from . import style
+
+
+def accuracy(table: pd.DataFrame) -> Figure:
+    """Accuracy of each network on its training, validation and test images, with the interval over seeds."""
+    names = list(table["dataset"].unique())
+    parts = list(table["part"].unique())
+    figure = Figure(figsize=(style.WIDTH, 2.6))
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for row, (model, group) in enumerate(table[table["dataset"] == name].groupby("model", sort=False)):
+            x = np.arange(len(parts)) + 0.18 * (row - 0.5)
+            bars = np.clip([group["accuracy"] - group["low"], group["high"] - group["accuracy"]], 0, 1)
+            one_seed = ~np.isfinite(group["low"].to_numpy())
+            bars[:, one_seed] = 0
+            axes.errorbar(
+                x,
+                group["accuracy"],
+                bars,
+                fmt="os"[row % 2],
+                capsize=3,
+                color=style.COLOURS.get(str(model)),
+                label=style.name(str(model)),
+            )
+        seeds = int(table["seeds"].min())
+        axes.set_title(f"{style.name(name)}: mean and 95% interval, {seeds} seed{'s' if seeds > 1 else ''}")
+        axes.set_xticks(range(len(parts)), parts)
+        axes.set_xlim(-0.5, len(parts) - 0.5)
+        axes.set_ylabel("accuracy")
+        axes.margins(y=0.15)
+        axes.legend()
+    return figure
+
+
+def manhattan(axes: Axes, position: pd.Series, score: pd.Series, label: pd.Series) -> None:
+    """The paper's own form: x = class, images of class i spread over [i, i+1), y = score, one colour per class."""
+    n_classes = int(label.max()) + 1
+    colours = np.asarray(style.class_colours(n_classes))
+    axes.scatter(position, score, s=4, c=colours[label.to_numpy()], linewidths=0, rasterized=True)
+    axes.set_xticks(np.arange(n_classes) + 0.5, [str(k) for k in range(n_classes)])
+    axes.set_xlim(0, n_classes)
+    axes.tick_params(axis="x", length=0)
+
+
+def outlier_ranking(scores: pd.DataFrame) -> Figure:
+    """Setup 1: Manhattan plots of released and of exact FI, and both against the ceiling (1 - P_y) / P_y."""
+    groups = list(scores.groupby(["dataset", "model"], sort=False))
+    figure = Figure(figsize=(style.WIDTH * 1.25, 2.3 * len(groups)))
+    grid = figure.subplots(len(groups), 3, squeeze=False)
+    for (left, middle, right), ((name, model), group) in zip(grid, groups, strict=True):
+        manhattan(left, group["position"], group["released"], group["label"])
+        left.set_ylim(0)
+        left.set_ylabel(f"{style.name(name)}\n{style.name(model)}\nFI (dimensionless)")
+        left.set_title("as released")
+        manhattan(middle, group["position"], group["exact"], group["label"])
+        middle.set_yscale("log")
+        middle.set_title("exact (log scale)")
+        _against_ceiling(right, group)
+        right.set_title("against the ceiling")
+    for axes in grid[-1, :2]:
+        axes.set_xlabel("class (training images in stored order)")
+    grid[-1, 2].set_xlabel(r"$(1 - P_y)/P_y$")
+    return figure
+
+
+def _against_ceiling(axes: Axes, group: pd.DataFrame) -> None:
+    seen = group[group["released"] > 0]
+    axes.scatter(
+        seen["ceiling"], seen["released"], s=5, color=style.COLOURS["released"], label="released", linewidths=0
+    )
+    axes.scatter(group["ceiling"], group["exact"], s=2, color=style.COLOURS["exact"], label="exact", linewidths=0)
+    low, high = group["ceiling"].min(), group["ceiling"].max()
+    axes.plot([low, high], [low, high], color=style.COLOURS["ceiling"], linewidth=0.6, label="ceiling", zorder=3)
+    zeros = group[group["released"] == 0]
+    axes.plot(
+        zeros["ceiling"],
+        np.full(len(zeros), 0.02),
+        "|",
+        color=style.COLOURS["released"],
+        transform=axes.get_xaxis_transform(),
+        markersize=4,
+        label=f"released = 0 ({len(zeros) / len(group):.0%})",
+    )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.legend(fontsize=6, loc="upper left", handlelength=1)
+
+
+def outlier_images(images: pd.DataFrame) -> Figure:
+    """Setup 1: the images of largest FI, released and exact, with true and predicted label."""
+    groups = list(images.groupby(["dataset", "model", "estimator"], sort=False))
+    count = int(images["place"].max())
+    figure = Figure(figsize=(style.WIDTH, 1.62 * len(groups)))
+    grid = figure.subplots(len(groups), count, squeeze=False)
+    for row, ((name, model, estimator), group) in zip(grid, groups, strict=True):
+        for axes, (_, image) in zip(row, group.iterrows(), strict=True):
+            axes.imshow(image["pixels"].squeeze(), cmap="gray", vmin=0, vmax=255)
+            axes.set_title(
+                f"true {image['label_name']}\npredicted {image['predicted_name']}\nFI {image['fi']:.3g}", fontsize=7
+            )
+            axes.set_xticks([])
+            axes.set_yticks([])
+        row[0].set_ylabel(f"{style.name(name)}\n{style.name(model)}\n{style.name(estimator)}", fontsize=7)
+    return figure

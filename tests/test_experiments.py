@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from influence.companion import data, experiments, figures
+from influence.companion.experiments.definition import influence_by_definition
+from truth import influence as brute_force
+from truth import input_jacobian
+
+
+def test_definition_agrees_with_brute_force_below_full_rank_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 6)).double()  # p = 3 < K - 1 = 5
+    x, labels = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 4])
+    ours = influence_by_definition(model, x, labels)
+    expected = [
+        brute_force(*input_jacobian(model, example), int(label))[0] for example, label in zip(x, labels, strict=True)
+    ]
+    torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=0)
+
+
+def test_scores_of_setup_1() -> None:
+    torch.manual_seed(0)
+    digits = data.load("digits").test.sample(70)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
+    with torch.no_grad():
+        model[1].weight.mul_(0.05)
+    scores = experiments.sensitivity.score_images(model, digits, epsilon=1e-3)
+    assert scores["image"].tolist() == digits.index.tolist() and scores["label"].tolist() == digits.labels.tolist()
+    with torch.no_grad():
+        log_p = model(digits.images.float()).double().log_softmax(1)
+    np.testing.assert_allclose(scores["loss"], -log_p.gather(1, digits.labels[:, None])[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(scores["ceiling"], np.expm1(scores["loss"]), rtol=1e-9)
+    np.testing.assert_allclose(scores["exact"], scores["ceiling"], rtol=1e-6)
+    assert (scores["classes"] == 10).all() and (scores["rank"] == 9).all()
+    for k in range(10):  # images of class k spread over [k, k + 1)
+        x = scores.loc[scores["label"] == k, "position"]
+        assert x.min() == k and x.is_monotonic_increasing and x.max() < k + 1
+
+
+def runs_with(gain: dict[str, float]) -> pd.DataFrame:
+    """Three seeds; `gain` of the arm over the control at each distortion, with a little seed noise."""
+    rows = []
+    for seed in range(3):
+        for distortion, value in gain.items():
+            rows.append({"seed": seed, "arm": "control", "distortion": distortion, "n": 10, "precision_at_1": 0.6})
+            p = 0.6 + value + 0.001 * (seed - 1)
+            rows.append({"seed": seed, "arm": "stability 1", "distortion": distortion, "n": 10, "precision_at_1": p})
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("gain", "clean", "grows"),
+    [
+        ({"original": 0.0, "jpeg-50": 0.01, "jpeg-10": 0.05}, True, True),
+        ({"original": 0.0, "jpeg-50": 0.0, "jpeg-10": 0.0}, True, False),
+        ({"original": -0.05, "jpeg-50": 0.0, "jpeg-10": 0.05}, False, True),
+        ({"original": 0.02, "jpeg-50": 0.0, "jpeg-10": -0.02}, True, False),
+    ],
+)
+def test_claims_follow_the_rules(gain: dict[str, float], clean: bool, grows: bool) -> None:
+    claims = experiments.stability.jpeg_claims(runs_with(gain), "stability 1", lowest=10)
+    assert claims["clean_accuracy_does_not_fall"] is clean
+    assert claims["gain_grows_as_quality_falls"] is grows
+    assert claims["clean_change"] == pytest.approx(gain["original"], abs=1e-9)
+    assert claims["growth_of_gain"] == pytest.approx(gain["jpeg-10"] - gain["original"], abs=1e-9)
+
+
+def test_jpeg_table_pairs_by_seed() -> None:
+    table = experiments.stability.jpeg_table(runs_with({"original": 0.0, "jpeg-10": 0.05}))
+    row = table.set_index(["distortion", "arm"]).loc[("jpeg-10", "stability 1")]
+    assert row["gain"] == pytest.approx(0.05) and row["gain_low"] < 0.05 < row["gain_high"] < 0.054
+    control = table[table["arm"] == "control"]
+    assert (control[["gain", "gain_low", "gain_high"]] == 0).all(axis=None)
+    figure = figures.stability.jpeg_quality(table)
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    assert lines[r"stability, $\alpha$ = 1"] == pytest.approx([0.6, 0.65])
+
+
+def test_accuracy_table_and_its_figure() -> None:
+    values = [0.8, 0.9, 1.0]
+    runs = pd.DataFrame(
+        [
+            {
+                "dataset": "digits",
+                "model": m,
+                "seed": s,
+                "part": p,
+                "n": 10,
+                "accuracy": v,
+                "loss": 0.1,
+                "calibration_error": 0,
+            }
+            for m in ("resnet50", "densenet121")
+            for p in ("train", "validation", "test")
+            for s, v in enumerate(values)
+        ]
+    )
+    table = experiments.sensitivity.accuracy_table(runs)
+    assert len(table) == 6 and table["accuracy"].to_numpy() == pytest.approx(0.9)
+    assert (table["high"] == 1).all() and table["low"].to_numpy() == pytest.approx(
+        0.9 - 4.302652729911275 * 0.1 / 3**0.5
+    )
+    figure = figures.sensitivity.accuracy(table)
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["ResNet50", "DenseNet121"]
+
+
+def test_outlier_figures_draw_every_image() -> None:
+    generator = np.random.default_rng(0)
+    loss = generator.exponential(size=200)
+    scores = pd.DataFrame(
+        {
+            "dataset": "digits", "model": "resnet50", "image": range(200), "label": np.arange(200) % 10, "predicted": 0,
+            "position": generator.uniform(0, 10, 200), "loss": loss, "ceiling": np.expm1(loss), "exact": np.expm1(loss),
+            "released": np.where(loss > 0.1, np.expm1(loss), 0), "rank": 9, "classes": 10,
+        }
+    )  # fmt: skip
+    figure = figures.sensitivity.outlier_ranking(scores)
+    left, middle, right = figure.axes
+    assert len(left.collections[0].get_offsets()) == len(middle.collections[0].get_offsets()) == 200
+    assert middle.get_yscale() == "log" and left.get_xlim() == (0, 10)
+    zeros = f"released = 0 ({(loss <= 0.1).mean():.0%})"
+    assert zeros in [text.get_text() for text in right.get_legend().get_texts()]
+    check = scores.assign(by_definition=scores["ceiling"] * 1.5)
+    summary = experiments.sensitivity.outlier_summary(scores, check).iloc[0]
+    assert summary["largest_gap_of_definition_to_ceiling"] == pytest.approx(0.5)
+    assert summary["released_zero_share"] == pytest.approx((loss <= 0.1).mean())
+    assert summary["full_rank_share"] == 1 and summary["top100_exact_in_loss"] == 100

@@ -7,11 +7,14 @@ Stability (Zheng et al. 2016, arXiv 1604.04326): ``stability_loss``, ``embedding
 
 from influence.measures import Exact, Influence, Regularised, Released, first_order_influence
 from influence.metric import MetricTensor, metric_tensor
+from influence.pixels import Patches
+from influence.scoring import read_scores, refine, score
 from influence.stability import embedding_stability_loss, gaussian_perturbation, stability_loss
 
 __all__ = [  # noqa: RUF022 (grouped by purpose)
     # the metric tensor
     "MetricTensor",
+    "Patches",
     "metric_tensor",
     # the influence measure and its estimators
     "Exact",
@@ -19,6 +22,10 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "Regularised",
     "Released",
     "first_order_influence",
+    # whole data sets
+    "read_scores",
+    "refine",
+    "score",
     # stability training
     "embedding_stability_loss",
     "gaussian_perturbation",

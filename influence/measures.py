@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from influence.checks import require_labels
+from influence.kernels.backend import using
 from influence.kernels.cholesky import Factor, pivoted_cholesky
+from influence.kernels.jacobi import small_svd
+from influence.kernels.pivots import decide
 from influence.kernels.projection import weighted_projection
 from influence.metric import MetricTensor, default_rtol
 
@@ -125,7 +128,11 @@ class Influence:
 
 
 def first_order_influence(
-    metric: MetricTensor, labels: Tensor | Sequence[int] | None = None, *, estimator: Estimator | None = None
+    metric: MetricTensor,
+    labels: Tensor | Sequence[int] | None = None,
+    *,
+    estimator: Estimator | None = None,
+    backend: str = "auto",
 ) -> Influence:
     r"""First-order influence of the perturbation on the loss f = -log P_y of each example.
 
@@ -138,13 +145,14 @@ def first_order_influence(
         metric: From ``metric_tensor``.
         labels: ``(N,)`` integer classes y; None takes the predicted class.
         estimator: ``Exact()`` (the default), ``Released(epsilon)`` or ``Regularised(lam)``.
+        backend: Kernels for the rank decision: "auto", "torch" or "triton", see ``kernels.backend.using``.
 
     Returns:
         The influence.
 
     Raises:
         TypeError: If the labels are not integers or the estimator is none of the three.
-        ValueError: If there are not N labels or one is outside ``0..K-1``.
+        ValueError: If there are not N labels or one is outside ``0..K-1``, or for an unknown backend.
 
     Example:
         >>> from influence.metric import metric_tensor
@@ -169,7 +177,8 @@ def first_order_influence(
         dtype=metric.dtype,
     )
     rtol = estimator.rtol if isinstance(estimator, Exact) else None
-    exact = _exact(flat, default_rtol(metric.dtype, classes=classes) if rtol is None else rtol)
+    with using(backend):
+        exact = _exact(flat, default_rtol(metric.dtype, classes=classes) if rtol is None else rtol)
     if isinstance(estimator, Released):
         fi, rank, near = _released(flat, estimator.epsilon)
     elif isinstance(estimator, Regularised):
@@ -219,18 +228,19 @@ def _log_ceiling(log_probs: Tensor, labels: Tensor) -> Tensor:
 
 
 def _exact(problems: _Problems, rtol: float) -> _ExactValues:
+    """Rank first; the closed form at full rank; a factor for what is left."""
     classes = problems.log_probs.shape[1]
-    factor = pivoted_cholesky(problems.contrast, rtol=rtol, max_rank=classes - 1)
-    full = factor.rank == classes - 1
-    fi = torch.where(full, problems.log_ceiling.exp(), 0.0)
+    decided, fi = decide(problems.contrast, problems.log_ceiling, rtol=rtol, max_rank=classes - 1)
+    full = decided.rank == classes - 1
     alignment = full.to(fi.dtype)
-    partial = (~full & (factor.rank > 0)).nonzero().squeeze(1)
+    partial = (~full & (decided.rank > 0)).nonzero().squeeze(1)
     if len(partial):
-        rows = factor.rows[partial]
-        cut = (rtol * factor.largest[partial])[:, None]
-        fi[partial], alignment[partial] = _reach(problems[partial], rows, cut)
-    near = (factor.smallest < rtol * _PIVOT_BAND) | (factor.refused * _PIVOT_BAND > rtol)
-    return _ExactValues(fi=fi, alignment=alignment, rank=factor.rank, near=near & (factor.largest > 0))
+        left = problems[partial]
+        factor = pivoted_cholesky(left.contrast, rtol=rtol, max_rank=classes - 1)
+        cut = (rtol * factor.largest)[:, None]
+        fi[partial], alignment[partial] = _reach(left, factor.rows, cut)
+    near = (decided.smallest < rtol * _PIVOT_BAND) | (decided.refused * _PIVOT_BAND > rtol)
+    return _ExactValues(fi=fi, alignment=alignment, rank=decided.rank, near=near & (decided.largest > 0))
 
 
 def _reach(problems: _Problems, rows: Tensor, cut: Tensor, *, penalty: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -286,7 +296,7 @@ def _released(problems: _Problems, epsilon: float) -> tuple[Tensor, Tensor, Tens
     root = (0.5 * problems.log_probs).exp()
     weights = probs / (root + epsilon)
     scores = factor.rows - probs[:, None] @ factor.rows
-    left, singular, _ = torch.linalg.svd(weights[..., None] * scores, full_matrices=False)
+    left, singular = small_svd(weights[..., None] * scores)
     label = problems.labels[:, None]
     kept = singular > epsilon
     row = left.gather(1, label[..., None].expand(-1, 1, left.shape[2])).squeeze(1)

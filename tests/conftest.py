@@ -16,7 +16,7 @@ from workspace import Workspace
 
 def pytest_configure() -> None:
     # Two cores are shared with the kernels of the notebooks; small tensors gain nothing from more.
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from influence.kernels.cholesky import pivoted_cholesky
+from influence.kernels.jacobi import jacobi_eigvals, jacobi_svd, rounds
+from influence.kernels.pivots import pivots
 from influence.kernels.projection import weighted_projection
 
 
@@ -57,3 +59,47 @@ def test_projection_equals_least_squares() -> None:
         assert unexplained[i].item() == pytest.approx(
             ((root * target[i]).square().sum() - shown).item(), rel=1e-10, abs=0
         )
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 33])
+@pytest.mark.parametrize("rtol", [1e-12, 1e-2])
+def test_pivots_are_those_of_the_factor(classes: int, rtol: float) -> None:
+    grams = []
+    for rank in [*range(classes)] * 8:
+        a = torch.randn(classes, rank, generator=generator(len(grams)), dtype=torch.float64) * 10.0 ** (rank % 5 - 3)
+        grams.append(a @ a.T)
+    gram = torch.stack(grams)
+    ours, other = (f(gram, rtol=rtol, max_rank=classes - 1) for f in (pivots, pivoted_cholesky))
+    assert torch.equal(ours.rank, other.rank)
+    torch.testing.assert_close(ours.largest, other.largest, rtol=0, atol=0)
+    torch.testing.assert_close(ours.smallest, other.smallest, rtol=1e-8, atol=0)
+    torch.testing.assert_close(ours.refused, other.refused, rtol=1e-8, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(50, 9, 9), (7, 6, 1), (300, 5, 4), (3, 40, 23), (0, 4, 4), (2, 4, 0)])
+def test_jacobi_against_lapack(shape: tuple[int, int, int]) -> None:
+    matrix = torch.randn(shape, generator=generator(), dtype=torch.float64)
+    left, values = jacobi_svd(matrix)
+    torch.testing.assert_close(values.sort(descending=True).values, torch.linalg.svdvals(matrix), rtol=1e-12, atol=0)
+    unit = torch.eye(shape[2], dtype=torch.float64).expand(shape[0], -1, -1)
+    torch.testing.assert_close(left.mT @ left, unit, rtol=0, atol=1e-12)
+    # The directions span what the matrix does, each with its own length.
+    torch.testing.assert_close((left * values.square()[:, None]) @ left.mT, matrix @ matrix.mT, rtol=1e-10, atol=1e-11)
+
+
+def test_jacobi_keeps_small_values_beside_large_ones() -> None:
+    core = torch.linalg.qr(torch.randn(4, 6, 6, generator=generator(), dtype=torch.float64))[0][:, :, :3]
+    scale = torch.tensor([1e12, 1.0, 1e-12], dtype=torch.float64)
+    values = jacobi_svd(core * scale)[1].sort(descending=True).values
+    torch.testing.assert_close(values, scale.expand(4, -1), rtol=1e-12, atol=0)
+    gram = core @ core.mT
+    torch.testing.assert_close(
+        jacobi_eigvals(gram).sort(descending=True).values, torch.tensor([1.0, 1, 1, 0, 0, 0]).double().expand(4, -1)
+    )
+
+
+@pytest.mark.parametrize("width", [0, 1, 2, 5, 8])
+def test_every_pair_meets_once(width: int) -> None:
+    met = [pair for first, second in rounds(width) for pair in zip(first, second, strict=True)]
+    assert sorted(tuple(sorted(pair)) for pair in met) == [(i, j) for i in range(width) for j in range(i + 1, width)]
+    assert all(len({*first, *second}) == 2 * len(first) for first, second in rounds(width))

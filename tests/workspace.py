@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +66,19 @@ class Workspace:
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """The command line `run`, in a process of its own."""
         command = [sys.executable, "-m", "influence.companion", "run", *arguments]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+
+        def hear_interrupts() -> None:
+            # A shell starts its background jobs deaf to Ctrl-C, and these tests may run in one.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ,
+            preexec_fn=hear_interrupts,
+        )
 
     def manifest(self, profile: str = "smoke") -> dict[str, Any]:
         """The rows of a profile; none before the first."""

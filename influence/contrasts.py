@@ -1,0 +1,72 @@
+"""The K - 1 contrasts of the logits with the predicted class, and the forward pass that they start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from influence.checks import require_logits
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What the logits of N examples say.
+
+    Attributes:
+        log_probs: ``(N, K)`` float64, log P.
+        order: ``(N, K)``, each example's classes in the order that ends with the predicted one.
+        dtype: Of the logits.
+    """
+
+    log_probs: Tensor
+    order: Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, logits: Tensor) -> Classes:
+        """Read off logits ``(N, K)``."""
+        log_probs = torch.log_softmax(logits.detach().double(), dim=1)
+        classes = logits.shape[1]
+        steps = torch.arange(1, classes + 1, device=logits.device)
+        return cls(log_probs, (log_probs.argmax(dim=1, keepdim=True) + steps) % classes, logits.dtype)
+
+    def __getitem__(self, example: int) -> Classes:
+        chosen = slice(example, example + 1)
+        return Classes(self.log_probs[chosen], self.order[chosen], self.dtype)
+
+    def seeds(self, dtype: torch.dtype) -> Tensor:
+        """Gradients of z_k - z_r for each of the K - 1 places k in ``order``, ``(K - 1, N, K)``."""
+        examples, classes = self.order.shape
+        seeds = torch.zeros(classes - 1, examples, classes, dtype=dtype, device=self.order.device)
+        seeds.scatter_(2, self.order[:, -1:].expand(classes - 1, -1, -1), -1.0)
+        return seeds.scatter_(2, self.order[:, :-1].T[..., None], 1.0)
+
+    def embed(self, small: Tensor) -> Tensor:
+        """Put ``(N, B, K-1, K-1)`` Grams at their classes: ``(N, B, K, K)`` with zeros for the predicted class."""
+        padded = torch.nn.functional.pad(small, (0, 1, 0, 1))
+        back = self.order.argsort(dim=1)
+        example = torch.arange(len(back), device=back.device)[:, None, None]
+        # Two indices round a slice put the blocks last.
+        return padded[example, :, back[:, :, None], back[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def forward(model: Callable[[Tensor], object], x: Tensor) -> Tensor:
+    """Logits ``(N, K)`` with a graph.
+
+    Args:
+        model: The model.
+        x: ``(N, ...)``; the model gets a copy, which it may spoil.
+
+    Raises:
+        RuntimeError: If the logits carry no gradient.
+    """
+    logits = require_logits(model(x.clone()), examples=x.shape[0])
+    if not logits.requires_grad:
+        raise RuntimeError(
+            "the logits carry no gradient: the model detaches them, runs under no_grad, or does not use what is "
+            "perturbed. Remove the detach or the decorator, or perturb something the logits depend on."
+        )
+    return logits

@@ -1,0 +1,145 @@
+"""Perturbations of the input: all of it, or each k x k patch of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from influence.contrasts import Classes, forward
+from influence.kernels.projected import products
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Every k x k patch of an image is a perturbation of its own (Shu & Zhu 2019, setup 4).
+
+    A patch is centred on a pixel and clipped at the border; for an even size the centre is the pixel above and left of
+    its middle. The blocks are named after what they are, such as "3x3 patch, channel 0, row 4, column 7", in the order
+    of sizes, channels, rows and columns.
+
+    Attributes:
+        size: k, or several, which share the Jacobian.
+        per_channel: Whether each colour channel has patches of its own; else one patch covers all channels.
+        stride: Pixels from one centre to the next, along rows and columns.
+    """
+
+    size: int | Sequence[int] = 3
+    per_channel: bool = True
+    stride: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse sizes and strides below 1."""
+        if not self.sizes or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in self.sizes):
+            raise ValueError(f"size must be a whole number >= 1 or several of them, got {self.size!r}.")
+        if len(set(self.sizes)) < len(self.sizes):
+            raise ValueError(f"size must list each size once, got {self.size!r}.")
+        if isinstance(self.stride, bool) or not isinstance(self.stride, int) or self.stride < 1:
+            raise ValueError(f"stride must be a whole number >= 1, got {self.stride!r}.")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """All sizes."""
+        return tuple(self.size) if isinstance(self.size, Sequence) else (self.size,)
+
+    def blocks(self, shape: Sequence[int]) -> dict[str, int]:
+        """Names and numbers of entries of all patches of an image ``(C, H, W)``.
+
+        Raises:
+            ValueError: If the shape is not that of an image.
+        """
+        if len(shape) != 3:
+            raise ValueError(
+                f"Patches need images x of shape (N, C, H, W), got {len(shape) + 1} dimensions. Use x[:, None] for "
+                "images without a channel dimension."
+            )
+        channels, height, width = shape
+        named = [f"channel {c}" for c in range(channels)] if self.per_channel else ["all channels"]
+        depth = 1 if self.per_channel else channels
+        result = {}
+        for k in self.sizes:
+            rows, columns = (_covered(k, side, self.stride) for side in (height, width))
+            result.update(
+                {
+                    f"{k}x{k} patch, {channel}, row {r}, column {c}": depth * tall * wide
+                    for channel in named
+                    for r, tall in rows
+                    for c, wide in columns
+                }
+            )
+        return result
+
+    def grams(self, jacobian: Tensor) -> Tensor:
+        """Gram of each patch by box filters over the pixels' own Grams.
+
+        Args:
+            jacobian: ``(N, m, C, H, W)`` rows of the contrasts.
+
+        Returns:
+            ``(N, B, m, m)`` float64.
+        """
+        examples, classes = jacobian.shape[:2]
+        upper = torch.triu_indices(classes, classes, device=jacobian.device)
+        full = jacobian.new_zeros(classes, classes, dtype=torch.int64)
+        full[upper[0], upper[1]] = torch.arange(upper.shape[1], device=jacobian.device)
+        full = torch.maximum(full, full.T)
+        blocks = []
+        for example in jacobian:
+            # A pair of classes is an image, and a patch of it a sum: never a difference, which would lose digits.
+            wide = example.double()
+            pairs = wide[upper[0]] * wide[upper[1]]
+            if not self.per_channel:
+                pairs = pairs.sum(dim=1, keepdim=True)
+            sums = torch.cat([_box(pairs, k, self.stride).flatten(1) for k in self.sizes], dim=1)
+            blocks.append(sums.T[:, full])
+        return torch.stack(blocks).view(examples, -1, classes, classes)
+
+
+def _covered(size: int, side: int, stride: int) -> list[tuple[int, int]]:
+    """Centres along a side, each with the pixels that its patch covers."""
+    before, after = (size - 1) // 2, size // 2
+    return [(c, min(side, c + after + 1) - max(0, c - before)) for c in range(0, side, stride)]
+
+
+def _box(images: Tensor, size: int, stride: int) -> Tensor:
+    """Sums over clipped windows, rows first, then columns: ``(..., H, W)`` to ``(..., rows, columns)``."""
+    for axis in (-2, -1):
+        side = images.shape[axis]
+        before, after = (size - 1) // 2, size // 2
+        padding = (before, after) if axis == -1 else (0, 0, before, after)
+        padded = F.pad(images, padding)
+        index = torch.arange(0, side, stride, device=images.device)
+        images = padded.index_select(axis, index)
+        for shift in range(1, size):
+            images += padded.index_select(axis, index + shift)
+    return images
+
+
+def input_grams(model: nn.Module, x: Tensor, patches: Patches | None) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Contrast Grams of the input, or of its patches.
+
+    Args:
+        model: The model.
+        x: ``(N, ...)``.
+        patches: None for all of it.
+
+    Returns:
+        log P ``(N, K)``, the Grams ``(N, B, K, K)`` and the dtype of the logits.
+    """
+    # Examples are independent: one backward of the summed contrasts gives every example its own row.
+    leaf = x.detach().clone().requires_grad_()
+    logits = forward(model, leaf)
+    classes = Classes.of(logits)
+    seeds = classes.seeds(logits.dtype)
+    rows = []
+    for k, seed in enumerate(seeds):
+        (grad,) = torch.autograd.grad(
+            logits, leaf, seed, retain_graph=k < len(seeds) - 1, allow_unused=True, materialize_grads=True
+        )
+        rows.append(grad.detach())
+    jacobian = torch.stack(rows, dim=1)
+    gram = products(jacobian.flatten(2))[:, None] if patches is None else patches.grams(jacobian)
+    return classes.log_probs, classes.embed(gram), classes.dtype

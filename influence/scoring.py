@@ -1,0 +1,289 @@
+"""Score a whole data set: stream a loader through metric and measure into a table, shard by shard."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
+from tqdm.auto import tqdm
+
+from influence.checks import require_deterministic
+from influence.measures import Estimator, Exact, Influence, Released, first_order_influence
+from influence.memory import in_chunks
+from influence.metric import metric_tensor
+from influence.pixels import Patches
+
+Wrt = str | Sequence[str] | Patches
+_RUN = "_run.json"
+# Fixed, not read off the free memory: the last digits of a Gram depend on it.
+_CHUNK = 32
+
+
+def score(
+    model: nn.Module,
+    loader: Iterable[Any],
+    path: str | Path = "scores",
+    *,
+    wrt: Wrt = "input",
+    estimator: Estimator | None = None,
+    use_labels: bool = True,
+    batches_per_shard: int = 8,
+    chunk_size: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Compute the influence of every example of a loader and write it to a folder of Parquet files.
+
+    Each file holds some consecutive batches and appears whole or not at all, so that a run that was interrupted goes on
+    where it stopped. Under ``torchrun`` each process takes every n-th file; they need not talk to one another, and any
+    number of them, at any time, with as many threads each, makes the same files byte for byte.
+
+    Args:
+        model: As for ``metric_tensor``; batches are moved to its device.
+        loader: Yields ``x`` or ``(x, labels, ...)``, each time in the same order.
+        path: The folder; ``read_scores`` or ``pandas.read_parquet`` read it.
+        wrt: As for ``metric_tensor``.
+        estimator: As for ``first_order_influence``. What ``Released`` finds near its cut is computed again in float64.
+        use_labels: Whether to take the loader's labels; else the predicted classes.
+        batches_per_shard: Batches in one file.
+        chunk_size: Examples computed at once. None: 32, and half of it again each time memory runs out.
+        progress: Whether to show a bar.
+
+    Returns:
+        The folder. Its columns are those of ``Influence.to_dataframe``, with trace and lambda_max of the metric tensor;
+        ``example`` counts from the loader's first.
+
+    Raises:
+        ValueError: If the loader shuffles, the folder holds another run's scores, or a number is below 1.
+
+    Example:
+        >>> import tempfile
+        >>> loader = DataLoader(torch.zeros(6, 5), batch_size=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     table = read_scores(score(nn.Linear(5, 3), loader, folder, progress=False))
+        >>> len(table)
+        6
+    """
+    for name, value in (("batches_per_shard", batches_per_shard), ("chunk_size", chunk_size)):
+        if value is not None and (isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
+        raise ValueError(
+            "loader must go through the data in the same order each time, got shuffle=True. Switch it off."
+        )
+    require_deterministic(model)
+    estimator = Exact() if estimator is None else estimator
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim(
+        folder,
+        {
+            "model": _fingerprint(model),
+            "wrt": list(wrt) if isinstance(wrt, list | tuple) else repr(wrt),
+            "estimator": repr(estimator),
+            "use_labels": use_labels,
+            "batches_per_shard": batches_per_shard,
+            "chunk_size": chunk_size,
+            "batch_size": getattr(loader, "batch_size", None),
+        },
+    )
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+
+    def mine(shard: int) -> bool:
+        return shard % world == rank and not _file(folder, shard).exists()
+
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    bar = tqdm(desc=f"scores {rank + 1}/{world}" if world > 1 else "scores", unit="example", disable=not progress)
+    with bar:
+        rows: list[pd.DataFrame] = []
+        for shard, start, batch, last in _batches(loader, batches_per_shard, mine):
+            x, labels = _unpack(batch, use_labels)
+            rows.append(_scored(model, x.to(device), labels, wrt, estimator, chunk_size, start))
+            bar.update(len(x))
+            if last:
+                table = pd.concat(rows, ignore_index=True)
+                rows = []
+                _atomically(_file(folder, shard), partial(table.to_parquet, index=False))
+    return folder
+
+
+def read_scores(path: str | Path) -> pd.DataFrame:
+    """Read what ``score`` wrote, sorted by example.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        One row for each example and block.
+
+    Raises:
+        ValueError: If there are no scores, or a file is missing between others.
+    """
+    files = sorted(Path(path).glob("part-*.parquet"))
+    if not files:
+        raise ValueError(f"{path} holds no scores. Run influence.score(model, loader, {str(path)!r}).")
+    missing = [i for i, file in enumerate(files) if file != _file(Path(path), i)]
+    if missing:
+        raise ValueError(f"{path} lacks file {_file(Path(path), missing[0]).name}. Run influence.score again to go on.")
+    return pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
+
+
+def refine(
+    result: Influence,
+    model: nn.Module,
+    x: Tensor,
+    *,
+    wrt: Wrt = "input",
+    estimator: Estimator | None = None,
+    chunk_size: int | None = None,
+) -> Influence:
+    """Compute again in float64 the examples that lie near a cut.
+
+    Args:
+        result: From ``first_order_influence``.
+        model: The model; a float64 copy of it does the work.
+        x: ``(N, ...)``, what ``result`` was computed for.
+        wrt: As for ``metric_tensor``.
+        estimator: As for ``first_order_influence``.
+        chunk_size: As for ``metric_tensor``.
+
+    Returns:
+        The result with these examples replaced.
+    """
+    chosen = result.near_cut.any(dim=1).nonzero().squeeze(1)
+    if not len(chosen):
+        return result
+    near = x[chosen.to(x.device)]
+    near = near.double() if near.is_floating_point() else near
+    metric = metric_tensor(copy.deepcopy(model).double(), near, wrt=wrt, chunk_size=chunk_size)
+    better = first_order_influence(metric, result.labels[chosen], estimator=estimator)
+    fields = {}
+    for name in ("fi", "alignment", "rank", "near_cut", "ceiling"):
+        fields[name] = getattr(result, name).clone()
+        fields[name][chosen] = getattr(better, name)
+    return replace(result, **fields)
+
+
+def _scored(
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor | None,
+    wrt: Wrt,
+    estimator: Estimator,
+    chunk_size: int | None,
+    start: int,
+) -> pd.DataFrame:
+    """Rows of one batch whose first example has the number ``start``."""
+    done = 0
+    rows = []
+
+    def compute(part: Tensor) -> tuple[Influence, Tensor, Tensor, int]:
+        metric = metric_tensor(model, part, wrt=wrt, chunk_size=len(part))
+        given = None if labels is None else labels[done : done + len(part)]
+        result = first_order_influence(metric, given, estimator=estimator)
+        if isinstance(estimator, Released):
+            result = refine(result, model, part, wrt=wrt, estimator=estimator, chunk_size=len(part))
+        return result, metric.trace(), metric.lambda_max(), len(part)
+
+    for result, trace, largest, count in in_chunks(compute, x, chunk_size or _CHUNK, may_halve=chunk_size is None):
+        table = result.to_dataframe()
+        table["example"] += start + done
+        table["trace"], table["lambda_max"] = trace.cpu().flatten().numpy(), largest.cpu().flatten().numpy()
+        rows.append(table)
+        done += count
+    return pd.concat(rows, ignore_index=True)
+
+
+def _batches(
+    loader: Iterable[Any], per_shard: int, mine: Callable[[int], bool]
+) -> Iterator[tuple[int, int, Any, bool]]:
+    """Yield the batches of the shards that are ours.
+
+    Yields:
+        Shard, number of the batch's first example, the batch, and whether it is the shard's last.
+    """
+    if isinstance(loader, DataLoader) and loader.batch_sampler is not None and hasattr(loader.dataset, "__getitem__"):
+        # Batches of other shards are not even loaded.
+        indices = [list(batch) for batch in loader.batch_sampler]
+        starts = [0]
+        for batch in indices:
+            starts.append(starts[-1] + len(batch))
+        chosen = [i for i in range(len(indices)) if mine(i // per_shard)]
+        part = DataLoader(
+            loader.dataset,
+            batch_sampler=[indices[i] for i in chosen],
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+        )
+        for i, batch in zip(chosen, part, strict=True):
+            yield i // per_shard, starts[i], batch, i + 1 == len(indices) or (i + 1) % per_shard == 0
+        return
+    start, waiting = 0, None
+    for i, batch in enumerate(loader):
+        if waiting is not None:
+            # Whether a batch is the last shows only when the next one comes.
+            yield (*waiting, i % per_shard == 0)
+        waiting = (i // per_shard, start, batch) if mine(i // per_shard) else None
+        start += len(_unpack(batch, False)[0])
+    if waiting is not None:
+        yield (*waiting, True)
+
+
+def _unpack(batch: Any, use_labels: bool) -> tuple[Tensor, Tensor | None]:
+    if isinstance(batch, Tensor):
+        return batch, None
+    if not isinstance(batch, list | tuple) or not batch or not isinstance(batch[0], Tensor):
+        raise ValueError(
+            f"loader must yield x or (x, labels, ...), got {type(batch).__name__}. Use a collate_fn that returns these."
+        )
+    return batch[0], torch.as_tensor(batch[1]) if use_labels and len(batch) > 1 else None
+
+
+def _file(folder: Path, shard: int) -> Path:
+    return folder / f"part-{shard:06d}.parquet"
+
+
+def _fingerprint(model: nn.Module) -> str:
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _claim(folder: Path, key: dict[str, Any]) -> None:
+    """Refuse a folder of other scores, mark an empty one as ours."""
+    text = json.dumps(key, indent=1, sort_keys=True)
+    mark = folder / _RUN
+    if mark.exists() and mark.read_text() != text:
+        before = json.loads(mark.read_text())
+        changed = [name for name in key if before.get(name) != key[name]]
+        raise ValueError(
+            f"{folder} holds scores of another run, with other {', '.join(changed)}. Choose another path or delete it."
+        )
+    _atomically(mark, lambda part: part.write_text(text))
+
+
+def _atomically(path: Path, write: Callable[[Path], object]) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,150 @@
+"""Scores of a data set: the same table however the work was cut, shared or interrupted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import influence
+
+WORKER = """
+import os, signal, sys
+import torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+from test_scoring import data, network
+import influence, influence.scoring as scoring
+
+if os.environ.get("KILLED", "no") == os.environ.get("RANK"):
+    write = scoring._atomically
+    def once(path, writer):
+        write(path, writer)
+        if path.suffix == ".parquet":
+            os.kill(os.getpid(), signal.SIGKILL)
+    scoring._atomically = once
+influence.score(network(), data(), sys.argv[1], wrt="layers", batches_per_shard=2, progress=False)
+"""
+
+
+def network() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).eval()
+
+
+def data(count: int = 29, batch_size: int = 3) -> DataLoader:
+    x = torch.randn(count, 6, generator=torch.Generator().manual_seed(1))
+    return DataLoader(TensorDataset(x, torch.arange(count) % 4), batch_size=batch_size)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_table_is_that_of_the_measures(tmp_path: Path) -> None:
+    table = influence.read_scores(influence.score(network(), data(), tmp_path, wrt="layers", progress=False))
+    x, labels = data().dataset.tensors
+    metric = influence.metric_tensor(network(), x, wrt="layers")
+    expected = influence.first_order_influence(metric, labels).to_dataframe()
+    expected["trace"], expected["lambda_max"] = metric.trace().flatten(), metric.lambda_max().flatten()
+    pd.testing.assert_frame_equal(table, expected, rtol=1e-5)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path), table)
+
+
+@pytest.mark.parametrize("use_labels", [True, False])
+def test_any_iterable_of_batches(tmp_path: Path, use_labels: bool) -> None:
+    options = {"wrt": "layers", "batches_per_shard": 3, "progress": False, "use_labels": use_labels}
+    first = influence.score(network(), data(), tmp_path / "loader", **options)
+    second = influence.score(network(), list(data()), tmp_path / "list", **options)
+    files = [{k: v for k, v in contents(folder).items() if k != "_run.json"} for folder in (first, second)]
+    assert len(files[0]) == 4
+    assert files[0] == files[1]
+
+
+def test_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    options = {"wrt": "input", "batches_per_shard": 2, "progress": False}
+    whole = contents(influence.score(network(), data(), tmp_path / "whole", **options))
+    folder = influence.score(network(), data(), tmp_path / "part", **options)
+    (folder / "part-000001.parquet").unlink()
+    with pytest.raises(ValueError, match=r"lacks file part-000001"):
+        influence.read_scores(folder)
+    kept = (folder / "part-000003.parquet").stat().st_mtime_ns
+    influence.score(network(), data(), folder, **options)
+    assert contents(folder) == whole
+    assert (folder / "part-000003.parquet").stat().st_mtime_ns == kept
+
+
+def test_another_run_is_refused(tmp_path: Path) -> None:
+    influence.score(network(), data(), tmp_path, progress=False)
+    with pytest.raises(ValueError, match="another run, with other wrt"):
+        influence.score(network(), data(), tmp_path, wrt="layers", progress=False)
+    other = network()
+    nn.init.zeros_(other[0].bias)
+    with pytest.raises(ValueError, match="with other model"):
+        influence.score(other, data(), tmp_path, progress=False)
+
+
+def test_errors(tmp_path: Path) -> None:
+    shuffled = DataLoader(torch.zeros(4, 6), shuffle=True)
+    with pytest.raises(ValueError, match="shuffle"):
+        influence.score(network(), shuffled, tmp_path)
+    with pytest.raises(ValueError, match="batches_per_shard"):
+        influence.score(network(), data(), tmp_path, batches_per_shard=0)
+    with pytest.raises(ValueError, match="loader must yield"):
+        influence.score(network(), [{"x": 1}], tmp_path, progress=False)
+    with pytest.raises(ValueError, match="no scores"):
+        influence.read_scores(tmp_path / "nowhere")
+
+
+def test_released_near_its_cut_is_computed_in_double_precision(tmp_path: Path) -> None:
+    model, x = network(), data().dataset.tensors[0]
+    estimator = influence.Released(1e-3)
+    exact = influence.metric_tensor(network().double(), x.double())
+    result = influence.first_order_influence(influence.metric_tensor(model, x), estimator=estimator)
+    marked = torch.zeros_like(result.near_cut)
+    marked[[2, 7]] = True
+    spoiled = influence.Influence(
+        result.fi + 1, result.ceiling, result.alignment, result.rank, marked, result.labels, result.blocks
+    )
+    better = influence.refine(spoiled, model, x, estimator=estimator)
+    truth = influence.first_order_influence(exact, result.labels, estimator=estimator)
+    torch.testing.assert_close(better.fi[[2, 7]], truth.fi[[2, 7]], rtol=1e-12, atol=0)
+    assert torch.equal(better.fi[3:7], spoiled.fi[3:7])
+    assert not better.near_cut[[2, 7]].any()
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_two_processes_one_of_them_killed(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(tests=str(Path(__file__).parent)))
+    root = str(Path(influence.__file__).parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+
+    def run(command: list[str], **extra: str) -> int:
+        done = subprocess.run(
+            [*command, str(script), str(tmp_path / "two" if "-m" in command else tmp_path / "one")],
+            env={**environment, **extra},
+            capture_output=True,
+            timeout=300,
+            check=False,
+        )
+        return done.returncode
+
+    assert run([sys.executable]) == 0
+    whole = contents(tmp_path / "one")
+    assert len(whole) == 6
+    assert run(launch, KILLED="1") != 0
+    part = contents(tmp_path / "two")
+    assert "part-000001.parquet" in part
+    assert "part-000003.parquet" not in part  # of the process that was killed
+    assert run(launch) == 0
+    assert contents(tmp_path / "two") == whole

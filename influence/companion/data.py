@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -89,9 +90,9 @@ class Dataset:
         _, c, h, w = self.train.images.shape
         return c, h, w
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """Sha256 over pixels, labels and positions of the three parts."""
+        """Sha256 over pixels, labels and positions of the three parts; hashed once, since every key asks for it."""
         sha = hashlib.sha256()
         for part in (self.train, self.valid, self.test):
             for tensor in (part.images, part.labels, part.index):

@@ -54,8 +54,7 @@ def jpeg_quality(
         images: how many test images, drawn at random; None for all.
 
     Returns:
-        One row per seed, arm and distortion ("original" or "jpeg-q"): quality (100 for the original as well), n,
-        precision_at_1.
+        One row per seed, arm and distortion ("original" or "jpeg-q"): n (images), precision_at_1.
     """
     everything = dataset(run, dataset_name)
     split = everything.test.sample(images)

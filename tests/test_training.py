@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from influence.companion import data, recipes, training
+from influence.companion import data, finetuning, recipes, training
 
 TINY = training.Recipe("resnet50", 0.05, 20, ((1, 3e-3), (2, 1e-3)), batch_size=64, dropout=0.1, seed=4)
 
@@ -44,7 +44,7 @@ def test_trained_once_then_loaded(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     first = training.fit(TINY, digits)
     assert not first.model.training and [row["epoch"] for row in first.history] == [1, 2, 3]
     assert [row["lr"] for row in first.history] == [3e-3, 1e-3, 1e-3]
-    monkeypatch.setattr(training, "_epoch", None)  # a second training would fail
+    monkeypatch.setattr(training, "train_epoch", None)  # a second training would fail
     again = training.fit(TINY, digits)
     assert again.key == first.key and again.history == first.history and same(weights(again), weights(first))
     assert not list(cache.rglob("*.resume.pt"))
@@ -76,7 +76,7 @@ KILLED = """
 import os, signal
 from influence.companion import data, training
 from influence.companion.training import Recipe
-epoch, count = training._epoch, 0
+epoch, count = training.train_epoch, 0
 
 def dying(*arguments):
     global count
@@ -85,7 +85,7 @@ def dying(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return epoch(*arguments)
 
-training._epoch = dying
+training.train_epoch = dying
 training.fit({recipe!r}, data.load("digits"))
 """
 
@@ -104,8 +104,8 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_weights(
     (state,) = (tmp_path / "killed").rglob("*.resume.pt")
     assert torch.load(state, weights_only=True)["epoch"] == 2
     epochs = []
-    epoch = training._epoch
-    monkeypatch.setattr(training, "_epoch", lambda *a: epochs.append(a[-1]) or epoch(*a))
+    epoch = training.train_epoch
+    monkeypatch.setattr(training, "train_epoch", lambda *a: epochs.append(a[-1]) or epoch(*a))
     resumed = training.fit(TINY, digits)
     assert epochs == [2], "finished epochs are not done again"
     assert same(weights(resumed), weights(whole)) and resumed.history == whole.history
@@ -115,10 +115,10 @@ def test_arms_share_base_images_and_noise(cache: Path) -> None:
     digits = data.load("digits")
     base = weights(training.fit(TINY, digits))
     one_step = {"steps": 1, "learning_rate": 1e-3}
-    control = training.finetune(TINY, training.Arm("control", **one_step), digits)
-    weightless = training.finetune(TINY, training.Arm("stability", alpha=0.0, **one_step), digits)
-    stable = training.finetune(TINY, training.Arm("stability", alpha=10.0, **one_step), digits)
-    augmented = training.finetune(TINY, training.Arm("augmentation", **one_step), digits)
+    control = finetuning.finetune(TINY, finetuning.Arm("control", **one_step), digits)
+    weightless = finetuning.finetune(TINY, finetuning.Arm("stability", alpha=0.0, **one_step), digits)
+    stable = finetuning.finetune(TINY, finetuning.Arm("stability", alpha=10.0, **one_step), digits)
+    augmented = finetuning.finetune(TINY, finetuning.Arm("augmentation", **one_step), digits)
     assert not same(weights(control), base)
     for key, value in weights(weightless).items():  # the same gradient, through another graph
         torch.testing.assert_close(value, weights(control)[key], rtol=0, atol=2e-4)

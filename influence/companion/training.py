@@ -1,7 +1,6 @@
 """Train the companion's networks: deterministic, resumable epoch by epoch, cached by the hash of what made them.
 
-`fit` trains a classifier as Shu & Zhu (2019) do. `finetune` continues one with the objective of Zheng et al. (2016) or
-with one of the two controls that it has to be compared with.
+`fit` trains a classifier as Shu & Zhu (2019) do; `finetuning` continues one as Zheng et al. (2016) do.
 """
 
 from __future__ import annotations
@@ -21,8 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-
-import influence
 
 from . import cache, models, paths
 from .data import Dataset, Split
@@ -56,33 +53,6 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One way of continuing a trained network; every arm of an experiment shares base, steps, order and noise.
-
-    The network stays in evaluation mode: batch-normalisation statistics fixed, no dropout, so that the two branches of
-    the stability loss differ by the noise alone.
-
-    Attributes:
-        objective: "control" (task loss, clean images), "augmentation" (task loss, noisy images) or "stability" (task
-            loss on clean images + alpha * divergence between clean and noisy outputs).
-        steps: optimiser steps (Adam).
-        learning_rate: of Adam.
-        sigma: standard deviation of the Gaussian noise on pixels in [0, 1].
-        alpha: weight of the stability loss.
-        divergence: "kl" or "ce".
-        batch_size: images a step.
-    """
-
-    objective: Literal["control", "augmentation", "stability"]
-    steps: int
-    learning_rate: float
-    sigma: float = 0.04
-    alpha: float = 0.0
-    divergence: Literal["kl", "ce"] = "kl"
-    batch_size: int = 128
-
-
-@dataclass(frozen=True)
 class Trained:
     """A network in evaluation mode with the key of its checkpoint.
 
@@ -104,24 +74,11 @@ def fit(recipe: Recipe, dataset: Dataset, *, device: torch.device | str = "cpu")
 
     Interrupted, it goes on from the last finished epoch and ends with the same weights.
     """
-    key = cache.fingerprint({"recipe": asdict(recipe), "data": dataset.digest, "code": _code()})
+    key = cache.fingerprint({"recipe": asdict(recipe), "data": dataset.digest, "code": code()})
     name = f"{dataset.name}-{recipe.model}-{recipe.seed}-{key[:16]}"
-    model = _fresh(recipe, dataset).to(device)
-    stored = _stored(name, model, device)
-    if stored is None:
-        stored = _train(recipe, dataset, model, torch.device(device), name)
-    return Trained(model.eval(), key, *stored)
-
-
-def finetune(recipe: Recipe, arm: Arm, dataset: Dataset, *, device: torch.device | str = "cpu") -> Trained:
-    """Continue the classifier of `recipe` with the objective of `arm` for a fixed number of steps."""
-    base = fit(recipe, dataset, device=device)
-    key = cache.fingerprint({"base": base.key, "arm": asdict(arm), "code": _code()})
-    name = f"{dataset.name}-{recipe.model}-{recipe.seed}-{arm.objective}-{key[:16]}"
-    stored = _stored(name, base.model, device)
-    if stored is None:
-        stored = _continue(recipe, arm, dataset, base.model, torch.device(device), name)
-    return Trained(base.model.eval(), key, *stored)
+    model = fresh(recipe, dataset).to(device)
+    record = stored(name, model, device) or _train(recipe, dataset, model, torch.device(device), name)
+    return Trained(model.eval(), key, *record)
 
 
 @torch.inference_mode()
@@ -138,15 +95,15 @@ def pixels(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
 # -- what one call does -----------------------------------------------------------------------------------------------
 
 
-_Record = tuple[list[dict[str, float]], float]  # history, seconds
+Record = tuple[list[dict[str, float]], float]  # history, seconds
 
 
-def _train(recipe: Recipe, dataset: Dataset, model: nn.Module, device: torch.device, name: str) -> _Record:
+def _train(recipe: Recipe, dataset: Dataset, model: nn.Module, device: torch.device, name: str) -> Record:
     train = dataset.train.per_class(recipe.train_per_class)
-    optimizer = _adam(model, recipe.phases[0][1])
+    optimizer = adam(model, recipe.phases[0][1])
     last = len(recipe.phases) - 1
     schedule = [(phase, rate) for phase, (epochs, rate) in enumerate(recipe.phases) for _ in range(epochs)]
-    state_file = _folder() / f"{name}.resume.pt"
+    state_file = folder() / f"{name}.resume.pt"
     state: dict[str, Any] = {"epoch": 0, "best": None, "best_accuracy": -1.0, "history": [], "seconds": 0.0}
     if state_file.exists():
         state = torch.load(state_file, map_location=device, weights_only=True)
@@ -159,7 +116,7 @@ def _train(recipe: Recipe, dataset: Dataset, model: nn.Module, device: torch.dev
         start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = _epoch(recipe, train, model, optimizer, device, epoch)
+        loss = train_epoch(recipe, train, model, optimizer, device, epoch)
         accuracy = _accuracy(model, dataset.valid, device)
         state["history"].append({"epoch": epoch + 1, "lr": rate, "loss": loss, "valid_accuracy": accuracy})
         if phase == last and accuracy > state["best_accuracy"]:
@@ -173,18 +130,19 @@ def _train(recipe: Recipe, dataset: Dataset, model: nn.Module, device: torch.dev
     bar.close()
     model.load_state_dict(state["best"])
     record = state["history"], state["seconds"]
-    _store(name, model, record, {"recipe": asdict(recipe), "data": dataset.digest})
+    store(name, model, record, {"recipe": asdict(recipe), "data": dataset.digest})
     state_file.unlink(missing_ok=True)
     return record
 
 
-def _epoch(
+def train_epoch(
     recipe: Recipe, train: Split, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, epoch: int
 ) -> float:
+    """One pass over `train` in the order of this seed and epoch; returns the mean loss."""
     model.train()
     total = 0.0
     with _seeded(recipe.seed, epoch, device):
-        for images, labels in _batches(train, recipe.batch_size, recipe.seed, epoch):
+        for images, labels in batches(train, recipe.batch_size, recipe.seed, epoch):
             x, y = pixels(images, device), labels.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
                 logits = model(x)
@@ -197,39 +155,8 @@ def _epoch(
     return total / len(train)
 
 
-def _continue(recipe: Recipe, arm: Arm, dataset: Dataset, model: nn.Module, device: torch.device, name: str) -> _Record:
-    start = time.perf_counter()
-    train = dataset.train.per_class(recipe.train_per_class)
-    optimizer = _adam(model, arm.learning_rate)
-    noise = torch.Generator(device).manual_seed(_mixed(recipe.seed, 10_000))
-    history: list[dict[str, float]] = []
-    steps = _endless(train, arm.batch_size, recipe.seed)
-    for step in tqdm(range(arm.steps), desc=f"{arm.objective} {recipe.seed}", unit="step", leave=False):
-        images, labels = next(steps)
-        x, y = pixels(images, device), labels.to(device)
-        # Drawn by every arm, so that step n of each sees the same images and the same noise.
-        noisy = influence.gaussian_perturbation(x, sigma=arm.sigma * 255, generator=noise, clip=(0, 255))
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            clean_logits = model(x) if arm.objective != "augmentation" else None
-            noisy_logits = model(noisy) if arm.objective != "control" else None
-        if clean_logits is None or noisy_logits is None:
-            logits = noisy_logits if clean_logits is None else clean_logits
-            assert logits is not None
-            loss = F.cross_entropy(logits.float(), y)
-        else:
-            loss = influence.stability_loss(
-                clean_logits.float(), noisy_logits.float(), y, alpha=arm.alpha, divergence=arm.divergence
-            )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        history.append({"step": step + 1, "loss": float(loss.detach())})
-    record = history, time.perf_counter() - start
-    _store(name, model, record, {"recipe": asdict(recipe), "arm": asdict(arm), "data": dataset.digest})
-    return record
-
-
-def _adam(model: nn.Module, rate: float) -> torch.optim.Adam:
+def adam(model: nn.Module, rate: float) -> torch.optim.Adam:
+    """Adam with the L2 penalty of the released code on the convolution kernels."""
     kernels: list[Tensor] = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
     chosen = {id(weight) for weight in kernels}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
@@ -244,44 +171,42 @@ def _accuracy(model: nn.Module, part: Split, device: torch.device) -> float:
 # -- order and randomness ---------------------------------------------------------------------------------------------
 
 
-def _mixed(*numbers: int) -> int:
+def mixed_seed(*numbers: int) -> int:
+    """A seed that differs for any other numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 2)
 
 
-def _batches(train: Split, size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(_mixed(seed, epoch)))
+def batches(train: Split, size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of one epoch, in an order that seed and epoch decide."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(mixed_seed(seed, epoch)))
     for rows in order.split(size):
         if len(rows) > 1:  # batch normalisation needs two
             yield train.images[rows], train.labels[rows]
-
-
-def _endless(train: Split, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    epoch = 20_000  # far from the epochs of `fit`, so that the order differs from theirs
-    while True:
-        yield from _batches(train, size, seed, epoch)
-        epoch += 1
 
 
 @contextmanager
 def _seeded(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
     """Seed PyTorch for one epoch and give the caller's random state back: resuming needs no stored state."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(_mixed(seed, epoch))
+        torch.manual_seed(mixed_seed(seed, epoch))
         yield
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def _code() -> str:
+def code() -> str:
+    """Hash of the code that decides a trained classifier."""
     return cache.source_hash(models, __name__)
 
 
-def _folder() -> Path:
+def folder() -> Path:
+    """Where checkpoints are kept."""
     return paths.cache_dir() / "checkpoints"
 
 
-def _fresh(recipe: Recipe, dataset: Dataset) -> nn.Module:
+def fresh(recipe: Recipe, dataset: Dataset) -> nn.Module:
+    """The recipe's network before training."""
     model = models.build(
         recipe.model,
         shape=dataset.shape,
@@ -293,18 +218,20 @@ def _fresh(recipe: Recipe, dataset: Dataset) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
-def _stored(name: str, model: nn.Module, device: torch.device | str) -> _Record | None:
-    weights, notes = _folder() / f"{name}.safetensors", _folder() / f"{name}.json"
+def stored(name: str, model: nn.Module, device: torch.device | str) -> Record | None:
+    """Load a checkpoint into `model` and return its record; None where there is none."""
+    weights, notes = folder() / f"{name}.safetensors", folder() / f"{name}.json"
     if not (weights.exists() and notes.exists()):
         return None
     model.load_state_dict(load_file(weights, device=str(device)))
-    stored = json.loads(notes.read_text())
-    return stored["history"], stored["seconds"]
+    record = json.loads(notes.read_text())
+    return record["history"], record["seconds"]
 
 
-def _store(name: str, model: nn.Module, record: _Record, notes: dict[str, Any]) -> None:
+def store(name: str, model: nn.Module, record: Record, notes: dict[str, Any]) -> None:
+    """Write the weights and, last, what made them."""
     history, seconds = record
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    cache.atomic_write(_folder() / f"{name}.safetensors", lambda temporary: save_file(weights, temporary))
+    cache.atomic_write(folder() / f"{name}.safetensors", lambda temporary: save_file(weights, temporary))
     text = json.dumps({**notes, "seconds": seconds, "history": history}, indent=1)
-    cache.atomic_write(_folder() / f"{name}.json", lambda temporary: temporary.write_text(text))
+    cache.atomic_write(folder() / f"{name}.json", lambda temporary: temporary.write_text(text))

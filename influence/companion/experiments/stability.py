@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .. import cache, distortions, recipes, training
+from .. import cache, distortions, finetuning, recipes, training
 from ..evaluation import mean_interval
 from ..results import Run
 from .common import dataset
@@ -20,11 +20,11 @@ ORIGINAL = "original"
 # -- precision@1 against JPEG quality ---------------------------------------------------------------------------------
 
 
-def arms(alphas: Sequence[float], *, sigma: float, steps: int, learning_rate: float) -> dict[str, training.Arm]:
+def arms(alphas: Sequence[float], *, sigma: float, steps: int, learning_rate: float) -> dict[str, finetuning.Arm]:
     """The arms of the comparison by name: control, augmentation at the same sigma, stability at each alpha."""
 
-    def arm(objective: Literal["control", "augmentation", "stability"], alpha: float = 0.0) -> training.Arm:
-        return training.Arm(objective, steps=steps, learning_rate=learning_rate, sigma=sigma, alpha=alpha)
+    def arm(objective: Literal["control", "augmentation", "stability"], alpha: float = 0.0) -> finetuning.Arm:
+        return finetuning.Arm(objective, steps=steps, learning_rate=learning_rate, sigma=sigma, alpha=alpha)
 
     controls = {"control": arm("control"), "augmentation": arm("augmentation")}
     return controls | {f"stability {alpha:g}": arm("stability", alpha) for alpha in alphas}
@@ -34,7 +34,7 @@ def jpeg_quality(
     run: Run,
     dataset_name: str,
     model: str,
-    chosen: dict[str, training.Arm],
+    chosen: dict[str, finetuning.Arm],
     *,
     seeds: Sequence[int],
     qualities: Sequence[int],
@@ -63,7 +63,7 @@ def jpeg_quality(
     frames = []
     pairs = [(seed, name) for seed in seeds for name in chosen]
     for seed, name in tqdm(pairs, desc="arms", unit="network", leave=False):
-        trained = training.finetune(
+        trained = finetuning.finetune(
             recipes.recipe(run.profile, dataset_name, model, seed=seed), chosen[name], everything, device=run.device
         )
 

@@ -307,9 +307,45 @@ def test_code_digest_sees_code_alone() -> None:
 def test_source_hash_of_modules() -> None:
     one = cache.source_hash("influence.companion.paths")
     assert one == cache.source_hash(paths) != cache.source_hash("influence.companion.cache")
-    assert len({one, cache.source_hash(), cache.package_hash(), cache.computing_hash()}) == 4
+    assert len({one, cache.source_hash(), cache.package_hash(), cache.computing_hash("elsewhere")}) == 4
     with pytest.raises(ValueError, match="is no module"):
         cache.source_hash("json")
+
+
+def test_a_table_depends_on_what_its_module_imports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sources = {
+        "__init__.py": "from .kernel import solve\n",
+        "kernel.py": "solve = 1\n",
+        "companion/__init__.py": "",
+        "companion/run.py": "x = 1\n",
+        "companion/data.py": "x = 1\n",
+        "companion/experiments/__init__.py": "from . import one, two\n",
+        "companion/experiments/one.py": "import influence\nfrom .. import data\nfrom ..run import x\n",
+        "companion/experiments/two.py": "from .one import data\n",
+    }
+    package = tmp_path / "influence"
+    monkeypatch.setattr(paths, "PACKAGE", package)
+
+    def hashes(**changed: str) -> list[str]:
+        for name, source in {**sources, **changed}.items():
+            (package / name).parent.mkdir(parents=True, exist_ok=True)
+            (package / name).write_text(source)
+        cache.computing_hash.cache_clear()
+        return [cache.computing_hash(f"influence.companion.experiments.{name}") for name in ("one", "two")]
+
+    try:
+        before = hashes()
+        for name, affected in {
+            "kernel.py": (True, True),
+            "companion/data.py": (True, True),
+            "companion/run.py": (False, False),
+            "companion/experiments/one.py": (True, True),
+            "companion/experiments/two.py": (False, True),
+        }.items():
+            after = hashes(**{name: sources[name] + "new = 2\n"})
+            assert tuple(x != y for x, y in zip(before, after, strict=True)) == affected, name
+    finally:
+        cache.computing_hash.cache_clear()
 
 
 def test_fingerprint() -> None:

@@ -109,9 +109,9 @@ def table(name: str, key: Mapping[str, Any], compute: Callable[[], pd.DataFrame]
     Args:
         name: says what the table is; the file's name begins with it ("/" makes folders).
         key: everything `compute` depends on: parameters, seeds, digests of the data.
-        compute: returns the table.
+        compute: returns the table; the code that it depends on is its own module and all that this one imports.
     """
-    digest = fingerprint({"key": dict(key), "code": computing_hash()})[:32]
+    digest = fingerprint({"key": dict(key), "code": computing_hash(compute.__module__)})[:32]
     path = paths.cache_dir() / "tables" / f"{name}-{digest}.parquet"
     if path.exists():
         try:
@@ -130,9 +130,52 @@ def package_hash() -> str:
 
 
 @cache
-def computing_hash() -> str:
-    """Sha256 of the package without runner, ledger and figures: what a number depends on."""
-    return _hash_files(_without(_RUNNER + _PRESENTATION))
+def computing_hash(module: str) -> str:
+    """Sha256 of a module and all it imports, without runner, ledger and figures: what a number depends on.
+
+    A module outside the package depends on all of it.
+    """
+    try:
+        start = _files(module)
+    except ValueError:
+        return _hash_files(_without(_RUNNER + _PRESENTATION))
+    return _hash_files(_imported(start, _RUNNER + _PRESENTATION))
+
+
+def _imported(start: set[Path], excluded: tuple[str, ...]) -> set[Path]:
+    """Files of the package reached from `start` through imports, none of the excluded, nor what only they import."""
+    found: set[Path] = set()
+    left = set(start)
+    while left:
+        file = left.pop()
+        relative = file.relative_to(paths.PACKAGE)
+        if file in found or relative.as_posix().startswith(excluded):
+            continue
+        found.add(file)
+        left |= _imports(file.read_text(encoding="utf-8"), (paths.PACKAGE.name, *relative.parent.parts))
+    return found
+
+
+def _imports(source: str, package: tuple[str, ...]) -> set[Path]:
+    """Files of the package that the import statements in `source`, a module in `package`, name."""
+    files: set[Path] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            files |= {file for alias in node.names for file in _module(alias.name.split("."))}
+        elif isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) - node.level + 1]] if node.level else []
+            base += node.module.split(".") if node.module else []
+            for alias in node.names:
+                files |= _module([*base, alias.name]) or _module(base)
+    return files
+
+
+def _module(name: list[str]) -> set[Path]:
+    """The file of a module, or a package's own file."""
+    if name[:1] != [paths.PACKAGE.name]:
+        return set()
+    base = paths.PACKAGE.joinpath(*name[1:])
+    return {f for f in (base / "__init__.py", base.with_suffix(".py")) if f.is_file()}
 
 
 def _without(excluded: tuple[str, ...]) -> set[Path]:

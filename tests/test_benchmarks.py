@@ -1,8 +1,9 @@
-"""The benchmark runs, holds a method against our numbers, and notices one that differs."""
+"""The benchmark runs, holds a method against other numbers, and notices one that differs."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,18 +11,32 @@ import pytest
 from benchmarks import methods, run
 
 
-def test_one_json_for_each_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = lambda model, x: 1.001 * methods.autograd_loop(model, x)  # noqa: E731
-    monkeypatch.setitem(methods.METHODS, "wrong", wrong)
-    names = ["influence", "autograd loop", "vmap(jacrev)", "wrong"]
+CASE = run.Case("chain1", 3, 2, "influence", 1.0, 8, 1, "cpu", False)
+
+
+def test_one_json_for_each_method(tmp_path: Path) -> None:
+    names = ["influence", "influence, input", "vmap(jacrev)"]
     options = ["--networks", "chain1", "--classes", "3", "--batch", "2", "--size", "8", "--repeats", "1"]
     run.main([*options, "--methods", *names, "--out", str(tmp_path)])
     results = {r["method"]: r for r in (json.loads(file.read_text()) for file in tmp_path.glob("*.json"))}
     assert set(results) == set(names)
-    for name in names[:3]:
-        assert results[name]["status"] == "ok"
-        assert results[name]["difference"] < 1e-10
-        assert results[name]["ratio"] > 0
-        assert results[name]["environment"]["torch"]
-    assert results["wrong"]["status"].startswith("gives other numbers")
-    assert "| chain1 | 3 | 2 | autograd loop |" in run.table(tmp_path)
+    for result in results.values():
+        assert result["status"] == "ok"
+        assert result["difference"] < 1e-10
+        assert result["ratio"] > 0
+        assert result["environment"]["torch"]
+    assert "| chain1 | 3 | 2 | vmap(jacrev) |" in run.table(tmp_path)
+
+
+def test_a_method_that_differs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = lambda model, x: 1.001 * methods.autograd_loop(model, x)  # noqa: E731
+    monkeypatch.setitem(methods.METHODS, "wrong", wrong)
+    assert str(run.run(replace(CASE, method="wrong"))["status"]).startswith("gives other numbers")
+
+
+def test_time_and_memory_have_limits(tmp_path: Path) -> None:
+    options = ["--networks", "chain1", "--methods", "influence", "--out", str(tmp_path)]
+    run.main([*options, "--limit", "0.1"])
+    (file,) = tmp_path.glob("*.json")
+    assert json.loads(file.read_text())["status"] == "not finished in 0.1 s"
+    assert "not finished" in run.table(tmp_path)

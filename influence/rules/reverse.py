@@ -72,10 +72,12 @@ def _deliver(pending: dict[Node, Grads], owned: set[int], edge: tuple[Node, int]
     elif id(before) in owned:
         before += grad
         owned.discard(id(grad))
+    elif id(grad) in owned:
+        grad += before
+        grads[output] = grad
     else:
         total = before + grad
         grads[output] = total
-        owned.discard(id(grad))
         owned.add(id(total))
 
 
@@ -154,6 +156,12 @@ def _convolution(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | No
         return None
     classes, batch = grad.shape[:2]
     shape = (classes * batch, *shape_of(*node.next_functions[0])[1:])
+    if _is_subsampled_product(node):
+        # Most pixels of the input were never looked at. Libraries compute their zeros at the full price.
+        result = grad.new_zeros(shape)
+        seen = result[(..., *(slice(None, None, step) for step in node._saved_stride))]
+        seen.copy_((weight.flatten(1).T @ grad.flatten(0, 1).flatten(2)).view(seen.shape))
+        return [result.unflatten(0, (classes, batch)), None, None]
     # Only the shape of the input matters: untouched memory on a CPU, a single number on a GPU.
     like = grad.new_empty(shape) if grad.device.type == "cpu" else grad.new_empty(()).expand(shape)
     result = torch.ops.aten.convolution_backward(
@@ -170,6 +178,13 @@ def _convolution(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | No
         [True, False, False],
     )[0]
     return [result.unflatten(0, (classes, batch)), None, None]
+
+
+def _is_subsampled_product(node: Node) -> bool:
+    """A 1x1 convolution that skips pixels."""
+    one = all(size == 1 for size in node._saved_weight.shape[2:])
+    plain = node._saved_groups == 1 and not any(node._saved_padding) and not node._saved_transposed
+    return one and plain and any(step > 1 for step in node._saved_stride)
 
 
 def _batch_norm(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:

@@ -240,7 +240,7 @@ def _like(model: nn.Module, x: Tensor) -> Tensor:
     return x.to(parameter.dtype) if parameter is not None and x.is_floating_point() else x
 
 
-def _full_rank_blocks(model: nn.Module, x: Tensor, wrt: Wrt, estimator: Exact, count: int) -> dict[str, int]:
+def _full_rank_blocks(model: nn.Module, x: Tensor, wrt: Wrt, estimator: Estimator, count: int) -> dict[str, int]:
     """Blocks of the perturbation with their rank, which must be full for a sample of a batch.
 
     Raises:

@@ -36,6 +36,11 @@ class Prepared(nn.Module):
         mean, std: ``(C,)`` normalisation of the scaled channels.
     """
 
+    mean: Tensor
+    std: Tensor
+    model: nn.Module
+    scale: float
+
     def __init__(
         self, model: nn.Module, *, scale: float, mean: Sequence[float] = (), std: Sequence[float] = ()
     ) -> None:
@@ -53,7 +58,8 @@ class Prepared(nn.Module):
         x = x * self.scale
         if self.mean.numel():
             x = (x - self.mean) / self.std
-        return self.model(x)
+        logits: Tensor = self.model(x)
+        return logits
 
 
 def load_model(
@@ -75,7 +81,8 @@ def load_model(
             which the companion trains on `dataset`.
         classes: K, for a torchvision network without weights.
         architecture: for a checkpoint, what its weights belong to, named in one of the other ways.
-        profile, dataset: for the companion's own networks.
+        profile: for the companion's own networks, whose size it decides.
+        dataset: for the companion's own networks, what they are trained on.
         seed: of random weights.
         device: where the model goes.
 
@@ -153,7 +160,8 @@ def prepare(
         model: the model.
         examples: what it is to take.
         scale: factor for the data; 0 chooses: 1 / 255 for bytes, 1 for floats and token numbers.
-        mean, std: normalisation of the scaled channels, as in training; empty for none.
+        mean: of each scaled channel, as in training; empty for no normalisation.
+        std: of each scaled channel.
     """
     scale = scale or (1 / 255 if examples[0][0].dtype == torch.uint8 else 1.0)
     if scale == 1 and not len(mean):

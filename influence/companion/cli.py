@@ -46,14 +46,14 @@ _SCORE_EXAMPLES = """\
 examples:
   influence score --model companion:resnet50 --data digits --part test --images 64 --out build/scores
   influence score --model my_module:my_network --data photos/ --size 64 --wrt layers --out scores
-  influence score --model weights.pt --architecture torchvision:resnet18 --data data.npz --mean .5 .5 .5 --std .2 .2 .2
+  influence score --model weights.pt --architecture torchvision:resnet18 --data data.npz --mean .5 --std .2
   torchrun --nproc-per-node 4 -m influence.companion score --model ... --data ... --out scores
 
   python -c "import influence; print(influence.read_scores('build/scores').nlargest(5, 'fi'))"
 
-Where the metric tensor has full rank (K - 1), FI is (1 - P)/P: --closed-form then takes one forward pass instead of K - 1
-backward passes, after checking the rank of --check examples. A network whose last layer sees fewer than K - 1 features
-never has full rank for its input; such a run is refused, with the rank that was found.
+Where the metric tensor has full rank (K - 1), FI is (1 - P)/P: --closed-form then takes one forward pass instead of
+K - 1 backward passes, after checking the rank of --check examples. A network whose last layer sees fewer than K - 1
+features never has full rank for its input; such a run is refused, with the rank that was found.
 """
 _RUN_EXAMPLES = """\
 examples:
@@ -62,8 +62,8 @@ examples:
   influence run --profile cpu --data ~/data                 MNIST and CIFAR-10 in torchvision's layout
 """
 _REPORT = """\
-Make one static site of the artifacts of a profile: a gallery with figure, table, the paper's value, ours and the verdict,
-and every notebook as it was executed. It needs no network to read and goes to build/site/PROFILE/.
+Make one static site of the artifacts of a profile: a gallery with figure, table, the paper's value, ours and the
+verdict, and every notebook as it was executed. It needs no network to read and goes to build/site/PROFILE/.
 """
 _REPORT_EXAMPLES = """\
 examples:

@@ -1,4 +1,4 @@
-"""A small network of "your own" for the default of notebooks/adapt_your_model.ipynb: trained in seconds on the digits."""
+"""A small network of "your own", trained in seconds on the digits: the default of notebooks/adapt_your_model.ipynb."""
 
 from __future__ import annotations
 

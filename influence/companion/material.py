@@ -123,8 +123,8 @@ def load_data(spec: str, *, size: int = 0, root: Path | None = None) -> Material
             found = data.load(spec, root, **({"size": size} if size else {}))
         except data.DataError as error:
             raise AdaptError(str(error)) from None
-        parts = (_tensors(part.images, part.labels, spec) for part in (found.train, found.test))
-        return Material(spec, found.classes, *parts)
+        train, test = (_tensors(part.images, part.labels, spec) for part in (found.train, found.test))
+        return Material(spec, found.classes, train, test)
     if prefix == "torchvision" and rest:
         return _torchvision(spec, rest, root)
     if path.is_dir():
@@ -164,8 +164,8 @@ def _split(name: str, classes: tuple[str, ...], everything: Examples) -> Materia
         held[generator.choice(members, round(_HELD_OUT * len(members)), replace=False)] = True
     if not held.any():
         raise AdaptError(f"{name}: too few examples to hold a test part out: give it one of its own")
-    parts = (everything.take(np.flatnonzero(rows).tolist()) for rows in (~held, held))
-    return Material(name, classes, *parts, held_out=True)
+    train, test = (everything.take(np.flatnonzero(rows).tolist()) for rows in (~held, held))
+    return Material(name, classes, train, test, held_out=True)
 
 
 def _numbered(*parts: Examples) -> tuple[str, ...]:
@@ -275,7 +275,7 @@ def _torchvision(spec: str, name: str, root: Path | None) -> Material:
         images = found.data if isinstance(found.data, Tensor) else torch.as_tensor(np.asarray(found.data))
         labels = getattr(found, "targets", getattr(found, "labels", None))
         parts.append(_tensors(_images(spec, images.numpy()), torch.as_tensor(labels), spec))
-    return Material(spec, tuple(names) if names else _numbered(*parts), *parts)
+    return Material(spec, tuple(names) if names else _numbered(*parts), parts[0], parts[1])
 
 
 def _returned(spec: str) -> Material:
@@ -291,5 +291,5 @@ def _returned(spec: str) -> Material:
             raise AdaptError(f"{spec}() must return (inputs, labels), or a pair of these for training and test")
         parts.append(_tensors(torch.as_tensor(pair[0]), torch.as_tensor(pair[1]), f"{spec}()"))
     if len(parts) == 2:
-        return Material(spec, _numbered(*parts), *parts)
+        return Material(spec, _numbered(*parts), parts[0], parts[1])
     return _split(spec, _numbered(*parts), parts[0])

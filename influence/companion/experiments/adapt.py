@@ -15,7 +15,7 @@ import influence
 
 from .. import adapt, cache, data
 from ..evaluation import rank_agreement
-from ..material import Examples, Material, load_data
+from ..material import Examples, Material, load_data, sampled
 from ..results import Run
 
 # From here on the trace is estimated from draws of the class: K - 1 backward passes would take too long.
@@ -100,18 +100,12 @@ def scores(subject: Subject, *, images: int, seed: int = 0) -> pd.DataFrame:
     """
     frames = []
     for part, everything in (("train", subject.material.train), ("test", subject.material.test)):
-        rows = _sample(everything, images, seed)
+        rows = sampled(len(everything), images, seed=seed)
         frame = _score_part(subject, everything.take(rows))
         frame.insert(0, "example", rows)
         frame.insert(0, "part", part)
         frames.append(frame)
     return pd.concat(frames, ignore_index=True)
-
-
-def _sample(examples: Examples, count: int, seed: int) -> list[int]:
-    from ..material import sampled
-
-    return sampled(len(examples), count, seed=seed)
 
 
 def _score_part(subject: Subject, examples: Examples) -> pd.DataFrame:
@@ -180,7 +174,9 @@ def _rows(log_probs: Tensor, labels: Tensor, values: dict[str, Tensor], *, estim
     return frame.assign(estimated=estimated)
 
 
-def score_gradients(subject: Subject, x: Tensor, *, leaves: Sequence[Tensor], seed: int = 0) -> Iterator[tuple]:
+def score_gradients(
+    subject: Subject, x: Tensor, *, leaves: Sequence[Tensor], seed: int = 0
+) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
     """Gradients of log P_k, with weights that make sum w_k s_k s_k^T the metric tensor, or an unbiased estimate of it.
 
     Args:
@@ -239,7 +235,7 @@ def picture(example: Tensor) -> np.ndarray:
     return image if 0 <= low and high <= 1 else (image - low) / max(high - low, 1e-12)
 
 
-def train_against_test(table: pd.DataFrame, *, seed: int = 0, repeats: int = 500) -> pd.DataFrame:
+def train_against_test(table: pd.DataFrame, *, seed: int = 0, repeats: int = 300) -> pd.DataFrame:
     """Quantiles of FI (predicted class) and of the trace on either part, and how well each tells the parts apart.
 
     Returns:
@@ -290,7 +286,7 @@ def layers(subject: Subject, *, images: int, relative: float = 0.01, seed: int =
         flat = torch.cat([p.detach().double().flatten() for p in owned[name]])
         rows.append(
             {
-                "layer": name or "(model)",
+                "layer": name.removeprefix("model.") or "(model)",
                 "kind": type(modules[name]).__name__,
                 "parameters": len(flat),
                 "divergence": 0.5 * relative**2 * float(flat.square().mean()) * mean_trace,
@@ -336,15 +332,15 @@ def maps(subject: Subject, table: pd.DataFrame, *, images: int, size: int = 3) -
     """Where an image is vulnerable, for the test images of the scores whose prediction is least sure.
 
     Returns:
-        One row per image: example, label_name, predicted_name, ceiling (of the predicted class), pixels (H, W, C), trace
-        (H, W; summed over channels), single (H, W; FI of one value, the largest of its channels), patch (FI of a
+        One row per image: example, label_name, predicted_name, ceiling (of the predicted class), pixels (H, W, C),
+        trace (H, W; summed over channels), single (H, W; FI of one value, the largest of its channels), patch (FI of a
         `size` x `size` patch on a grid of rows and columns, the largest of the channels; None beyond 64 classes).
     """
     if not subject.image:
         return pd.DataFrame()
     rows = []
-    for chosen in table[table["part"] == "test"].nlargest(images, "fi_predicted").itertuples():
-        example = int(chosen.example)
+    for chosen in table[table["part"] == "test"].nlargest(images, "fi_predicted").to_dict("records"):
+        example = int(chosen["example"])
         stored, _ = subject.material.test.stored([example])
         x = subject.material.test.batch([example])[0].to(subject.device)
         trace = input_trace(subject, x)[0]
@@ -355,11 +351,9 @@ def maps(subject: Subject, table: pd.DataFrame, *, images: int, size: int = 3) -
         rows.append(
             {
                 "example": example,
-                "label_name": subject.class_name(int(chosen.label)),
-                "predicted_name": subject.class_name(int(chosen.predicted)),
-                "ceiling": float(chosen.fi_predicted / max(chosen.alignment, 1e-300))
-                if chosen.label == chosen.predicted
-                else float(_odds(log_probs.detach(), log_probs.argmax(1))),
+                "label_name": subject.class_name(int(chosen["label"])),
+                "predicted_name": subject.class_name(int(chosen["predicted"])),
+                "ceiling": float(_odds(log_probs.detach(), log_probs.argmax(1))),
                 "pixels": picture(stored[0]),
                 "trace": trace.sum(0).cpu().numpy(),
                 "single": single.amax(0).cpu().numpy(),

@@ -1,9 +1,10 @@
-"""The robustness curves of Zheng et al. (2016) on a model and data of the reader's own, and all findings in words."""
+"""The robustness curves of Zheng et al. (2016) on a model and data of the reader's own."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -90,7 +91,7 @@ def robustness(
     versions = list(_versions(bytes_, seed))
     arms = {"as it is": subject.model}
     if steps:
-        options = {"sigma": sigma, "steps": steps, "learning_rate": learning_rate, "seed": seed}
+        options: dict[str, Any] = {"sigma": sigma, "steps": steps, "learning_rate": learning_rate, "seed": seed}
         arms["continued"] = stabilise(subject, alpha=0.0, **options)
         arms[f"stability {alpha:g}"] = stabilise(subject, alpha=alpha, **options)
     rows = []
@@ -155,100 +156,3 @@ def _hits(model: nn.Module, images: Tensor, labels: Tensor, device: torch.device
         for x, y in zip(images.split(64), labels.split(64), strict=True):
             total += int((influence.checks.require_logits(model(x.to(device))).argmax(1).cpu() == y).sum())
     return total
-
-
-# -- in words ---------------------------------------------------------------------------------------------------------
-
-
-def in_words(
-    subject: Subject, table: pd.DataFrame, per_layer: pd.DataFrame, parts: pd.DataFrame, areas: pd.DataFrame,
-    curves: pd.DataFrame, beyond: pd.DataFrame,
-) -> str:  # fmt: skip
-    """What was found, one Markdown item for each task; every number in it comes from the tables."""
-    train = table[table["part"] == "train"]
-    fi, trace = (row._asdict() for row in beyond.sort_values("score").itertuples())
-    wrong = int((train["label"] != train["predicted"]).sum())
-    full = float((table["rank"] == subject.classes - 1).mean())
-    told = "nothing that the loss does not" if fi["shared"] == fi["of"] and full > 0.99 else "more than the loss"
-    lines = [
-        f"**Suspicious examples.** Of {len(train)} training examples scored, {wrong} are not predicted as labelled. "
-        f"The metric tensor has full rank K - 1 = {subject.classes - 1} for {full:.0%} of all examples, and the mean "
-        f"alignment is {fi['mean_alignment']:.3g}. Among the {fi['of']} examples of largest FI, {int(fi['shared'])} are among "
-        f"the {fi['of']} of largest loss (rank correlation {fi['spearman']:.3f}): here FI says {told}.",
-        f"**The trace** ranks differently (rank correlation with the loss {trace['spearman']:.3f}, {trace['shared']} of "
-        f"{trace['of']} shared): how far a unit of noise moves the output is "
-        + ("close to what the loss says." if trace["spearman"] > 0.95 else "not what the loss says."),
-        _layers_in_words(per_layer),
-    ]
-    for row in parts.itertuples():
-        what = {"fi_predicted": "FI of the predicted class", "trace": "the trace"}[str(row.score)]
-        side = (
-            "larger on test examples"
-            if row.low > 0.5
-            else "smaller on test examples"
-            if row.high < 0.5
-            else "no different"
-        )
-        lines.append(
-            f"**Train against test**, by {what}: {side} (AUROC {row.auroc:.3f}, 95% bootstrap interval {row.low:.3f} to "
-            f"{row.high:.3f}; {row.train} against {row.test} examples, one trained model)."
-        )
-    if len(areas):
-        lines.append(_areas_in_words(subject, areas))
-    if len(curves):
-        lines.append(_curves_in_words(curves))
-    return "\n".join(f"* {line}" for line in lines)
-
-
-def _layers_in_words(per_layer: pd.DataFrame) -> str:
-    first = per_layer.nlargest(3, "divergence")
-    named = ", ".join(f"`{row.layer}` ({row.share:.0%})" for row in first.itertuples())
-    text = (
-        f"**Sensitive layers.** Of {len(per_layer)} layers with parameters, noise of 1% of a layer's own size moves the "
-        f"output most in {named} (share of the sum over layers; {int(per_layer['examples'].iloc[0])} test examples)."
-    )
-    alignment = per_layer["alignment"]
-    if alignment.notna().all():
-        full = int((alignment > 1 - 1e-6).sum())
-        text += f" FI itself cannot rank them: it is at its ceiling for {full} of {len(per_layer)} layers."
-    return text
-
-
-def _areas_in_words(subject: Subject, areas: pd.DataFrame) -> str:
-    single = np.array([row.single.max() / row.ceiling for row in areas.itertuples()])
-    text = (
-        f"**Vulnerable areas.** On the {len(areas)} least sure test images, the best single value reaches "
-        f"{single.min():.0%} to {single.max():.0%} of the ceiling"
-    )
-    if areas["patch"].notna().all():
-        size = int(areas["size"].iloc[0])
-        reached = np.concatenate([(row.patch / row.ceiling).ravel() for row in areas.itertuples()])
-        text += (
-            f"; {np.mean(reached > 0.99):.0%} of all {size} x {size} patches reach 99% of it: "
-            + ("such a map is flat, and only single values tell areas apart." if np.mean(reached > 0.99) > 0.9 else "there the map tells areas apart.")
-        )  # fmt: skip
-    else:
-        text += f"; maps of patches are left out, since FI of a patch needs its K x K Gram at K = {subject.classes}."
-    return text
-
-
-def _curves_in_words(curves: pd.DataFrame) -> str:
-    base = curves[curves["arm"] == "as it is"]
-    drops = {}
-    for family, group in base.groupby("family", sort=False):
-        clean = float(group.loc[group["strength"] == 0, "accuracy"].iloc[0])
-        drops[str(family).split(":")[0]] = clean - float(group["accuracy"].iloc[-1])
-    worst = max(drops, key=lambda name: drops[name])
-    text = (
-        f"**Robustness.** At the strongest setting accuracy falls most under {worst.replace('100 - ', '')} "
-        f"({100 * drops[worst]:.1f} points, {int(base['n'].iloc[0])} images)."
-    )
-    tuned = [arm for arm in curves["arm"].unique() if arm not in ("as it is", "continued")]
-    if tuned:
-        wide = curves.pivot_table(index=["family", "strength"], columns="arm", values="accuracy")
-        gain = (wide[tuned[0]] - wide["continued"])[wide.index.get_level_values("strength") > 0]
-        text += (
-            f" The stability loss changes accuracy on distorted images by {100 * gain.mean():+.1f} points on average "
-            f"over {len(gain)} settings against the same steps without it (n = 1 run: no interval over seeds)."
-        )
-    return text

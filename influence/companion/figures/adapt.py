@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from . import style
 
@@ -28,7 +29,8 @@ def suspicious(top: pd.DataFrame) -> Figure:
     for axes, (_, row) in zip(grid, top.iterrows(), strict=False):
         axes.imshow(row["pixels"].squeeze(), cmap="gray", vmin=0, vmax=1)
         axes.set_title(
-            f"#{row['example']} {_short(row['label_name'])}\nseen as {_short(row['predicted_name'])}\nFI {row['fi']:.3g}",
+            f"#{row['example']} {_short(row['label_name'])}\n"
+            f"seen as {_short(row['predicted_name'])}\nFI {row['fi']:.3g}",
             fontsize=6.5,
         )
     return figure
@@ -40,6 +42,7 @@ def layers(table: pd.DataFrame, *, count: int = 12) -> Figure:
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
     left.plot(np.arange(1, len(table) + 1), table["divergence"], ".-", linewidth=0.6, color=style.COLOURS["exact"])
     left.set_yscale("log")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set_xlabel("layer, from the input")
     left.set_ylabel("divergence at 1% noise (nats)")
     left.set_title(f"mean of {int(table['examples'].iloc[0])} test examples")
@@ -57,16 +60,16 @@ def train_against_test(table: pd.DataFrame, parts: pd.DataFrame) -> Figure:
         "fi_predicted": "FI of the predicted class (dimensionless)",
         "trace": "trace (per squared unit of the data)",
     }
-    for axes, row in zip(figure.subplots(1, 2), parts.itertuples(), strict=True):
+    for axes, row in zip(figure.subplots(1, 2), parts.to_dict("records"), strict=True):
         for part, colour in (("train", style.COLOURS["control"]), ("test", style.COLOURS["exact"])):
-            values = np.sort(table.loc[table["part"] == part, row.score].to_numpy())
+            values = np.sort(table.loc[table["part"] == part, row["score"]].to_numpy())
             axes.step(
                 values, np.arange(1, len(values) + 1) / len(values), label=f"{part} (n = {len(values)})", color=colour
             )
-        if (table[row.score] > 0).any():
+        if (table[row["score"]] > 0).any():
             axes.set_xscale("log")
-        axes.set_xlabel(labels[str(row.score)])
-        axes.set_title(f"AUROC {row.auroc:.3f} (95%: {row.low:.3f} to {row.high:.3f})")
+        axes.set_xlabel(labels[row["score"]])
+        axes.set_title(f"AUROC {row['auroc']:.3f} (95%: {row['low']:.3f} to {row['high']:.3f})")
         axes.legend(loc="upper left")
     figure.axes[0].set_ylabel("share of the examples below")
     return figure

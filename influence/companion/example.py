@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from . import data
 
 
-def small_network(*, epochs: int = 12, seed: int = 0) -> nn.Module:
+def network(*, epochs: int = 12, seed: int = 0) -> nn.Module:
     """Three convolutions, trained on scikit-learn's 8 x 8 digits as bytes in [0, 1].
 
     Args:

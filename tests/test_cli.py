@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import influence
-from influence.companion import cli
+from influence.companion import adapt, cli
 
 MODULE = """
 import torch
@@ -48,7 +48,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (20, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "data.npz", images=images, labels=np.arange(20) % 3)
-    np.savez(tmp_path / "far.npz", images=images, labels=np.arange(20))
+    np.savez(tmp_path / "far.npz", images=images, labels=np.arange(20) % 3 + 5)
     np.savez(tmp_path / "bare.npz", images=images)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "own_model", raising=False)
@@ -87,7 +87,7 @@ def test_score(here: Path, wrt: str) -> None:
     ]
     assert cli.main([*command, "--out", "scores"]) == 0
     table = influence.read_scores(here / "scores")
-    assert table["example"].nunique() == 16 and set(table["label"]) == {0, 1, 2}  # the rest is held out
+    assert table["example"].nunique() == 17 and set(table["label"]) == {0, 1, 2}  # the rest is held out
     before = {file: file.stat().st_mtime_ns for file in (here / "scores").glob("*.parquet")}
     assert cli.main([*command, "--out", "scores"]) == 0  # goes on: nothing is left to do
     assert before == {file: file.stat().st_mtime_ns for file in (here / "scores").glob("*.parquet")}
@@ -110,10 +110,9 @@ def test_closed_form_is_refused_where_the_rank_is_not_full(tmp_path: Path) -> No
 
 
 def test_checkpoints(here: Path) -> None:
-    import own_model
     from safetensors.torch import save_file
 
-    state = own_model.network().state_dict()
+    state = adapt.call("own_model:network").state_dict()
     torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, "weights.pt")
     save_file(state, "weights.safetensors")
     tables = []
@@ -167,4 +166,4 @@ def test_under_torchrun(here: Path) -> None:
     options = ["--batch-size", "4", "--batches-per-file", "1"]
     done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(influence.read_scores("two")) == 16 and len(list((here / "two").glob("*.parquet"))) == 4
+    assert len(influence.read_scores("two")) == 17 and len(list((here / "two").glob("*.parquet"))) == 5

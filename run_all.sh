@@ -119,7 +119,7 @@ companion() {
     exec "$python" -c '
 import sys
 try:
-    from influence.companion.run import main
+    from influence.companion.cli import main
     status = main(sys.argv[1:])
 except KeyboardInterrupt:
     print("\ninterrupted: nothing had begun", file=sys.stderr)

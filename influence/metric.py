@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from influence.checks import require_deterministic, require_finite
+from influence.checks import require_deterministic, require_finite, require_logits
 from influence.kernels.backend import using
 from influence.kernels.jacobi import jacobi_eigvals
 from influence.kernels.pivots import pivots
@@ -22,6 +22,9 @@ _WRT = ("input", "parameters", "layers")
 _BATCH = 64
 # Input values in one backward pass: bounds the activations of large images, 64 CIFAR images fit.
 _BATCH_VALUES = 2**20
+# Entries of the Jacobians of one chunk; below so many classes it is not asked how many there are.
+_JACOBIAN_VALUES = 2**26
+_MANY_CLASSES = 64
 # Patches at once: 10 images of 32 x 32 pixels in three channels.
 _BATCH_BLOCKS = 2**15
 
@@ -204,7 +207,13 @@ def _of_the_input(model: nn.Module, x: Tensor, patches: Patches | None) -> Compu
         return log_probs, gram, _coarser(dtype, x.dtype)
 
     def size(x: Tensor) -> int:
-        most = max(1, min(_BATCH, _BATCH_VALUES // max(1, x[0].numel())))
+        values = max(1, x[0].numel())
+        most = max(1, min(_BATCH, _BATCH_VALUES // values))
+        if most * values > _JACOBIAN_VALUES // _MANY_CLASSES:
+            # How many classes there are decides how large a Jacobian is.
+            with torch.no_grad():
+                classes = require_logits(model(x[:1].clone()), examples=1).shape[1]
+            most = max(1, min(most, _JACOBIAN_VALUES // (values * classes)))
         return most if patches is None else max(1, min(most, _BATCH_BLOCKS // len(dims)))
 
     return dims, compute, size

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm.auto import tqdm
 
-from influence.checks import require_deterministic
+from influence.checks import require_deterministic, require_labels, require_logits
 from influence.measures import Estimator, Exact, Influence, Released, first_order_influence
 from influence.memory import in_chunks
 from influence.metric import metric_tensor
@@ -28,6 +28,8 @@ Wrt = str | Sequence[str] | Patches
 _RUN = "_run.json"
 # Fixed, not read off the free memory: the last digits of a Gram depend on it.
 _CHUNK = 32
+# Float32 values of Jacobian and Grams at once: 256 MiB.
+_MOST_VALUES = 2**26
 
 
 def score(
@@ -40,6 +42,7 @@ def score(
     use_labels: bool = True,
     batches_per_shard: int = 8,
     chunk_size: int | None = None,
+    closed_form: int | None = None,
     progress: bool = True,
 ) -> Path:
     """Compute the influence of every example of a loader and write it to a folder of Parquet files.
@@ -56,7 +59,12 @@ def score(
         estimator: As for ``first_order_influence``. What ``Released`` finds near its cut is computed again in float64.
         use_labels: Whether to take the loader's labels; else the predicted classes.
         batches_per_shard: Batches in one file.
-        chunk_size: Examples computed at once. None: 32, and half of it again each time memory runs out.
+        chunk_size: Examples computed at once. None: 32, fewer for many classes of large inputs, and half of it again
+            each time memory runs out.
+        closed_form: None computes the metric tensor of every example. A number: compute it for so many examples, spread
+            over the first batch; where all of them have full rank K - 1, take FI = (1 - P_y) / P_y for the whole data
+            set from one forward pass. Rank, which is generic, is then that of the sample; trace and lambda_max, which
+            a forward pass does not tell, are NaN.
         progress: Whether to show a bar.
 
     Returns:
@@ -64,7 +72,8 @@ def score(
         ``example`` counts from the loader's first.
 
     Raises:
-        ValueError: If the loader shuffles, the folder holds another run's scores, or a number is below 1.
+        ValueError: If the loader shuffles, the folder holds another run's scores, a number is below 1, or the closed
+            form is asked for where the rank is not full or the estimator not ``Exact``.
 
     Example:
         >>> import tempfile
@@ -74,7 +83,8 @@ def score(
         >>> len(table)
         6
     """
-    for name, value in (("batches_per_shard", batches_per_shard), ("chunk_size", chunk_size)):
+    sizes = (("batches_per_shard", batches_per_shard), ("chunk_size", chunk_size), ("closed_form", closed_form))
+    for name, value in sizes:
         if value is not None and (isinstance(value, bool) or value < 1):
             raise ValueError(f"{name} must be at least 1, got {value}.")
     if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
@@ -83,6 +93,8 @@ def score(
         )
     require_deterministic(model)
     estimator = Exact() if estimator is None else estimator
+    if closed_form is not None and not isinstance(estimator, Exact):
+        raise ValueError(f"closed_form is that of Exact(), got {estimator!r}.")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     _claim(
@@ -94,6 +106,7 @@ def score(
             "use_labels": use_labels,
             "batches_per_shard": batches_per_shard,
             "chunk_size": chunk_size,
+            "closed_form": closed_form,
             "batch_size": getattr(loader, "batch_size", None),
         },
     )
@@ -103,12 +116,19 @@ def score(
         return shard % world == rank and not _file(folder, shard).exists()
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    blocks: dict[str, int] | None = None
     bar = tqdm(desc=f"scores {rank + 1}/{world}" if world > 1 else "scores", unit="example", disable=not progress)
     with bar:
         rows: list[pd.DataFrame] = []
         for shard, start, batch, last in _batches(loader, batches_per_shard, mine):
             x, labels = _unpack(batch, use_labels)
-            rows.append(_scored(model, x.to(device), labels, wrt, estimator, chunk_size, start))
+            x = _like(model, x.to(device))
+            if closed_form is None:
+                rows.append(_scored(model, x, labels, wrt, estimator, chunk_size, start))
+            else:
+                if blocks is None:
+                    blocks = _full_rank_blocks(model, x, wrt, estimator, closed_form)
+                rows.append(_in_closed_form(model, x, labels, blocks, start))
             bar.update(len(x))
             if last:
                 table = pd.concat(rows, ignore_index=True)
@@ -195,13 +215,76 @@ def _scored(
             result = refine(result, model, part, wrt=wrt, estimator=estimator, chunk_size=len(part))
         return result, metric.trace(), metric.lambda_max(), len(part)
 
-    for result, trace, largest, count in in_chunks(compute, x, chunk_size or _CHUNK, may_halve=chunk_size is None):
+    size = chunk_size or min(_CHUNK, _examples_at_once(model, x, wrt))
+    for result, trace, largest, count in in_chunks(compute, x, size, may_halve=chunk_size is None):
         table = result.to_dataframe()
         table["example"] += start + done
         table["trace"], table["lambda_max"] = trace.cpu().flatten().numpy(), largest.cpu().flatten().numpy()
         rows.append(table)
         done += count
     return pd.concat(rows, ignore_index=True)
+
+
+def _examples_at_once(model: nn.Module, x: Tensor, wrt: Wrt) -> int:
+    """Examples whose Jacobian and Grams stay small, by numbers that do not depend on the machine."""
+    with torch.no_grad():
+        classes = require_logits(model(x[:1].clone()), examples=1).shape[1]
+    values = x[0].numel() if wrt == "input" else 0
+    # A Gram is float64, and a few of its size are alive at once.
+    return max(1, _MOST_VALUES // (classes * (values + 16 * classes)))
+
+
+def _like(model: nn.Module, x: Tensor) -> Tensor:
+    """Floating inputs in the precision of the model's parameters."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    return x.to(parameter.dtype) if parameter is not None and x.is_floating_point() else x
+
+
+def _full_rank_blocks(model: nn.Module, x: Tensor, wrt: Wrt, estimator: Estimator, count: int) -> dict[str, int]:
+    """Blocks of the perturbation with their rank, which must be full for a sample of a batch.
+
+    Raises:
+        ValueError: If it is not, or could not be decided.
+    """
+    rows = torch.linspace(0, len(x) - 1, min(count, len(x))).round().long()
+    metric = metric_tensor(model, x[rows.to(x.device)], wrt=wrt, chunk_size=1)
+    result = first_order_influence(metric, estimator=estimator)
+    full = metric.log_probs.shape[1] - 1
+    if not bool((result.rank == full).all()):
+        worst = metric.blocks[int(result.rank.amin(dim=0).argmin())]
+        raise ValueError(
+            f"closed_form needs a metric tensor of full rank K - 1 = {full}, got rank {int(result.rank.min())} for "
+            f"{worst!r} in a sample of {len(rows)}. FI then depends on the perturbation: leave closed_form out."
+        )
+    return dict.fromkeys(metric.blocks, full)
+
+
+def _in_closed_form(
+    model: nn.Module, x: Tensor, labels: Tensor | None, blocks: dict[str, int], start: int
+) -> pd.DataFrame:
+    """Rows of one batch from the logits alone."""
+    with torch.no_grad():
+        logits = require_logits(model(x.clone()), examples=len(x))
+    log_probs = torch.log_softmax(logits.double(), dim=1)
+    labels = log_probs.argmax(dim=1) if labels is None else labels
+    labels = require_labels(labels, examples=len(x), classes=logits.shape[1], device=logits.device)
+    # log((1 - P) / P), without the digits that 1 - P would lose.
+    others = log_probs.scatter(1, labels[:, None], -torch.inf).logsumexp(dim=1)
+    ceiling = (others - log_probs.gather(1, labels[:, None]).squeeze(1)).exp()[:, None].expand(-1, len(blocks))
+    nothing = torch.zeros(ceiling.shape, dtype=torch.bool)
+    result = Influence(
+        fi=ceiling,
+        ceiling=ceiling[:, 0],
+        alignment=torch.ones_like(ceiling),
+        rank=torch.tensor(list(blocks.values())).expand(len(x), -1),
+        near_cut=nothing,
+        labels=labels,
+        blocks=tuple(blocks),
+    )
+    table = result.to_dataframe()
+    table["example"] += start
+    table["trace"] = table["lambda_max"] = float("nan")
+    return table
 
 
 def _batches(

@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
-from influence.companion import listing
+import influence
+from influence.companion import cli, listing
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -51,3 +55,56 @@ def test_table_of_artifacts(readme: str) -> None:
     found = re.search(r"<!-- artifacts -->\n(.*?)\n<!-- /artifacts -->", readme, re.S)
     assert found, "no table between <!-- artifacts --> and <!-- /artifacts -->"
     assert found[1].strip() == listing.markdown(), "renew it with: python -m influence.companion list --markdown"
+
+
+# -- what the README tells its readers to type ------------------------------------------------------------------------
+
+
+def _blocks(readme: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", readme, re.S)
+
+
+def test_python_blocks_run(readme: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+    images, labels = torch.rand(6, 3, 2, 2), torch.arange(6) % 4
+    names = {"torch": torch, "model": model, "x": images, "labels": labels, "loader": [(images, labels)] * 3}
+    blocks = _blocks(readme, "python")
+    assert len(blocks) >= 2
+    for block in blocks:
+        exec(block, names)
+    assert len(names["table"]) == 6 and names["loss"].isfinite()
+
+
+def test_commands_of_the_shell_run(readme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`influence` runs as it is written (scores elsewhere); `./run_all.sh` has tests of its own."""
+    lines = [line.partition("#")[0].strip() for block in _blocks(readme, "sh") for line in block.splitlines()]
+    monkeypatch.setattr("influence.companion.training.fit", lambda *_, **__: SimpleNamespace(model=_network()))
+    ran = 0
+    for line in filter(None, lines):
+        words = line.replace("build/scores", str(tmp_path / "scores")).split()
+        if words[0] == "influence":
+            try:
+                assert cli.main(words[1:]) == 0
+            except SystemExit as ended:
+                assert ended.code == 0 and "--help" in words
+            ran += 1
+        else:
+            assert words[0] == "./run_all.sh", line
+    assert ran >= 2 and len(influence.read_scores(tmp_path / "scores")) == 64
+
+
+def _network() -> nn.Module:
+    # Training a ResNet50 is not what is tested here.
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+
+
+def test_other_commands_in_the_text_are_understood(readme: str) -> None:
+    for command in re.findall(r"`(?:influence|python -m influence\.companion) ([a-z][^`]*)`", readme):
+        words = " ".join(command.split()).split()
+        assert words[0] in ("run", "list", "check", "score", "report")
+        usage = cli._parser().parse_args
+        if words[0] != "score":
+            usage(words)
+        else:
+            usage(["score", "--model", "m", "--data", "d", *words[1:]])

@@ -28,10 +28,13 @@ TEMPORARY = ".tmp-"
 # Files that start notebooks and look at results: an edit there changes no file of results.
 _RUNNER = (
     "companion/__main__.py",
+    "companion/cli.py",
     "companion/environment.py",
     "companion/execute.py",
     "companion/listing.py",
+    "companion/report.py",
     "companion/run.py",
+    "companion/site.py",
 )
 # Files that draw and keep the ledger: an edit there changes no number in a cached table.
 _PRESENTATION = (

@@ -67,10 +67,10 @@ class Outcome:
         return f"{self.stem:<{width}}  {self.status:<9}  {seconds:>9}  {self.note}".rstrip()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, parser: Parser | None = None) -> int:
     """Carry out a command line; returns the exit status (0 well, 1 something failed, 2 bad usage, 130 interrupted)."""
     try:
-        options = _parser().parse_args(arguments)
+        options = (parser or _parser()).parse_args(arguments)
         if options.command == "list":
             print(listing.markdown() if options.markdown else listing.plain())
             return 0
@@ -210,12 +210,17 @@ def _environment(options: argparse.Namespace) -> dict[str, str]:
         found["INFLUENCE_DATA"] = str(folder)
     device = options.device or os.environ.get("INFLUENCE_DEVICE")
     if device:
-        _check_device(device)
+        check_device(device)
         found["INFLUENCE_DEVICE"] = device
     return found
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        UsageError: naming it.
+    """
     import torch
 
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
@@ -275,17 +280,24 @@ def _applied(environment: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
+        """Refuse the command line."""
         raise UsageError(f"{message} (--help shows the options)")
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog="python -m influence.companion", description="Regenerate the artifacts of the companion.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="regenerate what has changed")
+def _parser() -> Parser:
+    parser = Parser(prog="python -m influence.companion", description="Regenerate the artifacts of the companion.")
+    add_commands(parser.add_subparsers(dest="command", required=True))
+    return parser
+
+
+def add_commands(commands: Any, *, epilog: str = "") -> None:
+    """Add `run`, `list` and `check` to a command line."""
+    plain = argparse.RawDescriptionHelpFormatter
+    run = commands.add_parser("run", help="regenerate what has changed", epilog=epilog, formatter_class=plain)
     run.add_argument("--profile", default=_SMOKE, help="smoke, cpu or paper (default: smoke)")
     run.add_argument("--only", nargs="+", default=[], metavar="STEM", help="these notebooks alone")
     run.add_argument("--force", action="store_true", help="run what is unchanged as well")
@@ -296,7 +308,6 @@ def _parser() -> _Parser:
     listed = commands.add_parser("list", help="name every notebook")
     listed.add_argument("--markdown", action="store_true", help="as the README's table")
     commands.add_parser("check", help="is every results file owned by a notebook, and as its ledger says?")
-    return parser
 
 
 def _seconds(text: str) -> float:

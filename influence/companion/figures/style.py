@@ -42,6 +42,17 @@ def apply() -> None:
             "pdf.fonttype": 42,
         }
     )
+    _show_in_notebooks()
+
+
+def _show_in_notebooks() -> None:
+    """Let a notebook show a Figure that was made without pyplot; without this it prints its name alone."""
+    from IPython import get_ipython
+    from IPython.core.pylabtools import select_figure_formats
+
+    shell = get_ipython()
+    if shell is not None:
+        select_figure_formats(shell, {"png"})
 
 
 def class_colours(n_classes: int) -> list[tuple[float, float, float]]:

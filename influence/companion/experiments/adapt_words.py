@@ -1,0 +1,112 @@
+"""What was found on a model and data of the reader's own, in words that are made from the tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .adapt import Subject
+
+
+def in_words(subject: Subject, *, scores: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> str:
+    """One Markdown item for each task; every number in it comes from the tables.
+
+    Args:
+        subject: what was studied.
+        scores: of `adapt.scores`.
+        tables: "beyond" of `adapt.beyond_the_loss`, "layers" of `adapt.layers`, "parts" of `adapt.train_against_test`,
+            "maps" of `adapt.maps` and "curves" of `adapt_robustness.robustness`.
+    """
+    lines = [*_suspicious(subject, scores, tables["beyond"]), _layers(tables["layers"])]
+    lines += [_parts(row) for row in tables["parts"].to_dict("records")]
+    if len(tables["maps"]):
+        lines.append(_areas(subject, tables["maps"]))
+    if len(tables["curves"]):
+        lines.append(_curves(tables["curves"]))
+    return "\n".join(f"* {line}" for line in lines)
+
+
+def _suspicious(subject: Subject, scores: pd.DataFrame, beyond: pd.DataFrame) -> list[str]:
+    train = scores[scores["part"] == "train"]
+    by_score: dict[str, Any] = {row["score"]: row for row in beyond.to_dict("records")}
+    fi, trace = by_score["fi"], by_score["trace"]
+    wrong = int((train["label"] != train["predicted"]).sum())
+    full = float((scores["rank"] == subject.classes - 1).mean())
+    nothing = fi["shared"] == fi["of"] and fi["mean_alignment"] > 0.999
+    close = trace["spearman"] > 0.95
+    return [
+        f"**Suspicious examples.** Of {len(train)} training examples scored, {wrong} are not predicted as labelled. "
+        f"The metric tensor has full rank K - 1 = {subject.classes - 1} for {full:.0%} of all examples, and the mean "
+        f"alignment (FI / ceiling) is {fi['mean_alignment']:.3g}. Of the {fi['of']} examples of largest FI, "
+        f"{fi['shared']} are among those of largest loss (rank correlation {fi['spearman']:.3f}): here FI says "
+        f"{'nothing that the loss does not' if nothing else 'something that the loss does not'}.",
+        f"**The trace**, how far a unit of noise moves the output, has a rank correlation of {trace['spearman']:.3f} "
+        f"with the loss and shares {trace['shared']} of its {trace['of']} largest examples: it is "
+        f"{'close to' if close else 'not'} what the loss says.",
+    ]
+
+
+def _layers(layers: pd.DataFrame) -> str:
+    first = layers.nlargest(3, "divergence").to_dict("records")
+    named = ", ".join(f"`{row['layer']}` ({row['share']:.0%})" for row in first)
+    text = (
+        f"**Sensitive layers.** Of {len(layers)} layers with parameters, noise of 1% of a layer's own size moves the "
+        f"output most in {named} (share of the sum over layers; {int(layers['examples'].iloc[0])} test examples)."
+    )
+    if layers["alignment"].notna().all():
+        full = int((layers["alignment"] > 1 - 1e-6).sum())
+        text += f" FI is at its ceiling for {full} of the {len(layers)}"
+        text += ", so it cannot rank them." if full == len(layers) else "."
+    return text
+
+
+def _parts(row: dict[Any, Any]) -> str:
+    what = {"fi_predicted": "FI of the predicted class", "trace": "the trace"}[row["score"]]
+    side = "not told apart"
+    if row["low"] > 0.5:
+        side = "larger on test examples"
+    elif row["high"] < 0.5:
+        side = "smaller on test examples"
+    return (
+        f"**Train against test**, by {what}: {side} (AUROC {row['auroc']:.3f}, 95% bootstrap interval {row['low']:.3f} "
+        f"to {row['high']:.3f}; {row['train']} against {row['test']} examples, one model)."
+    )
+
+
+def _areas(subject: Subject, areas: pd.DataFrame) -> str:
+    rows = areas.to_dict("records")
+    single = np.array([row["single"].max() / row["ceiling"] for row in rows])
+    text = (
+        f"**Vulnerable areas.** On the {len(rows)} least sure test images, the best single value reaches "
+        f"{single.min():.0%} to {single.max():.0%} of the ceiling"
+    )
+    if areas["patch"].isna().any():
+        return text + f"; maps of patches, whose FI needs a K x K Gram each, are left out at K = {subject.classes}."
+    size = int(areas["size"].iloc[0])
+    reached = float(np.mean(np.concatenate([(row["patch"] / row["ceiling"]).ravel() for row in rows]) > 0.99))
+    flat = "a flat map, which says what the loss says" if reached > 0.9 else "a map that says more than the loss"
+    return text + f"; {reached:.0%} of all {size} x {size} patches reach 99% of it: {flat}."
+
+
+def _curves(curves: pd.DataFrame) -> str:
+    base = curves[curves["arm"] == "as it is"]
+    drops = {}
+    for family, group in base.groupby("family", sort=False):
+        clean = float(group.loc[group["strength"] == 0, "accuracy"].iloc[0])
+        drops[str(family).split(":")[0].replace("100 - ", "")] = clean - float(group["accuracy"].iloc[-1])
+    worst = max(drops, key=lambda name: drops[name])
+    text = (
+        f"**Robustness.** Accuracy on originals is {100 * float(base['accuracy'].iloc[0]):.1f}%; at the strongest "
+        f"setting it falls most under {worst} (by {100 * drops[worst]:.1f} points; {int(base['n'].iloc[0])} images)."
+    )
+    tuned = [arm for arm in curves["arm"].unique() if arm not in ("as it is", "continued")]
+    if tuned:
+        wide = curves.pivot_table(index=["family", "strength"], columns="arm", values="accuracy")
+        gain = (wide[tuned[0]] - wide["continued"])[wide.index.get_level_values("strength") > 0]
+        text += (
+            f" The stability loss changes accuracy on distorted images by {100 * gain.mean():+.1f} points on average "
+            f"over {len(gain)} settings against the same steps without it (n = 1: one run, no interval)."
+        )
+    return text

@@ -1,0 +1,169 @@
+"""The command `influence`: it teaches, it scores a model and data of one's own, and it refuses in one line."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import influence
+from influence.companion import adapt, cli
+
+MODULE = """
+import torch
+from torch import nn
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
+
+def with_dropout():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3), AlwaysOn())
+
+class AlwaysOn(nn.Dropout):
+    def train(self, mode=True):
+        return super().train(True)
+
+def rows():
+    return torch.randn(12, 6), torch.arange(12) % 3
+
+def no_model():
+    return 3
+
+def fails():
+    raise OSError("no such weights")
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a module and data of the reader's own, as the current one."""
+    (tmp_path / "own_model.py").write_text(MODULE, encoding="utf-8")
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", images=images, labels=np.arange(20) % 3)
+    np.savez(tmp_path / "far.npz", images=images, labels=np.arange(20) % 3 + 5)
+    np.savez(tmp_path / "bare.npz", images=images)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_model", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", ["", "run", "list", "check", "score", "report"])
+def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*([command] if command else []), "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    if command in ("run", "score", "report"):
+        examples = re.findall(r"^  influence (\w+)", text.partition("examples:")[2], re.M)
+        assert examples and set(examples) == {command}
+
+
+def test_examples_of_the_help_are_understood() -> None:
+    text = cli._SCORE_EXAMPLES + cli._RUN_EXAMPLES + cli._REPORT_EXAMPLES
+    lines = re.findall(r"^  influence (.+?)(?:   .*)?$", text, re.M)
+    assert len(lines) >= 6
+    for line in lines:
+        assert cli._parser().parse_args(line.split()).command == line.split()[0]
+
+
+@pytest.mark.parametrize("wrt", ["input", "parameters", "layers", "patches:3", "1,3"])
+def test_score(here: Path, wrt: str) -> None:
+    command = [
+        "score",
+        "--model",
+        "own_model:network",
+        "--data",
+        "data.npz",
+        "--wrt",
+        wrt.replace("1,3", "model.1,model.3"),
+    ]
+    assert cli.main([*command, "--out", "scores"]) == 0
+    table = influence.read_scores(here / "scores")
+    assert table["example"].nunique() == 17 and set(table["label"]) == {0, 1, 2}  # the rest is held out
+    before = {file: file.stat().st_mtime_ns for file in (here / "scores").glob("*.parquet")}
+    assert cli.main([*command, "--out", "scores"]) == 0  # goes on: nothing is left to do
+    assert before == {file: file.stat().st_mtime_ns for file in (here / "scores").glob("*.parquet")}
+
+
+def test_closed_form_is_what_the_metric_tensor_says(here: Path) -> None:
+    command = ["score", "--model", "own_model:network", "--data", "data.npz", "--part", "test"]
+    assert cli.main([*command, "--out", "a"]) == 0 and cli.main([*command, "--out", "b", "--closed-form"]) == 0
+    a, b = influence.read_scores("a"), influence.read_scores("b")
+    assert np.allclose(a["fi"], b["fi"], rtol=1e-5) and (a["rank"] == b["rank"]).all()
+    assert b["trace"].isna().all() and a["trace"].notna().all()
+
+
+def test_closed_form_is_refused_where_the_rank_is_not_full(tmp_path: Path) -> None:
+    narrow = nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 5)).eval()  # two features, four contrasts
+    with pytest.raises(ValueError, match="full rank K - 1 = 4, got rank 2"):
+        influence.score(narrow, [torch.randn(3, 6)], tmp_path, closed_form=2, progress=False)
+    with pytest.raises(ValueError, match="closed_form is that of Exact"):
+        influence.score(narrow, [], tmp_path, closed_form=2, estimator=influence.Released(1e-3))
+
+
+def test_checkpoints(here: Path) -> None:
+    from safetensors.torch import save_file
+
+    state = adapt.call("own_model:network").state_dict()
+    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, "weights.pt")
+    save_file(state, "weights.safetensors")
+    tables = []
+    for number, model in enumerate(("own_model:network", "weights.pt", "weights.safetensors")):
+        command = ["score", "--model", model, "--data", "data.npz", "--out", str(number)]
+        assert cli.main([*command, *(["--architecture", "own_model:network"] if number else [])]) == 0
+        tables.append(influence.read_scores(str(number)))
+    assert tables[0].equals(tables[1]) and tables[0].equals(tables[2])
+
+
+ERRORS = {
+    "--model torchvision:resnet1 --data data.npz": "did you mean resnet18",
+    "--model nowhere:network --data data.npz": "cannot import nowhere",
+    "--model own_model:nothing --data data.npz": "no function 'nothing'",
+    "--model own_model:no_model --data data.npz": "must return a torch.nn.Module, got int",
+    "--model own_model:fails --data data.npz": "OSError: no such weights",
+    "--model weights.pt --data data.npz": "no such file",
+    "--model data.npz --data data.npz": "name the network that they belong to",
+    "--model data.npz --architecture own_model:network --data data.npz": "cannot be read as weights alone",
+    "--model own_model:network --data nowhere.npz": "no such file or folder",
+    "--model own_model:network --data bare.npz": "has no array 'labels'",
+    "--model own_model:network --data far.npz": "labels must lie in 0..2",
+    "--model own_model:network --data own_model:rows": "does not take a batch of shape",
+    "--model own_model:with_dropout --data data.npz": "in training mode",
+    "--model own_model:network --data data.npz --wrt nothing": "unknown module 'nothing'",
+    "--model own_model:network --data data.npz --wrt patches:0": "expected patches:K",
+    "--model own_model:network --data data.npz --mean .5": "one number per channel each",
+    "--model own_model:network --data data.npz --device tpu": "expected cpu, cuda",
+    "--model own_model:network --data torchvision:Nothing": "has no data set 'Nothing'",
+    "--model own_model:network --data data.npz --images x": "--images",
+    "--data data.npz": "--model",
+    "--model own_model:network --data .": "one folder of images for each class",
+}
+
+
+@pytest.mark.parametrize("words", list(ERRORS))
+def test_errors_are_one_line(here: Path, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["score", *words.split()]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and ERRORS[words] in lines[0]
+
+
+def test_under_torchrun(here: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m"]
+    command += ["influence.companion", "score", "--model", "own_model:network", "--data", "data.npz", "--out", "two"]
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(influence.__file__).parents[1]),
+        "PATH": "/usr/bin:/bin",
+    }
+    options = ["--batch-size", "4", "--batches-per-file", "1"]
+    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(influence.read_scores("two")) == 17 and len(list((here / "two").glob("*.parquet"))) == 5

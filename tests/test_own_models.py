@@ -1,0 +1,249 @@
+"""Models as people have them: they work, or are refused with the reason."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import influence
+from influence.companion import adapt, material
+from influence.companion.experiments import adapt as tasks
+from influence.companion.experiments import adapt_robustness, adapt_words
+
+
+def network(inputs: int = 6, classes: int = 4) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(inputs, 16), nn.Tanh(), nn.Linear(16, classes)).eval()
+
+
+X = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+
+
+class WithLogits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.model(x))
+
+
+@pytest.mark.parametrize("wrt", ["input", "parameters", "layers"])
+@pytest.mark.parametrize("wrap", [WithLogits, nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
+def test_wrappers(wrt: str, wrap: object) -> None:
+    expected = influence.metric_tensor(network(), X, wrt=wrt).trace()
+    found = influence.metric_tensor(wrap(network()), X, wrt=wrt).trace()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("wrt", ["input", "parameters"])
+def test_bfloat16(wrt: str) -> None:
+    model = network().bfloat16()
+    found = influence.metric_tensor(model, X.bfloat16(), wrt=wrt)
+    assert found.dtype == torch.bfloat16
+    expected = influence.metric_tensor(network(), X, wrt=wrt).trace()
+    torch.testing.assert_close(found.trace(), expected, rtol=0.1, atol=0)
+
+
+def test_scores_of_a_bfloat16_model_take_float32_batches(tmp_path: object) -> None:
+    table = influence.read_scores(influence.score(network().bfloat16(), [X], tmp_path, progress=False))
+    assert len(table) == 5 and table["fi"].notna().all()
+
+
+def test_frozen_backbone_counts_and_stays_frozen() -> None:
+    model = network()
+    expected = influence.metric_tensor(model, X, wrt="layers").trace()
+    for p in model[0].parameters():
+        p.requires_grad_(False)
+    torch.testing.assert_close(influence.metric_tensor(model, X, wrt="layers").trace(), expected)
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, True]
+
+
+def test_dropout_left_on_is_refused() -> None:
+    model = nn.Sequential(network(), nn.Dropout(0.5)).train()
+    with pytest.raises(RuntimeError, match=r"Dropout at '1' in training mode.*model\.eval\(\)"):
+        influence.metric_tensor(model, X)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("wrt", ["input", "parameters"])
+def test_on_a_gpu(wrt: str) -> None:
+    found = influence.metric_tensor(network().cuda(), X.cuda(), wrt=wrt)
+    assert found.gram.device.type == "cuda"
+    torch.testing.assert_close(
+        found.trace().cpu(), influence.metric_tensor(network(), X, wrt=wrt).trace(), rtol=1e-4, atol=0
+    )
+
+
+# -- binary, many classes, tables, tokens -----------------------------------------------------------------------------
+
+
+def _by_definition(model: nn.Module, x: Tensor, label: int) -> float:
+    """FI of one example from G itself, in float64."""
+    x = x.double()[None].requires_grad_()
+    log_p = model.double()(x).log_softmax(1)[0]
+    rows = torch.stack([torch.autograd.grad(value, x, retain_graph=True)[0].flatten() for value in log_p])
+    metric = rows.T @ (log_p.exp()[:, None] * rows)
+    return float(rows[label] @ torch.linalg.pinv(metric.detach(), rtol=1e-10) @ rows[label])
+
+
+@pytest.mark.parametrize(("inputs", "classes"), [(6, 2), (6, 4), (3, 7)])
+def test_tabular(inputs: int, classes: int) -> None:
+    x = torch.randn(4, inputs, generator=torch.Generator().manual_seed(2))
+    labels = torch.arange(4) % classes
+    result = influence.first_order_influence(influence.metric_tensor(network(inputs, classes), x), labels)
+    expected = [_by_definition(network(inputs, classes), x[n], int(labels[n])) for n in range(4)]
+    torch.testing.assert_close(result.fi[:, 0], torch.tensor(expected, dtype=torch.float64), rtol=1e-3, atol=0)
+    assert (result.rank == min(inputs, classes - 1)).all()
+
+
+def test_single_binary_logit_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ValueError, match=r"torch\.stack"):
+        influence.metric_tensor(network(classes=1), X)
+
+
+def test_thousand_classes() -> None:
+    model, labels = network(6, 1000), torch.arange(5)
+    result = influence.first_order_influence(influence.metric_tensor(model, X), labels)
+    assert (result.rank == 6).all()  # six inputs move 999 contrasts along six directions
+    assert (result.fi[:, 0] < result.ceiling).all() and (result.alignment > 0).all()
+
+
+class Text(nn.Module):
+    """Mean of embeddings and a hidden layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.rest = network(8, 3)
+
+    def after_embedding(self, e: Tensor) -> Tensor:
+        return self.rest(e.mean(1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.after_embedding(self.embedding(tokens))
+
+
+class AfterEmbedding(nn.Module):
+    def __init__(self, model: Text) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, e: Tensor) -> Tensor:
+        return self.model.after_embedding(e)
+
+
+def test_text() -> None:
+    torch.manual_seed(0)
+    model = Text().eval()
+    tokens = torch.tensor(
+        [[1, 2, 3, 4], [5, 6, 7, 8]]
+    )  # no token twice: table and embedded tokens are one perturbation
+    with pytest.raises(TypeError, match="integers cannot be perturbed"):
+        influence.metric_tensor(model, tokens)
+    table = influence.metric_tensor(model, tokens, wrt=["embedding"])
+    embedded = influence.metric_tensor(AfterEmbedding(model), model.embedding(tokens).detach(), wrt="input")
+    torch.testing.assert_close(table.gram, embedded.gram, rtol=1e-4, atol=1e-9)
+    assert (table.rank() == 2).all()
+
+
+# -- the analyses of the notebook -------------------------------------------------------------------------------------
+
+
+def _subject(shape: tuple[int, ...], classes: int, *, images: int = 12) -> tasks.Subject:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randint(0, 256, (images, *shape), generator=generator).to(torch.uint8)
+    labels = torch.arange(images) % classes
+    examples = material._tensors(x, labels, "test")
+    found = material.Material("test", tuple(map(str, range(classes))), examples, examples)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        size = 2 * 2 * 4
+        layers = [nn.Conv2d(shape[0], 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+        model = nn.Sequential(*layers, nn.Linear(size, classes)).eval()
+    model = adapt.prepare(model, examples)
+    assert adapt.check(model, examples) == classes
+    return tasks.Subject(model, found, classes, torch.device("cpu"), True, "test")
+
+
+@pytest.mark.parametrize(("shape", "classes"), [((1, 8, 8), 2), ((3, 24, 24), 5), ((3, 16, 16), 100)])
+def test_all_analyses(shape: tuple[int, ...], classes: int) -> None:
+    subject = _subject(shape, classes)
+    scores = tasks.scores(subject, images=8)
+    curves = adapt_robustness.robustness(subject, alpha=1.0, sigma=0.04, steps=1, learning_rate=1e-3, images=8)
+    tables = {
+        "beyond": tasks.beyond_the_loss(scores, count=3),
+        "layers": tasks.layers(subject, images=3),
+        "parts": tasks.train_against_test(scores, repeats=20),
+        "maps": tasks.maps(subject, scores, images=1),
+        "curves": curves,
+    }
+    assert (scores["fi"] <= scores["ceiling"] * (1 + 1e-6)).all()
+    assert set(curves["arm"]) == {"as it is", "continued", "stability 1"}
+    assert len(tables["layers"]) == 2 and np.isclose(tables["layers"]["share"].sum(), 1)
+    assert tables["maps"]["trace"][0].shape == shape[1:]
+    text = adapt_words.in_words(subject, scores=scores, tables=tables)
+    assert f"K - 1 = {classes - 1}" in text and "nan" not in text
+
+
+def test_traces_of_pixels_and_of_layers_are_those_of_the_metric_tensor() -> None:
+    subject = _subject((1, 8, 8), 5)
+    x, _ = subject.material.train.batch(range(3))
+    metric = influence.metric_tensor(subject.model, x)
+    torch.testing.assert_close(tasks.input_trace(subject, x).flatten(1).sum(1), metric.trace()[:, 0], rtol=1e-4, atol=0)
+
+
+def test_estimated_trace_is_near_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = _subject((1, 8, 8), 10)
+    exact = tasks.layers(subject, images=12)
+    monkeypatch.setattr(tasks, "MANY_CLASSES", 4)
+    estimated = tasks.layers(subject, images=12)
+    assert np.allclose(estimated["divergence"], exact["divergence"], rtol=0.25)
+    assert not np.array_equal(estimated["divergence"], exact["divergence"])
+
+
+def test_words_say_what_the_numbers_say() -> None:
+    subject = _subject((1, 8, 8), 5)
+    scores = tasks.scores(subject, images=0)
+    beyond = tasks.beyond_the_loss(scores, count=3)
+    assert any("nothing that the loss does not" in line for line in adapt_words._suspicious(subject, scores, beyond))
+    beyond["shared"] = 0
+    assert any("something that the loss does not" in line for line in adapt_words._suspicious(subject, scores, beyond))
+
+
+def test_fine_tuning_leaves_the_model_and_what_is_frozen_alone() -> None:
+    subject = _subject((1, 8, 8), 5)
+    subject.model.model[0].weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in subject.model.state_dict().items()}
+    tuned = adapt_robustness.stabilise(subject, alpha=1.0, sigma=0.04, steps=2, learning_rate=0.01)
+    after = tuned.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in subject.model.state_dict().items())
+    assert torch.equal(after["model.0.weight"], before["model.0.weight"])
+    assert not torch.equal(after["model.4.weight"], before["model.4.weight"])
+    for p in subject.model.parameters():
+        p.requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen"):
+        adapt_robustness.stabilise(subject, alpha=1.0, sigma=0.04, steps=1, learning_rate=0.01)
+
+
+def test_image_folder(tmp_path: object) -> None:
+    from pathlib import Path
+
+    from PIL import Image
+
+    root = Path(str(tmp_path))
+    for part in ("train", "val"):
+        for number, name in enumerate(("cat", "dog")):
+            (root / part / name).mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (20 + i, 16), (80 * number, 10 * i, 0)).save(root / part / name / f"{i}.png")
+    found = material.load_data(str(root), size=8)
+    assert found.classes == ("cat", "dog") and not found.held_out
+    x, labels = found.train.stored(range(6))
+    assert x.shape == (6, 3, 8, 8) and x.dtype == torch.uint8 and labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert material.load_data(str(root / "train"), size=8).held_out

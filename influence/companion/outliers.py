@@ -120,7 +120,7 @@ def human_labels(kind: str, data_dir: str | Path | None) -> tuple[Tensor, Tensor
     """CIFAR-10N (Wei et al. 2022): labels that people gave to the 50,000 training images, and the verified ones.
 
     Args:
-        kind: one of `HUMAN_LABELS`; "aggre_label" is the majority of three, "worse_label" a wrong one where there is any.
+        kind: one of `HUMAN_LABELS`; "aggre_label" is the majority of three, "worse_label" a wrong one of them.
         data_dir: folder that holds `cifar10n.npz`.
 
     Returns:

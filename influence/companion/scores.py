@@ -5,7 +5,7 @@ Larger means more suspicious for all of them, so that one ROC routine serves all
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -65,7 +65,7 @@ def all_scores(
     model: nn.Module,
     split: Split,
     *,
-    given: Tensor | None = None,
+    given: Mapping[str, Tensor] | None = None,
     device: torch.device | str = "cpu",
     without: Sequence[str] = (),
 ) -> pd.DataFrame:
@@ -74,33 +74,38 @@ def all_scores(
     Args:
         model: takes raw pixels, in evaluation mode.
         split: the images.
-        given: (N,) labels to score instead of `split.labels`.
+        given: name -> (N,) labels to score instead of `split.labels`; one metric tensor serves them all.
         device: where to compute.
         without: scores to leave out, such as the dear ones "grand" (gradients of all parameters) and "cook".
 
     Returns:
-        One row per image: image (position in the set's published order), label, predicted, p_label, ceiling, rank, then
-        the scores.
+        One row per image (and name in `given`, which is a column then): image (position in the set's published order),
+        label, predicted, p_label, ceiling, rank, then the scores.
 
     Raises:
         ValueError: `without` names no score.
     """
     if unknown := set(without) - set(NAMES):
         raise ValueError(f"unknown score {sorted(unknown)[0]!r}: there are {', '.join(NAMES)}")
-    labels = split.labels if given is None else given
+    kinds = {"": split.labels} if given is None else dict(given)
+    rows = torch.arange(len(split))
     parts = []
-    pieces = zip(split.images.split(_CHUNK), labels.split(_CHUNK), split.index.split(_CHUNK), strict=True)
-    for images, y, index in tqdm(list(pieces), desc="scores", unit="batch", leave=False):
-        x, y = training.pixels(images, device), y.to(device)
-        values = _from_metric(influence.metric_tensor(model, x, wrt="input"), y)
-        if "grand" not in without:
-            values["grand"] = gradient_norm(influence.metric_tensor(model, x, wrt="parameters"), y)
-        if "cook" not in without:
-            values["cook"] = local_influence(model, x, y)
-        columns = {"image": index, "label": y, **values}
-        parts.append(pd.DataFrame({name: value.cpu().numpy() for name, value in columns.items()}))
+    for chunk in tqdm(rows.split(_CHUNK), desc="scores", unit="batch", leave=False):
+        x = training.pixels(split.images[chunk], device)
+        image = influence.metric_tensor(model, x, wrt="input")
+        parameters = None if "grand" in without else influence.metric_tensor(model, x, wrt="parameters")
+        for kind, labels in kinds.items():
+            y = labels[chunk].to(device)
+            values = _from_metric(image, y)
+            if parameters is not None:
+                values["grand"] = gradient_norm(parameters, y)
+            if "cook" not in without:
+                values["cook"] = local_influence(model, x, y)
+            columns = {"image": split.index[chunk], "label": y, **values}
+            frame = pd.DataFrame({name: value.cpu().numpy() for name, value in columns.items()})
+            parts.append(frame.assign(given=kind))
     frame = pd.concat(parts, ignore_index=True)
-    head = ["image", "label", "predicted", "p_label", "ceiling", "rank"]
+    head = ["image", "label", "predicted", "p_label", "ceiling", "rank"] + (["given"] if given is not None else [])
     return frame[[*head, *(name for name in NAMES if name not in without)]]
 
 
@@ -188,3 +193,74 @@ def _from_metric(metric: influence.MetricTensor, y: Tensor) -> dict[str, Tensor]
         estimator = influence.Released(epsilon=epsilon)
         values[name] = influence.first_order_influence(metric, y, estimator=estimator).fi[:, 0]
     return values
+
+
+def predicted_class_scores(model: nn.Module, split: Split, epsilon: float, device: torch.device) -> pd.DataFrame:
+    """FI of the whole image for f = -log P(y_pred), exact and released, and the losses, for each image of a split."""
+    parts = []
+    pieces = zip(split.images.split(_CHUNK), split.labels.split(_CHUNK), split.index.split(_CHUNK), strict=True)
+    for images, labels, index in tqdm(list(pieces), desc="FI of the predicted class", unit="batch", leave=False):
+        metric = influence.metric_tensor(model, training.pixels(images, device), wrt="input")
+        exact = influence.first_order_influence(metric)
+        released = influence.first_order_influence(metric, estimator=influence.Released(epsilon=epsilon))
+        true = influence.first_order_influence(metric, labels.to(device))
+        values = {
+            "image": index,
+            "label": labels,
+            "predicted": exact.labels,
+            "p_predicted": metric.log_probs.amax(1).exp(),
+            # log1p of the ceiling is -log P with all of its digits, also where P is within 1e-16 of 1.
+            "loss": true.ceiling.log1p(),
+            "margin": exact.ceiling.log1p(),
+            "ceiling": exact.ceiling,
+            "exact": exact.fi[:, 0],
+            "released": released.fi[:, 0],
+            "rank": exact.rank[:, 0],
+        }
+        parts.append(pd.DataFrame({name: value.cpu().numpy() for name, value in values.items()}))
+    frame = pd.concat(parts, ignore_index=True)
+    frame["position"] = positions(frame["label"].to_numpy())
+    return frame
+
+
+def positions(labels: np.ndarray) -> np.ndarray:
+    """Images of class i spread evenly over [i, i+1), in stored order: the x of the paper's Manhattan plots."""
+    x = labels.astype(np.float64)
+    for k in np.unique(labels):
+        members = np.flatnonzero(labels == k)
+        x[members] += np.arange(len(members)) / len(members)
+    return x
+
+
+def unit_scores(
+    model: nn.Module, split: Split, factors: dict[str, float], epsilons: tuple[float, ...], device: torch.device
+) -> pd.DataFrame:
+    """Exact FI, released FI for each e, Jacobian norm and trace of each image in each unit of the pixels."""
+    frames = []
+    for images, labels, index in zip(
+        split.images.split(64), split.labels.split(64), split.index.split(64), strict=True
+    ):
+        y = labels.to(device)
+        raw = influence.metric_tensor(model, training.pixels(images, device), wrt="input")
+        for unit, factor in factors.items():
+            metric = in_unit(raw, factor)
+            exact = influence.first_order_influence(metric, y)
+            found = [
+                ("exact", np.nan, exact.fi[:, 0], exact.rank[:, 0]),
+                ("jacobian_norm", np.nan, gradient_norm(metric, y), exact.rank[:, 0]),
+                ("trace", np.nan, metric.trace()[:, 0], exact.rank[:, 0]),
+            ]
+            for epsilon in epsilons:
+                released = influence.first_order_influence(metric, y, estimator=influence.Released(epsilon=epsilon))
+                found.append(("released", epsilon, released.fi[:, 0], released.rank[:, 0]))
+            for name, epsilon, value, rank in found:
+                columns = {"image": index, "loss": exact.ceiling.log1p(), "ceiling": exact.ceiling, "value": value}
+                columns["rank"] = rank
+                frame = pd.DataFrame({key: item.cpu().numpy() for key, item in columns.items()})
+                frames.append(frame.assign(unit=unit, score=name, epsilon=epsilon))
+    return pd.concat(frames, ignore_index=True)
+
+
+def in_unit(metric: influence.MetricTensor, factor: float) -> influence.MetricTensor:
+    """The metric tensor for omega / factor: its Grams times factor^2."""
+    return influence.MetricTensor(metric.log_probs, metric.gram * factor**2, metric.blocks, metric.dims, metric.dtype)

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from .. import cache, training
 from ..data import Split
 from ..evaluation import expected_calibration_error, mean_interval, rank_agreement
 from ..results import Run
+from ..scores import positions
 from .common import classifier, dataset, training_images
 from .definition import influence_by_definition
 
@@ -148,17 +148,8 @@ def score_images(
             )
         )
     frame = pd.concat(parts, ignore_index=True)
-    frame["position"] = _positions(frame["label"].to_numpy())
+    frame["position"] = positions(frame["label"].to_numpy())
     return frame
-
-
-def _positions(labels: np.ndarray) -> np.ndarray:
-    """Images of class i spread evenly over [i, i+1), in stored order: the x of the paper's Manhattan plots."""
-    x = labels.astype(np.float64)
-    for k in np.unique(labels):
-        members = np.flatnonzero(labels == k)
-        x[members] += np.arange(len(members)) / len(members)
-    return x
 
 
 def ceiling_check(run: Run, datasets: Sequence[str], models: Sequence[str], *, seed: int, images: int) -> pd.DataFrame:

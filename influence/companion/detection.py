@@ -77,7 +77,7 @@ def detection(
     if weight is not None:
         counts = counts * np.asarray(weight, dtype=np.float64)[order]
     ap = _average_precision(counts * hit, counts * ~hit, last)
-    result = {}
+    result: dict[str, float] = {}
     for name, found in (("auroc", auroc), ("ap", ap)):
         low, high = np.quantile(found[1:], [(1 - level) / 2, (1 + level) / 2]) if repeats else (np.nan, np.nan)
         result |= {name: float(found[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
@@ -139,12 +139,8 @@ def agreement(
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     generator = np.random.default_rng(seed)
     samples = [np.arange(len(a)), *(generator.integers(0, len(a), len(a)) for _ in range(repeats))]
-    found = np.array(
-        [
-            (stats.spearmanr(a[rows], b[rows]).statistic, stats.kendalltau(a[rows], b[rows]).statistic)
-            for rows in samples
-        ]
-    )
+    pairs = [(a[rows], b[rows]) for rows in samples]
+    found = np.array([(stats.spearmanr(*pair).statistic, stats.kendalltau(*pair).statistic) for pair in pairs])
     lows, highs = np.nanquantile(found[1:], [(1 - level) / 2, (1 + level) / 2], axis=0)
     result = {}
     for column, name in enumerate(("spearman", "kendall")):

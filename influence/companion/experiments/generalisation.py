@@ -48,7 +48,12 @@ def predicted_influence(
             trained = classifier(run, name, model, seed=seed)
             for part in ("train", "test"):
                 split = training_images(run, name, model) if part == "train" else dataset(run, name).test
-                key = {"model": trained.key, "data": dataset(run, name).digest, "part": part, "images": images}
+                key: dict[str, object] = {
+                    "model": trained.key,
+                    "data": dataset(run, name).digest,
+                    "part": part,
+                    "images": images,
+                }
                 compute = bound(
                     predicted_class_scores, trained.model, split.sample(images, seed=seed), epsilon, run.device
                 )
@@ -89,7 +94,7 @@ def gap(frame: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     """
     rows = []
     for (name, model), group in frame.groupby(["dataset", "model"], sort=False):
-        parts = {part: rest for part, rest in group.groupby("part")}
+        parts = {str(part): rest for part, rest in group.groupby("part")}
         hits = {f"accuracy_{part}": float((rest["label"] == rest["predicted"]).mean()) for part, rest in parts.items()}
         for measure in MEASURES:
             values = {part: rest[measure].to_numpy() for part, rest in parts.items()}

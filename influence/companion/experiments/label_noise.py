@@ -57,7 +57,12 @@ def noisy_scores(
     for model in models:
         network, key = _network(run, dataset_name, model, seed)
         given = {kind: _given(run, dataset_name, split, kind, share=share, seed=seed) for kind in kinds}
-        entry = {"model": key, "data": dataset(run, dataset_name).digest, "images": images, "seed": seed}
+        entry: dict[str, object] = {
+            "model": key,
+            "data": dataset(run, dataset_name).digest,
+            "images": images,
+            "seed": seed,
+        }
         entry |= {"kinds": list(kinds), "share": share, "without": list(without), "device": run.device.type}
         compute = bound(scores.all_scores, network, split, given=given, device=run.device, without=without)
         frame = cache.table(f"labels/{dataset_name}-{model}", entry, compute)

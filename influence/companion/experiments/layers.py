@@ -57,8 +57,8 @@ def layer_table(frame: pd.DataFrame) -> pd.DataFrame:
     `gap_at_full_rank` is the largest relative difference of exact FI and ceiling over the images where the layer has
     rank K - 1 (by definition of the estimator no more than rounding), `gap_to_all` that of a layer's exact FI and that
     of all parameters over the same images; `kept` the mean number of singular values above the released cut,
-    `cut` the share of images that lost a direction to it, `zero` of those whose released FI is 0, and `constant` of those
-    that lost none and yet differ from exact FI by more than 1%, through the constant e.
+    `cut` the share of images that lost a direction to it, `zero` of those whose released FI is 0, and `constant` of
+    those that lost none and yet differ from exact FI by more than 1%, through the constant e.
     """
     rows = []
     for (name, model), network in frame.groupby(["dataset", "model"], sort=False):

@@ -16,6 +16,7 @@ from .. import cache, scores, training
 from ..detection import agreement
 from ..layerwise import layer_noise_scores
 from ..results import Run
+from . import vulnerability
 from .common import classifier, dataset, training_images
 from .keyed import bound
 
@@ -89,7 +90,7 @@ def sensitivity_table(frame: pd.DataFrame) -> pd.DataFrame:
     raw = frame[frame["unit"] == "0-255"]
     rows = []
     for (score, epsilon, unit), group in frame.groupby(["score", "epsilon", "unit"], sort=False, dropna=False):
-        same = raw[(raw["score"] == score) & ((raw["epsilon"] == epsilon) | np.isnan(epsilon))].set_index("image")
+        same = raw[(raw["score"] == score) & ((raw["epsilon"] == epsilon) | raw["epsilon"].isna())].set_index("image")
         reference = same["value"].loc[group["image"]].to_numpy()
         gap = np.abs(group["value"].to_numpy() - reference)
         change = float(np.max(np.divide(gap, reference, out=np.where(gap > 0, np.inf, 0.0), where=reference > 0)))
@@ -221,6 +222,16 @@ def practice(
         best = close.sort_values(["passes", "value"], ascending=[True, False]).index[0]
         table.loc[best, "use"] = True
     return table.sort_values(["task", "value"], ascending=[True, False], ignore_index=True)
+
+
+def pixel_table(
+    run: Run, dataset_name: str, model: str, *, seed: int, images: int, counts: Sequence[int], epsilon: float
+) -> pd.DataFrame:
+    """`vulnerability.intervention_table` of one network, with 3x3 patches as in `fig_vulnerable_areas`."""
+    frame = vulnerability.intervention(
+        run, dataset_name, model, seed=seed, images=images, counts=counts, patch=3, epsilon=epsilon
+    )
+    return vulnerability.intervention_table(frame)
 
 
 def _row(task: str, score: object, measured: str, value: object, low: object, high: object) -> dict[str, object]:

@@ -116,7 +116,7 @@ def curves(frame: pd.DataFrame) -> pd.DataFrame:
             for curve, x, y in (("roc", false, true), ("pr", recall, precision)):
                 rows = np.unique(np.linspace(0, len(x) - 1, min(len(x), 400)).round().astype(int))
                 points = pd.DataFrame({"x": x[rows], "y": y[rows]})
-                frames.append(points.assign(model=model, state=state, score=score, curve=curve))
+                frames.append(points.assign(model=str(model), state=str(state), score=score, curve=curve))
     return pd.concat(frames, ignore_index=True)
 
 

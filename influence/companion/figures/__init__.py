@@ -1,5 +1,23 @@
 """Tidy tables to figures. Nothing here computes a result or saves a file."""
 
-from . import sensitivity, stability, style
+from . import (
+    detection,
+    generalisation,
+    layers,
+    meaning,
+    sensitivity,
+    stability,
+    style,
+    vulnerability,
+)
 
-__all__ = ["sensitivity", "stability", "style"]
+__all__ = [
+    "detection",
+    "generalisation",
+    "layers",
+    "meaning",
+    "sensitivity",
+    "stability",
+    "style",
+    "vulnerability",
+]

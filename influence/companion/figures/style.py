@@ -17,6 +17,24 @@ COLOURS: dict[str, str] = {
     "augmentation": "#009E73",
 }
 STABILITY = ("#56B4E9", "#0072B2", "#CC79A7")  # one for each alpha, from the smallest
+# Scores of an example, in the order of `companion.scores.NAMES`: colour and line.
+SCORES: dict[str, tuple[str, str]] = {
+    "exact": ("#0072B2", "-"),
+    "released_1e-8": ("#D55E00", "--"),
+    "released_1e-3": ("#D55E00", "-"),
+    "loss": ("#000000", ":"),
+    "jacobian_norm": ("#009E73", "-"),
+    "cook": ("#CC79A7", "--"),
+    "el2n": ("#E69F00", "--"),
+    "grand": ("#009E73", "--"),
+    "margin": ("#E69F00", ":"),
+    "max_softmax": ("#999999", "-"),
+    "trace": ("#56B4E9", "-"),
+    "lambda_max": ("#CC79A7", ":"),
+    "released": ("#D55E00", "-"),
+    "saliency": ("#009E73", "-"),
+    "random": ("#999999", ":"),
+}
 NAMES = {
     "resnet50": "ResNet50",
     "densenet121": "DenseNet121",
@@ -25,6 +43,24 @@ NAMES = {
     "cifar10": "CIFAR-10",
     "exact": "exact FI",
     "released": "released FI",
+    "released_1e-8": r"released FI, $e = 10^{-8}$",
+    "released_1e-3": r"released FI, $e = 10^{-3}$",
+    "loss": "loss",
+    "jacobian_norm": "Jacobian norm",
+    "cook": "Cook's local influence",
+    "el2n": "EL2N",
+    "grand": "GraNd",
+    "margin": "margin",
+    "max_softmax": "1 - max softmax",
+    "trace": "trace of G",
+    "lambda_max": r"$\lambda_{max}$(G)",
+    "saliency": "gradient saliency",
+    "random": "at random",
+    "resnet20": "ResNet-20 (He)",
+    "resnet56": "ResNet-56 (He)",
+    "aggre_label": "CIFAR-10N aggregate",
+    "worse_label": "CIFAR-10N worst",
+    "flipped": "synthetic flips",
 }
 
 

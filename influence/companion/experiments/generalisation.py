@@ -121,3 +121,15 @@ def claims(gaps: pd.DataFrame) -> dict[str, bool]:
         ),
         "fi_orders_as_the_margin": bool((same.abs() <= 1e-12).all()),
     }
+
+
+def quantile_claims(table: pd.DataFrame) -> dict[str, bool]:
+    """By a rule fixed before the run: whether upper quantiles grow towards the test set, for every network.
+
+    * upper_quantiles_are_larger_on_the_test_set: the 95% interval of the .95 quantile of released FI on test images
+      lies above that on training images.
+    """
+    chosen = table[(table["estimator"] == "released") & (table["quantile"] == 0.95)]
+    ends = chosen.pivot(index=["dataset", "model"], columns="part", values=["low", "high"])
+    larger = ends[("low", "test")] > ends[("high", "train")]
+    return {"upper_quantiles_are_larger_on_the_test_set": bool(larger.all())}

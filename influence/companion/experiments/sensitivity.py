@@ -218,8 +218,8 @@ def outlier_agreement(scores: pd.DataFrame) -> pd.DataFrame:
     """How far the rankings agree: released FI with exact FI and with the loss, exact FI with the loss.
 
     Returns:
-        One row per data set, model and pair: images, Spearman's rho and Kendall's tau-b with 95% bootstrap intervals over
-        the images, for one network of each kind.
+        One row per data set, model and pair: images, Spearman's rho and Kendall's tau-b with 95% bootstrap intervals
+        over the images, for one network of each kind.
     """
     rows = []
     pairs = (("released", "exact"), ("released", "loss"), ("exact", "loss"))

@@ -51,7 +51,7 @@ def manhattan(axes: Axes, position: pd.Series, score: pd.Series, label: pd.Serie
 
 
 def outlier_ranking(scores: pd.DataFrame) -> Figure:
-    """Setup 1: Manhattan plots of released FI (full and zoomed) and of exact FI, and both against the ceiling (1 - P_y) / P_y."""
+    """Setup 1: Manhattan plots of released FI (full, zoomed) and exact FI, and both against their ceiling."""
     groups = list(scores.groupby(["dataset", "model"], sort=False))
     figure = Figure(figsize=(style.WIDTH * 1.4, 2.3 * len(groups)))
     grid = figure.subplots(len(groups), 4, squeeze=False)

@@ -71,7 +71,8 @@ def detection(
         drawn = generator.multinomial(len(group), np.full(len(group), 1 / len(group)), size=repeats)
         counts[1:, group] = drawn
     order = np.argsort(-values, kind="stable")
-    last = np.flatnonzero(np.append(np.diff(values[order]) != 0, True))  # the last example of each tie
+    falling = values[order]
+    last = np.flatnonzero(np.append(falling[1:] != falling[:-1], True))  # the last example of each tie
     hit, counts = hit[order], counts[:, order]
     auroc = _auroc(counts * hit, counts * ~hit, last)
     if weight is not None:

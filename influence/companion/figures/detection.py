@@ -52,13 +52,14 @@ def auroc(table: pd.DataFrame, by: str) -> Figure:
             axes.set_xlabel({"auroc": "AUROC", "ap": "average precision"}[measure])
         row[0].set_yticks(range(len(scores)), [style.name(score) for score in scores], fontsize=7)
     for axes, value in zip(grid[0], columns, strict=True):
-        axes.set_title(style.name(value) if by == "kind" else f"{value} fine-tuning", fontsize=9)
+        axes.set_title(style.name(value) if by == "kind" else f"{_WHEN[str(value)]} fine-tuning", fontsize=9)
     grid[0, 0].invert_yaxis()
     grid[0, -1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle("one network each, 95% bootstrap intervals over the images", fontsize=8)
     return figure
 
 
+_WHEN = {"before": "before", "middle": "during", "after": "after"}
 _MODELS = {"resnet50": "o", "densenet121": "s", "resnet20": "^", "resnet56": "D"}
 _MODEL_COLOURS = {"resnet50": "#0072B2", "densenet121": "#E69F00", "resnet20": "#009E73", "resnet56": "#CC79A7"}
 

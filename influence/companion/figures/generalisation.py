@@ -67,6 +67,7 @@ def quantiles(table: pd.DataFrame) -> Figure:
             axes.errorbar(rows.index + shift, rows["value"], yerr=bars, fmt="o", color=colour, markersize=4, label=part)
         axes.set_xticks(range(len(rows)), [f"{q:g}" for q in rows["quantile"]])
         axes.set_yscale("symlog", linthresh=1e-3)
+        axes.set_ylim(0, 2 * group["value"].max())
         axes.set_xlabel("quantile")
         axes.set_ylabel("released FI")
         axes.set_title(f"{style.name(name)}, {style.name(model)}, {rows['images'].iloc[0]} images each", fontsize=8)

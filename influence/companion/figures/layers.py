@@ -19,7 +19,7 @@ def by_class(scores: pd.DataFrame) -> Figure:
     for row, ((name, model), group) in zip(figure.subplots(len(groups), 3, squeeze=False), groups, strict=True):
         for axes, column in zip(row, ("released", "released", "exact"), strict=True):
             manhattan(axes, group["position"], group[column], group["label"])
-            axes.set_ylim(0)
+        row[0].set_ylim(0)
         zoom = float(np.quantile(group["released"], 0.9)) or float(group["released"].max())
         row[1].set_ylim(0, zoom if zoom > 0 else 1)
         row[2].set_yscale("log")

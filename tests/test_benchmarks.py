@@ -10,7 +10,6 @@ import pytest
 
 from benchmarks import methods, run
 
-
 CASE = run.Case("chain1", 3, 2, "influence", 1.0, 8, 1, "cpu", False)
 
 

@@ -120,7 +120,8 @@ def test_outlier_figures_draw_every_image() -> None:
         }
     )  # fmt: skip
     figure = figures.sensitivity.outlier_ranking(scores)
-    left, middle, right = figure.axes
+    left, zoomed, middle, right = figure.axes
+    assert zoomed.get_ylim()[1] < left.get_ylim()[1]
     assert len(left.collections[0].get_offsets()) == len(middle.collections[0].get_offsets()) == 200
     assert middle.get_yscale() == "log" and left.get_xlim() == (0, 10)
     zeros = f"released = 0 ({(loss <= 0.1).mean():.0%})"

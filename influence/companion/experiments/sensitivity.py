@@ -6,7 +6,6 @@ import copy
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -17,8 +16,10 @@ import influence
 
 from .. import cache, training
 from ..data import Split
+from ..detection import agreement
 from ..evaluation import expected_calibration_error, mean_interval, rank_agreement
 from ..results import Run
+from ..scores import positions
 from .common import classifier, dataset, training_images
 from .definition import influence_by_definition
 
@@ -60,10 +61,11 @@ def _quality(logits: Tensor, split: Split) -> dict[str, float]:
 
 
 def accuracy_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Mean over seeds of `accuracy`'s rows, with the 95% t interval over seeds, in fractions."""
+    """Mean over seeds of `accuracy`'s rows, with the 95% t intervals over seeds, in fractions."""
     rows = []
     for (name, model, part), group in runs.groupby(["dataset", "model", "part"], sort=False):
         mean, low, high = mean_interval(group["accuracy"])
+        error, error_low, error_high = mean_interval(group["calibration_error"])
         rows.append(
             {
                 "dataset": name,
@@ -75,7 +77,9 @@ def accuracy_table(runs: pd.DataFrame) -> pd.DataFrame:
                 "low": max(low, 0.0),
                 "high": min(high, 1.0),
                 "loss": group["loss"].mean(),
-                "calibration_error": group["calibration_error"].mean(),
+                "calibration_error": error,
+                "calibration_low": max(error_low, 0.0),
+                "calibration_high": min(error_high, 1.0),
             }
         )
     return pd.DataFrame(rows)
@@ -148,17 +152,8 @@ def score_images(
             )
         )
     frame = pd.concat(parts, ignore_index=True)
-    frame["position"] = _positions(frame["label"].to_numpy())
+    frame["position"] = positions(frame["label"].to_numpy())
     return frame
-
-
-def _positions(labels: np.ndarray) -> np.ndarray:
-    """Images of class i spread evenly over [i, i+1), in stored order: the x of the paper's Manhattan plots."""
-    x = labels.astype(np.float64)
-    for k in np.unique(labels):
-        members = np.flatnonzero(labels == k)
-        x[members] += np.arange(len(members)) / len(members)
-    return x
 
 
 def ceiling_check(run: Run, datasets: Sequence[str], models: Sequence[str], *, seed: int, images: int) -> pd.DataFrame:
@@ -216,6 +211,22 @@ def outlier_summary(scores: pd.DataFrame, check: pd.DataFrame) -> pd.DataFrame:
                 "top100_released_in_loss": len(top["released"] & top["loss"]),
             }
         )
+    return pd.DataFrame(rows)
+
+
+def outlier_agreement(scores: pd.DataFrame) -> pd.DataFrame:
+    """How far the rankings agree: released FI with exact FI and with the loss, exact FI with the loss.
+
+    Returns:
+        One row per data set, model and pair: images, Spearman's rho and Kendall's tau-b with 95% bootstrap intervals
+        over the images, for one network of each kind.
+    """
+    rows = []
+    pairs = (("released", "exact"), ("released", "loss"), ("exact", "loss"))
+    for (name, model), group in scores.groupby(["dataset", "model"], sort=False):
+        for first, second in pairs:
+            row = {"dataset": name, "model": model, "first": first, "second": second, "images": len(group)}
+            rows.append({**row, **agreement(group[first], group[second], repeats=100)})
     return pd.DataFrame(rows)
 
 

@@ -1,5 +1,25 @@
 """Tidy tables to figures. Nothing here computes a result or saves a file."""
 
-from . import adapt, sensitivity, stability, style
+from . import (
+    adapt,
+    detection,
+    generalisation,
+    layers,
+    meaning,
+    sensitivity,
+    stability,
+    style,
+    vulnerability,
+)
 
-__all__ = ["adapt", "sensitivity", "stability", "style"]
+__all__ = [
+    "adapt",
+    "detection",
+    "generalisation",
+    "layers",
+    "meaning",
+    "sensitivity",
+    "stability",
+    "style",
+    "vulnerability",
+]

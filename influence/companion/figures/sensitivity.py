@@ -51,13 +51,17 @@ def manhattan(axes: Axes, position: pd.Series, score: pd.Series, label: pd.Serie
 
 
 def outlier_ranking(scores: pd.DataFrame) -> Figure:
-    """Setup 1: Manhattan plots of released and of exact FI, and both against the ceiling (1 - P_y) / P_y."""
+    """Setup 1: Manhattan plots of released FI (full, zoomed) and exact FI, and both against their ceiling."""
     groups = list(scores.groupby(["dataset", "model"], sort=False))
-    figure = Figure(figsize=(style.WIDTH * 1.25, 2.3 * len(groups)))
-    grid = figure.subplots(len(groups), 3, squeeze=False)
-    for (left, middle, right), ((name, model), group) in zip(grid, groups, strict=True):
-        manhattan(left, group["position"], group["released"], group["label"])
-        left.set_ylim(0)
+    figure = Figure(figsize=(style.WIDTH * 1.4, 2.3 * len(groups)))
+    grid = figure.subplots(len(groups), 4, squeeze=False)
+    for (left, zoomed, middle, right), ((name, model), group) in zip(grid, groups, strict=True):
+        for axes in (left, zoomed):
+            manhattan(axes, group["position"], group["released"], group["label"])
+            axes.set_ylim(0)
+        top = float(np.quantile(group["released"], 0.95))
+        zoomed.set_ylim(0, top if top > 0 else 1.0)
+        zoomed.set_title("as released, lower 95%")
         left.set_ylabel(f"{style.name(name)}\n{style.name(model)}\nFI (dimensionless)")
         left.set_title("as released")
         manhattan(middle, group["position"], group["exact"], group["label"])
@@ -65,9 +69,9 @@ def outlier_ranking(scores: pd.DataFrame) -> Figure:
         middle.set_title("exact (log scale)")
         _against_ceiling(right, group)
         right.set_title("against the ceiling")
-    for axes in grid[-1, :2]:
-        axes.set_xlabel("class (training images in stored order)")
-    grid[-1, 2].set_xlabel(r"$(1 - P_y)/P_y$")
+    for axes in grid[-1, :3]:
+        axes.set_xlabel("class")
+    grid[-1, 3].set_xlabel(r"$(1 - P_y)/P_y$")
     return figure
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
+
 import matplotlib as mpl
 import seaborn as sns
+from matplotlib.figure import Figure
+from PIL import Image
 
 WIDTH = 7.2  # inches: a text page
 # Okabe and Ito (2008): told apart by colour-blind readers.
@@ -17,6 +21,24 @@ COLOURS: dict[str, str] = {
     "augmentation": "#009E73",
 }
 STABILITY = ("#56B4E9", "#0072B2", "#CC79A7")  # one for each alpha, from the smallest
+# Scores of an example, in the order of `companion.scores.NAMES`: colour and line.
+SCORES: dict[str, tuple[str, str]] = {
+    "exact": ("#0072B2", "-"),
+    "released_1e-8": ("#D55E00", "--"),
+    "released_1e-3": ("#D55E00", "-"),
+    "loss": ("#000000", ":"),
+    "jacobian_norm": ("#009E73", "-"),
+    "cook": ("#CC79A7", "--"),
+    "el2n": ("#E69F00", "--"),
+    "grand": ("#009E73", "--"),
+    "margin": ("#E69F00", ":"),
+    "max_softmax": ("#999999", "-"),
+    "trace": ("#56B4E9", "-"),
+    "lambda_max": ("#CC79A7", ":"),
+    "released": ("#D55E00", "-"),
+    "saliency": ("#009E73", "-"),
+    "random": ("#999999", ":"),
+}
 NAMES = {
     "resnet50": "ResNet50",
     "densenet121": "DenseNet121",
@@ -25,6 +47,24 @@ NAMES = {
     "cifar10": "CIFAR-10",
     "exact": "exact FI",
     "released": "released FI",
+    "released_1e-8": r"released FI, $e = 10^{-8}$",
+    "released_1e-3": r"released FI, $e = 10^{-3}$",
+    "loss": "loss",
+    "jacobian_norm": "Jacobian norm",
+    "cook": "Cook's local influence",
+    "el2n": "EL2N",
+    "grand": "GraNd",
+    "margin": "margin",
+    "max_softmax": "1 - max softmax",
+    "trace": "trace of G",
+    "lambda_max": r"$\lambda_{max}$(G)",
+    "saliency": "gradient saliency",
+    "random": "at random",
+    "resnet20": "ResNet-20 (He)",
+    "resnet56": "ResNet-56 (He)",
+    "aggre_label": "CIFAR-10N aggregate",
+    "worse_label": "CIFAR-10N worst",
+    "flipped": "synthetic flips",
 }
 
 
@@ -42,17 +82,23 @@ def apply() -> None:
             "pdf.fonttype": 42,
         }
     )
-    _show_in_notebooks()
+    _show_figures()
 
 
-def _show_in_notebooks() -> None:
-    """Let a notebook show a Figure that was made without pyplot; without this it prints its name alone."""
+def _show_figures() -> None:
+    """Let a notebook show a Figure that ends a cell as a PNG, which IPython does by itself for pyplot's only."""
     from IPython import get_ipython
-    from IPython.core.pylabtools import select_figure_formats
 
-    shell = get_ipython()
-    if shell is not None:
-        select_figure_formats(shell, {"png"})
+    if (shell := get_ipython()) is not None:
+        shell.display_formatter.formatters["image/png"].for_type(Figure, small_png)
+
+
+def small_png(figure: Figure) -> bytes:
+    """A figure as a PNG of 64 colours: a third of the bytes, so that notebooks with their outputs stay small."""
+    buffer, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    Image.open(buffer).convert("RGB").quantize(64).save(small, format="png", optimize=True)
+    return small.getvalue()
 
 
 def class_colours(n_classes: int) -> list[tuple[float, float, float]]:

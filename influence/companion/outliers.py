@@ -1,0 +1,147 @@
+"""Outliers that are made, and wrong labels that are real: overlaid digits, flipped labels, CIFAR-10N."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .data import DataError, Split
+
+HUMAN_LABELS = ("aggre_label", "random_label1", "random_label2", "random_label3", "worse_label")
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Made outliers, in two parts as in the released code.
+
+    Attributes:
+        train: nine tenths of them; `index` holds the position of the image that gave the label.
+        valid: one tenth.
+        partner: for `train` then `valid`, the position of the image of another class.
+        shifts: (N, 4) int64, rows and columns by which the two images were moved.
+    """
+
+    train: Split
+    valid: Split
+    partner: Tensor
+    shifts: Tensor
+
+
+def overlay(split: Split, eligible: np.ndarray | Tensor, *, per_class: int, shift: int = 4, seed: int = 0) -> Outliers:
+    """Overlaid images as in Setup 0 of Shu & Zhu (2019), read off the released code.
+
+    For each class k, `per_class` images of k that are eligible (there: classified correctly by both networks) are each
+    paired with a random image of another class; the two are shifted independently by whole numbers of pixels, uniform
+    in [-shift, shift] on both axes, with 0 moving in; the pixelwise maximum is an outlier with label k.
+
+    Args:
+        split: training images on a background of 0.
+        eligible: (N,) bool, which images may give the label.
+        per_class: outliers of each class: nine tenths for training, the rest for validation.
+        shift: largest shift in pixels: 4 at 28x28.
+        seed: of every draw.
+
+    Raises:
+        ValueError: a class has too few eligible images, or per_class is not at least 1.
+    """
+    if per_class < 1:
+        raise ValueError(f"per_class must be at least 1, got {per_class}")
+    generator = np.random.default_rng(seed)
+    labels, allowed = split.labels.numpy(), np.asarray(eligible, dtype=bool)
+    parts: dict[str, list[np.ndarray]] = {"first": [], "second": [], "train": []}
+    held_out = per_class // 10
+    for k in np.unique(labels):
+        candidates = np.flatnonzero((labels == k) & allowed)
+        if len(candidates) < per_class:
+            raise ValueError(f"class {k} has {len(candidates)} eligible images, {per_class} are needed")
+        parts["first"].append(generator.choice(candidates, per_class, replace=False))
+        parts["second"].append(generator.choice(np.flatnonzero(labels != k), per_class, replace=False))
+        parts["train"].append(np.arange(per_class) < per_class - held_out)
+    first, second, train = (np.concatenate(parts[name]) for name in ("first", "second", "train"))
+    shifts = generator.integers(-shift, shift + 1, size=(len(first), 4))
+    images = torch.stack(
+        [
+            torch.maximum(shifted(split.images[i], *moves[:2]), shifted(split.images[j], *moves[2:]))
+            for i, j, moves in zip(first, second, shifts.tolist(), strict=True)
+        ]
+    )
+    everything = Split(images, split.labels[first], split.index[first])
+    order = np.concatenate([np.flatnonzero(train), np.flatnonzero(~train)])
+    count = int(train.sum())
+    return Outliers(
+        train=everything.take(order[:count]),
+        valid=everything.take(order[count:]),
+        partner=split.index[second[order]],
+        shifts=torch.from_numpy(shifts[order]),
+    )
+
+
+def shifted(image: Tensor, down: int, right: int) -> Tensor:
+    """`image` (C, H, W) moved by whole pixels; 0 moves in, what leaves is lost."""
+    height, width = image.shape[-2:]
+    moved = torch.zeros_like(image)
+    to_rows, from_rows = _overlap(down, height)
+    to_columns, from_columns = _overlap(right, width)
+    moved[..., to_rows, to_columns] = image[..., from_rows, from_columns]
+    return moved
+
+
+def _overlap(by: int, size: int) -> tuple[slice, slice]:
+    return slice(max(0, by), max(0, size + min(0, by))), slice(max(0, -by), max(0, size - max(0, by)))
+
+
+def flip_labels(labels: Tensor, *, share: float, classes: int, seed: int = 0) -> Tensor:
+    """Labels of which a random share is replaced by another class, uniformly: synthetic label noise.
+
+    Args:
+        labels: (N,) int64.
+        share: of the labels to replace, in [0, 1]; rounded to a whole number of images.
+        classes: K.
+        seed: of both draws.
+
+    Raises:
+        ValueError: the share lies outside [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must lie in [0, 1], got {share}")
+    generator = np.random.default_rng(seed)
+    chosen = generator.choice(len(labels), round(share * len(labels)), replace=False)
+    given = labels.clone()
+    moved = torch.from_numpy(generator.integers(1, classes, size=len(chosen)))
+    given[chosen] = (labels[chosen] + moved) % classes
+    return given
+
+
+def human_labels(kind: str, data_dir: str | Path | None) -> tuple[Tensor, Tensor]:
+    """CIFAR-10N (Wei et al. 2022): labels that people gave to the 50,000 training images, and the verified ones.
+
+    Args:
+        kind: one of `HUMAN_LABELS`; "aggre_label" is the majority of three, "worse_label" a wrong one of them.
+        data_dir: folder that holds `cifar10n.npz`.
+
+    Returns:
+        (given, verified), each (50000,) int64 in the order of torchvision's training images.
+
+    Raises:
+        DataError: the file is missing or holds no such labels.
+    """
+    if kind not in HUMAN_LABELS:
+        raise DataError(f"unknown labels {kind!r}: CIFAR-10N has {', '.join(HUMAN_LABELS)}")
+    path = None if data_dir is None else Path(data_dir).expanduser() / "cifar10n.npz"
+    if path is None or not path.is_file():
+        raise DataError(
+            f"CIFAR-10N: {path or 'cifar10n.npz'} is missing; name its folder with --data DIR or INFLUENCE_DATA=DIR "
+            "(arrays clean_label, aggre_label, random_label1..3, worse_label of http://noisylabels.com, as one .npz)"
+        )
+    with np.load(path, allow_pickle=False) as arrays:
+        absent = [name for name in (kind, "clean_label") if name not in arrays]
+        if absent:
+            raise DataError(f"CIFAR-10N: {path} has no {absent[0]}")
+        given, verified = (torch.from_numpy(arrays[name].astype(np.int64)) for name in (kind, "clean_label"))
+    if given.shape != (50_000,) or verified.shape != (50_000,):
+        raise DataError(f"CIFAR-10N: {path} has {tuple(given.shape)} labels, expected 50,000")
+    return given, verified

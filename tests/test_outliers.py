@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from influence.companion import data, outliers, pretrained
+
+
+@pytest.fixture(scope="module")
+def made() -> tuple[data.Split, outliers.Outliers]:
+    train = data.load("digits").train
+    return train, outliers.overlay(train, np.ones(len(train), dtype=bool), per_class=20, shift=2, seed=3)
+
+
+def test_overlay_is_the_maximum_of_two_shifted_images(made: tuple[data.Split, outliers.Outliers]) -> None:
+    train, found = made
+    where = {int(position): row for row, position in enumerate(train.index)}
+    images, index = (
+        torch.cat([found.train.images, found.valid.images]),
+        torch.cat([found.train.index, found.valid.index]),
+    )
+    labels = torch.cat([found.train.labels, found.valid.labels])
+    assert len(found.train) == 180 and len(found.valid) == 20
+    assert torch.bincount(found.train.labels).tolist() == [18] * 10
+    assert found.shifts.min() == -2 and found.shifts.max() == 2
+    for i in range(0, 200, 7):
+        first, second = where[int(index[i])], where[int(found.partner[i])]
+        assert train.labels[first] == labels[i] != train.labels[second]
+        down, right, down2, right2 = found.shifts[i].tolist()
+        moved = [
+            np.roll(np.pad(train.images[row, 0].numpy(), 2), by, axis=(0, 1))[2:-2, 2:-2]
+            for row, by in ((first, (down, right)), (second, (down2, right2)))
+        ]
+        np.testing.assert_array_equal(images[i, 0].numpy(), np.maximum(*moved))
+
+
+def test_only_eligible_images_give_a_label() -> None:
+    train = data.load("digits").train
+    eligible = np.arange(len(train)) % 2 == 0
+    found = outliers.overlay(train, eligible, per_class=10, shift=1)
+    assert set(found.train.index.tolist()) <= set(train.index[eligible].tolist())
+    with pytest.raises(ValueError, match="class 0 has 0 eligible images, 10 are needed"):
+        outliers.overlay(train, np.zeros(len(train), dtype=bool), per_class=10)
+
+
+def test_shift_loses_what_leaves() -> None:
+    image = torch.arange(1, 10, dtype=torch.uint8).view(1, 3, 3)
+    assert outliers.shifted(image, 1, -1)[0].tolist() == [[0, 0, 0], [2, 3, 0], [5, 6, 0]]
+    assert not outliers.shifted(image, 3, 0).any() and not outliers.shifted(image, 0, -4).any()
+
+
+def test_flipped_labels() -> None:
+    labels = torch.arange(1000) % 10
+    given = outliers.flip_labels(labels, share=0.2, classes=10, seed=1)
+    assert int((given != labels).sum()) == 200 and given.min() == 0 and given.max() == 9
+    assert not torch.equal(given, outliers.flip_labels(labels, share=0.2, classes=10, seed=2))
+    with pytest.raises(ValueError, match="share"):
+        outliers.flip_labels(labels, share=1.2, classes=10)
+
+
+def test_missing_files_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(data.DataError, match=r"cifar10n.npz is missing; name its folder"):
+        outliers.human_labels("worse_label", tmp_path)
+    with pytest.raises(data.DataError, match="unknown labels"):
+        outliers.human_labels("clean_label", tmp_path)
+    with pytest.raises(data.DataError, match=r"resnet20-\*.th"):
+        pretrained.load("resnet20", tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "resnet20-12345678.th").write_bytes(b"nothing")
+    with pytest.raises(data.DataError, match="is corrupt"):
+        pretrained.load("resnet20", tmp_path)
+
+
+def test_human_labels_of_cifar10(data_dir: Path) -> None:
+    if not (data_dir / "cifar10n.npz").is_file():
+        pytest.skip("no cifar10n.npz")
+    for kind, wrong in (("aggre_label", 0.0901), ("worse_label", 0.4021)):
+        given, verified = outliers.human_labels(kind, data_dir)
+        assert float((given != verified).double().mean()) == pytest.approx(wrong, abs=5e-4)
+
+
+def test_pretrained_network_is_as_good_as_stated(data_dir: Path) -> None:
+    if not list((data_dir / "checkpoints").glob("resnet20-*.th")):
+        pytest.skip("no checkpoints")
+    network, _ = pretrained.load("resnet20", data_dir)
+    test = data.load("cifar10", data_dir).test.sample(1000)
+    with torch.no_grad():
+        right = network(test.images.float()).argmax(1) == test.labels
+    assert 0.89 < float(right.double().mean()) < 0.945  # 91.73% on all 10,000

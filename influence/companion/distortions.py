@@ -111,7 +111,9 @@ def blur(images: Tensor, sigma: float) -> Tensor:
 def contrast(images: Tensor, factor: float) -> Tensor:
     """Mix with the mean grey: `factor` 1 changes nothing, 0 leaves grey (torchvision's adjust_contrast)."""
     _require_images(images, "contrast")
-    return V.adjust_contrast(images, factor)
+    # In whole grey levels torchvision rounds towards 0.
+    mixed = V.adjust_contrast(images.float() / 255, factor)
+    return (255 * mixed).round().to(torch.uint8)
 
 
 def brightness(images: Tensor, shift: float) -> Tensor:
@@ -131,7 +133,7 @@ def pixelate(images: Tensor, factor: float) -> Tensor:
     if not 0 < factor <= 1:
         raise ValueError(f"the factor must be in (0, 1], got {factor}")
     height, width = images.shape[-2:]
-    small = [max(1, round(height * factor)), max(1, round(width * factor))]
+    small = max(1, round(height * factor)), max(1, round(width * factor))
     averaged = torch.nn.functional.adaptive_avg_pool2d(images.float(), small).round().to(torch.uint8)
     return V.resize(averaged, [height, width], interpolation=InterpolationMode.NEAREST_EXACT)
 

@@ -1,5 +1,27 @@
 """Parameters to tidy tables: one function per artifact. Nothing here plots."""
 
-from . import bridge, overview, sensitivity, stability
+from . import (
+    arms,
+    bridge,
+    near_duplicates,
+    overview,
+    ranking,
+    robustness,
+    sensitivity,
+    stability,
+    sweep,
+    trace,
+)
 
-__all__ = ["bridge", "overview", "sensitivity", "stability"]
+__all__ = [
+    "arms",
+    "bridge",
+    "near_duplicates",
+    "overview",
+    "ranking",
+    "robustness",
+    "sensitivity",
+    "stability",
+    "sweep",
+    "trace",
+]

@@ -1,5 +1,5 @@
 """Tidy tables to figures. Nothing here computes a result or saves a file."""
 
-from . import sensitivity, stability, style
+from . import classification, embedding, sensitivity, stability, style
 
-__all__ = ["sensitivity", "stability", "style"]
+__all__ = ["classification", "embedding", "sensitivity", "stability", "style"]

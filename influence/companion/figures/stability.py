@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from . import style
+from .classification import colours, label
 
 
 def jpeg_quality(table: pd.DataFrame) -> Figure:
@@ -15,14 +16,14 @@ def jpeg_quality(table: pd.DataFrame) -> Figure:
     left, right = figure.subplots(1, 2)
     distortions = list(table["distortion"].unique())
     x = np.arange(len(distortions))
-    stable = iter(style.STABILITY)
+    tint = colours(list(table["arm"].unique()))
     for arm, group in table.groupby("arm", sort=False):
-        colour = style.COLOURS.get(str(arm)) or next(stable)
+        colour = tint[str(arm)]
         ours = group.set_index("distortion").loc[distortions]
-        left.plot(x, ours["precision_at_1"], "o-", color=colour, markersize=3, label=_label(str(arm)))
+        left.plot(x, ours["precision_at_1"], "o-", color=colour, markersize=3, label=label(str(arm)))
         left.fill_between(x, ours["low"], ours["high"], color=colour, alpha=0.15, linewidth=0)
         if arm != "control":
-            right.plot(x, 100 * ours["gain"], "o-", color=colour, markersize=3, label=_label(str(arm)))
+            right.plot(x, 100 * ours["gain"], "o-", color=colour, markersize=3, label=label(str(arm)))
             right.fill_between(
                 x, 100 * ours["gain_low"], 100 * ours["gain_high"], color=colour, alpha=0.15, linewidth=0
             )
@@ -37,9 +38,3 @@ def jpeg_quality(table: pd.DataFrame) -> Figure:
         axes.set_xlabel("JPEG quality")
     left.legend(fontsize=7)
     return figure
-
-
-def _label(arm: str) -> str:
-    return {"control": r"control ($\alpha$ = 0)", "augmentation": "Gaussian augmentation"}.get(
-        arm, arm.replace("stability ", r"stability, $\alpha$ = ")
-    )

@@ -16,7 +16,8 @@ COLOURS: dict[str, str] = {
     "control": "#999999",
     "augmentation": "#009E73",
 }
-STABILITY = ("#56B4E9", "#0072B2", "#CC79A7")  # one for each alpha, from the smallest
+# One for each stability arm: the alphas from the smallest, then the variants.
+STABILITY = ("#56B4E9", "#0072B2", "#CC79A7", "#D55E00", "#E69F00")
 NAMES = {
     "resnet50": "ResNet50",
     "densenet121": "DenseNet121",

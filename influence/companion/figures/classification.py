@@ -68,7 +68,7 @@ def alpha_sigma(table: pd.DataFrame, best: pd.DataFrame) -> Figure:
     """
     figure = Figure(figsize=(style.WIDTH, 5.6))
     grid = figure.subplots(2, 2)
-    largest = 100 * float(table[["clean_gain", "distorted_gain"]].abs().max(axis=None))
+    largest = 100 * float(np.abs(table[["clean_gain", "distorted_gain"]].to_numpy()).max())
     norm = TwoSlopeNorm(0, -max(largest, 1e-6), max(largest, 1e-6))
     for row, layers in zip(grid, table["layers"].unique(), strict=True):
         group = table[table["layers"] == layers]
@@ -93,7 +93,7 @@ def alpha_sigma(table: pd.DataFrame, best: pd.DataFrame) -> Figure:
 
 
 def generalisation(table: pd.DataFrame) -> Figure:
-    """Gain over the control of each training (rows) on each distortion (columns); bold where the interval excludes 0."""
+    """Gain over the control of each training (rows) on each distortion; bold where the interval excludes 0."""
     arms = [arm for arm in table["arm"].unique() if arm != "control"]
     distortions = list(table["distortion"].unique())
     gain = 100 * table.pivot(index="arm", columns="distortion", values="gain").loc[arms, distortions]
@@ -101,7 +101,7 @@ def generalisation(table: pd.DataFrame) -> Figure:
     sure = known.pivot(index="arm", columns="distortion", values="sure").loc[arms, distortions]
     figure = Figure(figsize=(style.WIDTH, 0.9 + 0.42 * len(arms) + 0.6))
     axes = figure.subplots()
-    largest = max(float(gain.abs().max(axis=None)), 1e-6)
+    largest = max(float(np.abs(gain.to_numpy()).max()), 1e-6)
     image = axes.imshow(gain, cmap=_DIVERGING, norm=TwoSlopeNorm(0, -largest, largest), aspect="auto")
     for (i, j), value in np.ndenumerate(gain.to_numpy()):
         weight = "bold" if sure.iloc[i, j] else "normal"

@@ -43,6 +43,17 @@ def apply() -> None:
             "pdf.fonttype": 42,
         }
     )
+    _show_figures()
+
+
+def _show_figures() -> None:
+    """Have a notebook show a figure as a picture: one that was made without pyplot is else only named."""
+    from IPython.core.getipython import get_ipython
+    from IPython.core.pylabtools import select_figure_formats
+
+    shell = get_ipython()
+    if shell is not None:
+        select_figure_formats(shell, {"png"}, bbox_inches=None)
 
 
 def class_colours(n_classes: int) -> list[tuple[float, float, float]]:

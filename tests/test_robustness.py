@@ -111,13 +111,15 @@ def test_table_and_findings() -> None:
 def test_trace_tables() -> None:
     rows = [
         {"seed": seed, "arm": arm, "image": image, "sigma": sigma, "trace": trace, "lambda_max": trace / 2,
-         "ceiling": 1.0, "fi": 1.0, "loss": sigma**2 / 2 * trace * 1.01, "limit": sigma**2 / 2 * trace}
+         "ceiling": 1.0, "fi": 1.0, "loss": sigma**2 / 2 * trace * 1.01,
+         "loss_variance": (0.1 * sigma**2 / 2 * trace) ** 2, "limit": sigma**2 / 2 * trace}
         for seed in range(3) for image in range(4) for sigma in (0.001, 0.1)
         for arm, trace in (("control", 8.0 + image), ("stability 1", (8.0 + image) / (2 + 0.01 * seed)))
     ]  # fmt: skip
     found = pd.DataFrame(rows)
     table, changes = experiments.trace.losses(found), experiments.trace.effect(found)
     assert table["ratio"].to_numpy() == pytest.approx(1.01)
+    assert table["ratio_error"].to_numpy() == pytest.approx(0.1 / 12**0.5, rel=0.05)
     halved = changes.set_index("measure").loc["trace"]
     assert halved["ratio"] == pytest.approx(math.exp(-np.mean(np.log([2, 2.01, 2.02])))) and halved["high"] < 0.51
     claims = experiments.trace.trace_claims(table, changes, "stability 1")

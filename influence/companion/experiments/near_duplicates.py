@@ -17,7 +17,7 @@ from ..embedding import EmbeddingArm, EmbeddingRecipe
 from ..evaluation import mean_interval
 from ..results import Run
 
-CONTROL, STABILITY = "control", "stability"
+CONTROL = "control"
 POSITIVE, NEGATIVE = "near-duplicate", "negative"
 
 
@@ -33,13 +33,13 @@ def _load(name: str, size: int) -> data.Dataset:
     return data.load(name, paths.data_dir(), size=size)
 
 
-def arms(*, alpha: float, sigma: float, steps: int, learning_rate: float) -> dict[str, EmbeddingArm]:
-    """Control, augmentation at the same sigma, stability."""
-    return {
+def arms(alphas: Sequence[float], *, sigma: float, steps: int, learning_rate: float) -> dict[str, EmbeddingArm]:
+    """Control, augmentation at the same sigma, stability at each alpha."""
+    chosen = {
         CONTROL: EmbeddingArm("control", steps, learning_rate, sigma),
         "augmentation": EmbeddingArm("augmentation", steps, learning_rate, sigma),
-        STABILITY: EmbeddingArm("stability", steps, learning_rate, sigma, alpha),
     }
+    return chosen | {f"stability {a:g}": EmbeddingArm("stability", steps, learning_rate, sigma, a) for a in alphas}
 
 
 def distances(
@@ -141,7 +141,7 @@ def detection(pairs: pd.DataFrame, *, levels: Sequence[float]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def detection_claim(found: pd.DataFrame, arm: str = STABILITY) -> dict[str, bool | float]:
+def detection_claim(found: pd.DataFrame, arm: str) -> dict[str, bool | float]:
     """Claim (iii): better for every distortion, at every fixed precision and recall.
 
     It holds when for every distortion the 95% interval over seeds of the paired gain, averaged over all levels, lies
@@ -172,7 +172,7 @@ def concentration(pairs: pd.DataFrame, *, threshold: float) -> pd.DataFrame:
     return table.reset_index()
 
 
-def concentration_claim(shares: pd.DataFrame, arm: str = STABILITY) -> dict[str, bool | float]:
+def concentration_claim(shares: pd.DataFrame, arm: str) -> dict[str, bool | float]:
     """Claim (iv): distances of near-duplicates concentrate at 0.
 
     It holds when the 95% interval over seeds of the gain in the share of near-duplicates below the threshold, averaged
@@ -193,11 +193,11 @@ def concentration_claim(shares: pd.DataFrame, arm: str = STABILITY) -> dict[str,
 
 
 def examples(run: Run, name: str, size: int, pairs: pd.DataFrame, *, seed: int, count: int) -> pd.DataFrame:
-    """Near-duplicate pairs of the smallest and the largest D under the control, with D before and after.
+    """Near-duplicate pairs of the smallest and the largest D under the control, with D under every arm.
 
     Returns:
-        2 `count` rows: distortion, first, place ("smallest" or "largest"), control and stability (distances), and the
-        two pictures, original and distorted, as (H, W, C) uint8 arrays.
+        2 `count` rows: distortion, first, place ("smallest" or "largest"), one column of distances for each arm, and
+        the two pictures, original and distorted, as (H, W, C) uint8 arrays.
     """
     part = photographs(run, name, size).test
     kept = pairs[(pairs["seed"] == seed) & (pairs["kind"] == POSITIVE)]
@@ -206,9 +206,8 @@ def examples(run: Run, name: str, size: int, pairs: pd.DataFrame, *, seed: int, 
     chosen = pd.concat(
         [ordered.head(count).assign(place="smallest"), ordered.tail(count)[::-1].assign(place="largest")]
     )
-    chosen = (
-        chosen[["distortion", "first", "place", CONTROL, STABILITY]].reset_index(drop=True).rename_axis(columns=None)
-    )
+    chosen = chosen[["distortion", "first", "place", *kept["arm"].unique()]]
+    chosen = chosen.reset_index(drop=True).rename_axis(columns=None)
     originals = [part.images[[i]] for i in chosen["first"]]
     copies = [distortions.apply(str(v), image) for v, image in zip(chosen["distortion"], originals, strict=True)]
     for column, pictures in (("original", originals), ("distorted", copies)):

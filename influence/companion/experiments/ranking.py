@@ -14,7 +14,7 @@ from ..embedding import EmbeddingArm, EmbeddingRecipe
 from ..evaluation import mean_interval
 from ..results import Run
 from . import arms
-from .near_duplicates import CONTROL, STABILITY, embed, photographs
+from .near_duplicates import CONTROL, embed, photographs
 
 
 def scores(
@@ -111,7 +111,7 @@ def ranking_table(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)[columns]
 
 
-def ranking_claim(runs: pd.DataFrame, arm: str = STABILITY, *, margin: float = 0.01) -> dict[str, bool | float]:
+def ranking_claim(runs: pd.DataFrame, arm: str, *, margin: float = 0.01) -> dict[str, bool | float]:
     """Claim (v), by triplet accuracy.
 
     Not hurt on clean images: the 95% interval of the paired change lies above -`margin`. Better on distorted ones: the

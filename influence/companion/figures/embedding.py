@@ -62,8 +62,8 @@ def distance_distribution(pairs: pd.DataFrame, *, threshold: float) -> Figure:
     return figure
 
 
-def examples(chosen: pd.DataFrame) -> Figure:
-    """Pairs of smallest and largest distance: original above its distorted copy, D before and after below."""
+def examples(chosen: pd.DataFrame, *, arm: str) -> Figure:
+    """Pairs of smallest and largest distance: original above its distorted copy, D of control and `arm` below."""
     places = list(chosen["place"].unique())
     count = int(chosen.groupby("place").size().max())
     figure = Figure(figsize=(style.WIDTH, 2 * len(places) * style.WIDTH / count * 0.8))
@@ -77,9 +77,9 @@ def examples(chosen: pd.DataFrame) -> Figure:
             above.imshow(pair["original"], cmap="gray")
             below.imshow(pair["distorted"], cmap="gray")
             above.set_title(pair["distortion"], fontsize=8)
-            below.set_xlabel(f"{pair['control']:.3f} → {pair['stability']:.3f}", fontsize=8)
+            below.set_xlabel(f"{pair['control']:.3f} → {pair[arm]:.3f}", fontsize=8)
         grid[2 * row, 0].set_ylabel(f"{place} D", fontsize=8)
-    figure.suptitle("near-duplicates: D of the control → with stability training", fontsize=9)
+    figure.suptitle(f"near-duplicates: D of the control → {label(arm)}", fontsize=9)
     return figure
 
 
@@ -97,6 +97,8 @@ def ranking(table: pd.DataFrame) -> Figure:
             errors = np.abs(ours[["low", "high"]].to_numpy().T - ours["value"].to_numpy())
             axes.errorbar(x, ours["value"], errors, fmt="o", color=tint[arm], markersize=4, capsize=2, label=label(arm))
         axes.set_xticks(range(len(names)), names, rotation=20)
+        low, high = float(group["low"].min()), float(group["high"].max())
+        axes.set_ylim(max(low, -1.0) - 0.02, min(high, 1.0) + 0.02)
     panels[0].set_ylabel("triplet accuracy")
     panels[1].set_ylabel("score at the top / triplets there")
     seeds = int(table["seeds"].iloc[0])

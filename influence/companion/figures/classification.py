@@ -118,9 +118,9 @@ def generalisation(table: pd.DataFrame) -> Figure:
 def robustness(table: pd.DataFrame) -> Figure:
     """Certified accuracy against the l2 radius, and accuracy against the strength of each attack."""
     quantities = {
-        "certified": (r"certified radius ($\ell_2$, pixels in [0, 1])", "certified accuracy"),
-        "fgsm": (r"FGSM, $\ell_\infty$ radius (pixels in [0, 1])", "accuracy"),
-        "pgd": (r"PGD, $\ell_\infty$ radius (pixels in [0, 1])", "accuracy"),
+        "certified": (r"certified $\ell_2$ radius", "certified accuracy"),
+        "fgsm": (r"$\ell_\infty$ radius of FGSM", "accuracy"),
+        "pgd": (r"$\ell_\infty$ radius of PGD", "accuracy"),
     }
     figure = Figure(figsize=(style.WIDTH, 3.0))
     panels = figure.subplots(1, 3, sharey=True)
@@ -132,8 +132,9 @@ def robustness(table: pd.DataFrame) -> Figure:
             axes.fill_between(group["strength"], group["low"], group["high"], color=colour, alpha=0.15, linewidth=0)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
-    panels[0].set_ylim(-0.02, 1.02)
-    panels[1].set_title(f"mean and 95% interval over {int(table['seeds'].iloc[0])} seeds")
+    panels[0].set_ylim(-0.02, 1.05)
+    seeds = int(table["seeds"].iloc[0])
+    figure.suptitle(f"mean and 95% interval over {seeds} seeds; radii for pixels in [0, 1]", fontsize=9)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return figure
 

@@ -28,7 +28,7 @@ def near_duplicates(curves: pd.DataFrame) -> Figure:
         axes.set_xlabel("recall")
         axes.set_title(name)
     panels[0].set_ylabel("precision")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     figure.suptitle(f"mean and range over {curves['seed'].nunique()} seeds", fontsize=9)
     return figure
 
@@ -57,7 +57,7 @@ def distance_distribution(pairs: pd.DataFrame, *, threshold: float) -> Figure:
         axes.set_title(name)
     panels[0].plot([], [], "k--", label="negatives")
     panels[0].set_ylabel("share of pairs below D")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7)
     figure.suptitle(f"all pairs of {pairs['seed'].nunique()} seeds", fontsize=9)
     return figure
 
@@ -103,5 +103,5 @@ def ranking(table: pd.DataFrame) -> Figure:
     panels[1].set_ylabel("score at the top / triplets there")
     seeds = int(table["seeds"].iloc[0])
     figure.suptitle(f"mean and 95% interval over {seeds} seeds", fontsize=9)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return figure

@@ -14,7 +14,6 @@ from typing import Any
 
 from . import cache
 
-
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 
 

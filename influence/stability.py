@@ -195,19 +195,13 @@ class StabilityObjective:
             The mean over the batch, a scalar.
 
         Raises:
-            TypeError: For images that are not floating, or no logits.
-            ValueError: For whatever ``gaussian_perturbation`` and ``stability_loss`` refuse.
+            TypeError, ValueError: For whatever ``gaussian_perturbation`` and ``stability_loss`` refuse.
         """
         noisy = gaussian_perturbation(x, sigma=self.sigma, generator=self.generator, clip=self.clip)
         both = require_logits(model(torch.cat([x, noisy])), examples=2 * len(x))
         clean, perturbed = both.chunk(2)
         return stability_loss(
-            clean,
-            perturbed,
-            labels,
-            alpha=self.alpha,
-            divergence=self.divergence,
-            stop_gradient=self.stop_gradient,
+            clean, perturbed, labels, alpha=self.alpha, divergence=self.divergence, stop_gradient=self.stop_gradient
         )
 
 

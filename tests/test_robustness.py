@@ -80,7 +80,7 @@ def test_fgsm_is_the_sign_of_the_gradient_and_pgd_is_stronger() -> None:
     assert (strong - x).abs().max() <= 25.5 + 1e-3 and strong.min() >= 0 and strong.max() <= 255
 
     def loss(images: Tensor) -> float:
-        return float(torch.nn.functional.cross_entropy(net(images), y))
+        return float(torch.nn.functional.cross_entropy(net(images), y).detach())
 
     assert loss(x) < loss(expected) <= loss(strong) + 1e-3
     torch.testing.assert_close(attacks.pgd(net, x, y, epsilon=0.0, steps=3, step_size=0.1), x)

@@ -1,15 +1,21 @@
 """Metric tensor, influence measure and stability training of deep classifiers.
 
 Sensitivity (Shu & Zhu 2019, arXiv 1901.07152): ``metric_tensor`` then ``first_order_influence``.
-Stability (Zheng et al. 2016, arXiv 1604.04326): ``stability_loss``, ``embedding_stability_loss`` and
-``gaussian_perturbation``.
+Stability (Zheng et al. 2016, arXiv 1604.04326): ``stability_loss``, ``embedding_stability_loss``, ``triplet_loss``,
+``gaussian_perturbation`` and, for a training loop, ``StabilityObjective``.
 """
 
 from influence.measures import Exact, Influence, Regularised, Released, first_order_influence
 from influence.metric import MetricTensor, metric_tensor
 from influence.pixels import Patches
 from influence.scoring import read_scores, refine, score
-from influence.stability import embedding_stability_loss, gaussian_perturbation, stability_loss
+from influence.stability import (
+    StabilityObjective,
+    embedding_stability_loss,
+    gaussian_perturbation,
+    stability_loss,
+    triplet_loss,
+)
 
 __all__ = [  # noqa: RUF022 (grouped by purpose)
     # the metric tensor
@@ -27,7 +33,9 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "refine",
     "score",
     # stability training
+    "StabilityObjective",
     "embedding_stability_loss",
     "gaussian_perturbation",
     "stability_loss",
+    "triplet_loss",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from influence.checks import require_finite, require_labels, require_logits
+from influence.kernels import backend as kernels
+from influence.kernels.stability_loss import FusedLoss, fused
 
 
 def stability_loss(
@@ -20,6 +24,7 @@ def stability_loss(
     alpha: float = 0.01,
     divergence: Literal["kl", "ce"] = "kl",
     stop_gradient: bool = False,
+    backend: Literal["auto", "torch", "triton"] = "auto",
 ) -> Tensor:
     r"""Cross-entropy on the clean input plus alpha times the divergence between clean and perturbed output.
 
@@ -41,6 +46,8 @@ def stability_loss(
         alpha: Weight of the stability term, >= 0; 0 is plain training.
         divergence: ``"kl"`` or ``"ce"``.
         stop_gradient: Treat the clean output as a constant in the stability term.
+        backend: ``"triton"`` makes loss and gradients in one kernel (differentiable once), ``"torch"`` leaves them to
+            autograd; ``"auto"`` takes the kernel on a GPU where it gives the reference's numbers.
 
     Returns:
         The mean over the batch, a scalar.
@@ -48,7 +55,8 @@ def stability_loss(
     Raises:
         TypeError: For logits that are not floating or labels that are not integers.
         ValueError: For shapes that differ, K < 2, non-finite logits, labels out of range, alpha < 0 or not finite,
-            or an unknown divergence.
+            or an unknown divergence or backend.
+        RuntimeError: For ``backend="triton"`` without a GPU.
 
     Example:
         >>> z = torch.tensor([[2.0, 0.0]])
@@ -62,6 +70,10 @@ def stability_loss(
     require_logits(logits_perturbed, name="logits_perturbed")
     _require_same_shape(logits, logits_perturbed, names=("logits", "logits_perturbed"))
     labels = require_labels(labels, examples=logits.shape[0], classes=logits.shape[1], device=logits.device)
+    with kernels.using(backend):
+        if fused(logits.device):
+            loss: Tensor = FusedLoss.apply(logits, logits_perturbed, labels, alpha, divergence == "kl", stop_gradient)
+            return loss.to(_result_dtype(logits))
 
     log_p = F.log_softmax(_widen(logits), dim=1)
     log_q = F.log_softmax(_widen(logits_perturbed), dim=1)
@@ -94,15 +106,103 @@ def embedding_stability_loss(z: Tensor, z_perturbed: Tensor, *, distance: Litera
     """
     if distance != "l2":
         raise ValueError(f"distance must be 'l2', got {distance!r}.")
-    for name, value in (("z", z), ("z_perturbed", z_perturbed)):
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise TypeError(f"{name} must be a floating tensor (N, D), got {_kind(value)}.")
-        if value.ndim != 2 or value.shape[0] == 0:
-            raise ValueError(f"{name} must have shape (N, D) with N >= 1, got {tuple(value.shape)}. Flatten it first.")
-        require_finite(value, name=name, hint="Check the inputs and the weights.")
-    _require_same_shape(z, z_perturbed, names=("z", "z_perturbed"))
-    gap = _widen(z) - _widen(z_perturbed)
-    return torch.linalg.vector_norm(gap, dim=1).mean().to(_result_dtype(z))
+    _require_embeddings(z=z, z_perturbed=z_perturbed)
+    return _distance(z, z_perturbed).mean().to(_result_dtype(z))
+
+
+def triplet_loss(query: Tensor, positive: Tensor, negative: Tensor, *, margin: float = 0.1) -> Tensor:
+    r"""Hinge on the distances of a query to a more and to a less similar image.
+
+    .. math:: L_0 = \frac1N \sum_n \max\bigl(0,\; g + \|f(q) - f(p^+)\|_2 - \|f(q) - f(p^-)\|_2\bigr)
+
+    (Zheng et al. 2016, section 3, similar-image ranking): the task loss that the stability term stands beside. The
+    distances are those of the stability term, not squared, with gradient 0 where two embeddings agree.
+
+    Args:
+        query: ``(N, D)`` embeddings.
+        positive: ``(N, D)`` embeddings of the images that are more similar to the queries.
+        negative: ``(N, D)`` embeddings of the less similar ones.
+        margin: g, in the unit of the embedding, >= 0.
+
+    Returns:
+        The mean over the batch, a scalar.
+
+    Raises:
+        TypeError: If an embedding is not floating.
+        ValueError: For shapes that differ or are not ``(N, D)``, non-finite embeddings, or margin < 0 or not finite.
+
+    Example:
+        >>> triplet_loss(torch.tensor([[0.0]]), torch.tensor([[1.0]]), torch.tensor([[3.0]]), margin=2.5)
+        tensor(0.5000)
+    """
+    _require_number(margin, name="margin", hint="margin is a distance.")
+    _require_embeddings(query=query, positive=positive, negative=negative)
+    gap = _distance(query, positive) - _distance(query, negative)
+    return (margin + gap).clamp(min=0).mean().to(_result_dtype(query))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StabilityObjective:
+    """Stability training as one callable for a training loop: ``loss = objective(model, x, labels)``.
+
+    Draws fresh noise, runs the model on the clean and on the noisy images in one pass (so that batch normalisation in
+    training mode sees both together), and returns ``stability_loss``. Dropout in training mode gives the branches masks
+    of their own; put the model into evaluation mode to have them differ by the noise alone.
+
+    Attributes:
+        alpha: Weight of the stability term.
+        sigma: Standard deviation of the noise, in the unit of the pixels.
+        divergence: ``"kl"`` or ``"ce"``.
+        stop_gradient: Treat the clean output as a constant in the stability term.
+        clip: Range of the pixels; None does not clip.
+        generator: Source of the noise; None draws from PyTorch's global one.
+
+    Example:
+        >>> objective = StabilityObjective(alpha=1.0, sigma=0.1)
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+        >>> objective(model, torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 1])).backward()
+        >>> bool(model[1].weight.grad.abs().max() > 0)
+        True
+    """
+
+    alpha: float = 0.01
+    sigma: float = 0.04
+    divergence: Literal["kl", "ce"] = "kl"
+    stop_gradient: bool = False
+    clip: tuple[float, float] | None = (0.0, 1.0)
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a bad setting before the first step.
+
+        Raises:
+            ValueError: For alpha or sigma < 0 or not finite, or an unknown divergence.
+        """
+        _require_number(self.alpha, name="alpha", hint="alpha weights a penalty; use 0 for plain training.")
+        _require_number(self.sigma, name="sigma", hint="sigma is a standard deviation; use 0 for no noise.")
+        if self.divergence not in ("kl", "ce"):
+            raise ValueError(f"divergence must be 'kl' or 'ce', got {self.divergence!r}.")
+
+    def __call__(self, model: Callable[[Tensor], object], x: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            model: Images to logits ``(N, K)``, or to an object with ``.logits``.
+            x: ``(N, ...)`` images within ``clip``.
+            labels: ``(N,)`` integer classes.
+
+        Returns:
+            The mean over the batch, a scalar.
+
+        Raises:
+            TypeError, ValueError: For whatever ``gaussian_perturbation`` and ``stability_loss`` refuse.
+        """
+        noisy = gaussian_perturbation(x, sigma=self.sigma, generator=self.generator, clip=self.clip)
+        both = require_logits(model(torch.cat([x, noisy])), examples=2 * len(x))
+        clean, perturbed = both.chunk(2)
+        return stability_loss(
+            clean, perturbed, labels, alpha=self.alpha, divergence=self.divergence, stop_gradient=self.stop_gradient
+        )
 
 
 def gaussian_perturbation(
@@ -153,6 +253,22 @@ def gaussian_perturbation(
     noise = torch.randn(x.shape, generator=generator, device=device, dtype=wide).to(x.device)
     noisy = x.to(wide) + sigma * noise
     return (noisy if clip is None else noisy.clamp(*clip)).to(x.dtype)
+
+
+def _distance(first: Tensor, second: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(_widen(first) - _widen(second), dim=1)
+
+
+def _require_embeddings(**embeddings: Tensor) -> None:
+    for name, value in embeddings.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TypeError(f"{name} must be a floating tensor (N, D), got {_kind(value)}.")
+        if value.ndim != 2 or value.shape[0] == 0:
+            raise ValueError(f"{name} must have shape (N, D) with N >= 1, got {tuple(value.shape)}. Flatten it first.")
+        require_finite(value, name=name, hint="Check the inputs and the weights.")
+    (first, reference), *rest = embeddings.items()
+    for name, value in rest:
+        _require_same_shape(reference, value, names=(first, name))
 
 
 def _widen(tensor: Tensor) -> Tensor:

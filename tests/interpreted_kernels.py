@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import influence
-from influence.kernels import pivots, projected
+from influence.kernels import pivots, projected, stability_loss
 from influence.kernels.backend import using
 from influence.kernels.tolerances import KERNEL
 
@@ -85,3 +85,36 @@ def test_triton_was_used(monkeypatch: pytest.MonkeyPatch) -> None:
     with using("auto"):
         projected.projected_gram(normal(1, 2, 3, 4), normal(1, 4, 5))
     assert len(called) == 1
+
+
+@pytest.mark.parametrize("classes", [2, 10, 33, 4100])
+@pytest.mark.parametrize(("kl", "stop"), [(True, False), (False, False), (True, True), (False, True)])
+def test_stability_loss(classes: int, kl: bool, stop: bool) -> None:
+    z = 5 * normal(4, classes)
+    w = z + 0.3 * normal(4, classes, seed=1)
+    labels = torch.tensor([0, 1, classes - 1, classes // 2])
+    for dtype, rtol in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        ours = stability_loss.stability_loss_triton(z.to(dtype), w.to(dtype), labels, 0.7, kl=kl, stop=stop)
+        reference = stability_loss.stability_loss_torch(z.to(dtype), w.to(dtype), labels, 0.7, kl=kl, stop=stop)
+        assert ours[0].item() == pytest.approx(reference[0].item(), rel=1e-12)
+        for mine, theirs in zip(ours[1:], reference[1:], strict=True):
+            assert mine.dtype == dtype
+            assert (mine - theirs).abs().max() <= rtol * theirs.abs().max()
+
+
+def test_stability_loss_through_the_public_face() -> None:
+    z, w = (normal(5, 7, seed=s, dtype=torch.float64).requires_grad_() for s in (0, 1))
+    values = []
+    for backend in ("torch", "triton"):
+        loss = influence.stability_loss(z, w, torch.arange(5), alpha=0.7, backend=backend)
+        values.append((loss.detach(), *torch.autograd.grad(3 * loss, (z, w))))
+    for ours, reference in zip(*values, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-15)
+    assert torch.autograd.gradcheck(
+        lambda a, b: influence.stability_loss(a, b, torch.arange(5), alpha=0.5, backend="triton"), (z, w)
+    )
+    extreme = torch.tensor([[1e30, -1e30, 0.0]], requires_grad=True)
+    other = torch.tensor([[0.0, 1e30, -1e30]], requires_grad=True)
+    influence.stability_loss(extreme, other, torch.tensor([0]), alpha=1.0, backend="triton").backward()
+    assert extreme.grad is not None and torch.isfinite(extreme.grad).all()
+    assert stability_loss._check(CPU)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import methods, run
+from benchmarks import methods, run, stability
 
 CASE = run.Case("chain1", 3, 2, "influence", 1.0, 8, 1, "cpu", False)
 
@@ -39,3 +39,18 @@ def test_time_and_memory_have_limits(tmp_path: Path) -> None:
     (file,) = tmp_path.glob("*.json")
     assert json.loads(file.read_text())["status"] == "not finished in 0.1 s"
     assert "not finished" in run.table(tmp_path)
+
+
+def test_the_loss_is_timed_against_peers_that_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = lambda: lambda z, w, labels: 1.01 * stability.eager(z, w, labels)  # noqa: E731
+    chosen = {name: stability.PEERS[name] for name in ("eager", "influence, torch", "Liger KL")} | {"wrong": wrong}
+    monkeypatch.setattr(stability, "PEERS", chosen)
+    stability.main(["--classes", "3", "40", "--batch", "4", "--repeats", "2", "--out", str(tmp_path)])
+    (file,) = tmp_path.glob("*.json")
+    rows = json.loads(file.read_text())["rows"]
+    found = {(row["method"], row["classes"]): row for row in rows}
+    for classes in (3, 40):
+        assert found["eager", classes]["ratio"] == 1 and found["influence, torch", classes]["status"] == "ok"
+        assert found["wrong", classes]["status"] == "gives other numbers"
+        assert found["Liger KL", classes]["status"].startswith(("not installed", "ok", "fails"))
+    assert "| eager | 1.00 | 1.00 |" in stability.table(file)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import influence
+from influence.kernels.stability_loss import stability_loss_torch
 
 
 def batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,5 +211,80 @@ INF = torch.tensor([[0.0, float("inf"), 0.0], [0.0, 0.0, 0.0]])
     ],
 )
 def test_errors(error: type[Exception], words: str, call) -> None:
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_closed_form_gradients_are_autograds() -> None:
+    z, noisy, labels = batch()
+    for divergence in ("kl", "ce"):
+        for stop in (False, True):
+            loss = influence.stability_loss(z, noisy, labels, alpha=0.7, divergence=divergence, stop_gradient=stop)
+            expected = (loss, *torch.autograd.grad(loss, (z, noisy)))
+            ours = stability_loss_torch(z.detach(), noisy.detach(), labels, 0.7, kl=divergence == "kl", stop=stop)
+            for mine, theirs in zip(ours, expected, strict=True):
+                torch.testing.assert_close(mine, theirs.detach(), rtol=1e-12, atol=1e-15)
+
+
+def test_jacobian_norm_is_the_small_noise_limit_of_embeddings() -> None:
+    g = torch.Generator().manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=g, dtype=torch.float64)
+    x, sigma, draws = torch.rand(6, generator=g, dtype=torch.float64), 1e-3, 20_000
+    noisy = influence.gaussian_perturbation(x.expand(draws, -1), sigma=sigma, generator=g, clip=None)
+    with torch.no_grad():
+        squared = (model(noisy) - model(x)).square().sum(1) / sigma**2
+    limit = torch.autograd.functional.jacobian(model, x).square().sum().item()
+    error = squared.std().item() / draws**0.5
+    assert abs(squared.mean().item() - limit) < 4 * error + 1e-3 * limit
+    assert error < 0.02 * limit
+
+
+def test_triplet_loss_is_the_hinge() -> None:
+    g = torch.Generator().manual_seed(4)
+    q, near, far = (torch.randn(6, 3, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    expected = F.triplet_margin_loss(q, near, far, margin=0.5, eps=0.0)
+    assert influence.triplet_loss(q, near, far, margin=0.5).item() == pytest.approx(expected.item(), rel=1e-12, abs=0)
+    assert torch.autograd.gradcheck(lambda *t: influence.triplet_loss(*t, margin=0.5), (q, near, far))
+    same = torch.ones(2, 3, requires_grad=True)
+    influence.triplet_loss(same, same, same + 1, margin=9.0).backward()
+    assert torch.isfinite(same.grad).all()
+
+
+def test_objective_is_the_loss_on_fresh_noise_and_trains() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, labels = torch.rand(5, 1, 4, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 1, 0])
+    ours = influence.StabilityObjective(alpha=0.3, sigma=0.1, generator=torch.Generator().manual_seed(1))
+    noisy = influence.gaussian_perturbation(x, sigma=0.1, generator=torch.Generator().manual_seed(1))
+    expected = influence.stability_loss(model(x), model(noisy), labels, alpha=0.3)
+    first = ours(model, x, labels)
+    assert first.item() == pytest.approx(expected.item(), rel=1e-12, abs=0)
+    assert ours(model, x, labels).item() != first.item()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = ours(model, x, labels)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < first.item()
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "call"),
+    [
+        (ValueError, "alpha", lambda: influence.StabilityObjective(alpha=-1.0)),
+        (ValueError, "sigma", lambda: influence.StabilityObjective(sigma=-1.0)),
+        (ValueError, "divergence", lambda: influence.StabilityObjective(divergence="js")),
+        (ValueError, "backend", lambda: influence.stability_loss(Z, Z, Y, backend="jax")),
+        (TypeError, "255", lambda: influence.StabilityObjective()(nn.Flatten(), Z.to(torch.uint8), Y)),
+        (ValueError, "clip", lambda: influence.StabilityObjective()(nn.Flatten(), Z + 2, Y)),
+        (ValueError, "same shape", lambda: influence.triplet_loss(Z, Z, torch.zeros(2, 4))),
+        (ValueError, "margin", lambda: influence.triplet_loss(Z, Z, Z, margin=-0.1)),
+        (ValueError, "negative must be finite", lambda: influence.triplet_loss(Z, Z, NAN)),
+    ],
+)
+def test_errors_of_objective_and_triplets(error: type[Exception], words: str, call) -> None:
     with pytest.raises(error, match=words):
         call()

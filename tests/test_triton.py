@@ -59,8 +59,9 @@ def test_unknown_backend_and_no_device() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_kernels_on_the_gpu_against_their_references() -> None:
-    from influence.kernels import pivots, projected
+    from influence.kernels import pivots, projected, stability_loss
 
     device = torch.device("cuda")
     assert projected._check(device)
     assert pivots._check(device)
+    assert stability_loss._check(device)

@@ -1,13 +1,22 @@
-"""The distortions of Zheng et al. (2016), section 5: used for evaluation only, never in training."""
+"""The distortions of Zheng et al. (2016), section 5, and common corruptions: what the networks are tested on.
+
+All take and return (N, C, H, W) uint8 with C = 1 or 3. `apply` finds them by name and strength, as in "jpeg-50".
+"""
 
 from __future__ import annotations
 
 import io
+import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as V
+
+_NOISE_SEED = 0
 
 
 def jpeg(images: Tensor, quality: int) -> Tensor:
@@ -26,14 +35,149 @@ def jpeg(images: Tensor, quality: int) -> Tensor:
         TypeError: the images are not uint8.
         ValueError: another number of channels, or a quality outside 1..100.
     """
-    if images.dtype != torch.uint8:
-        raise TypeError(f"jpeg takes uint8 images, got {images.dtype}")
-    if images.dim() != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"jpeg takes (N, 1 or 3, H, W) images, got shape {tuple(images.shape)}")
+    _require_images(images, "jpeg")
     if not 1 <= quality <= 100:
         raise ValueError(f"JPEG quality must be in 1..100, got {quality}")
     decoded = [_jpeg_one(image, quality) for image in images.permute(0, 2, 3, 1).numpy()]
     return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).contiguous()
+
+
+def thumbnail(images: Tensor, area: int) -> Tensor:
+    """The paper's thumb-A: shrink to about A pixels at the same aspect ratio, and enlarge again (bilinear).
+
+    Args:
+        images: (N, C, H, W) uint8.
+        area: A, pixels of the thumbnail, from 1 to H W.
+
+    Raises:
+        TypeError: the images are not uint8.
+        ValueError: another number of channels, or an area outside 1..H W.
+    """
+    _require_images(images, "thumbnail")
+    height, width = images.shape[-2:]
+    if not 1 <= area <= height * width:
+        raise ValueError(f"a thumbnail of {height}x{width} images has 1..{height * width} pixels, got {area}")
+    factor = math.sqrt(area / (height * width))
+    small = [max(1, round(height * factor)), max(1, round(width * factor))]
+    return V.resize(V.resize(images, small, antialias=True), [height, width], antialias=True)
+
+
+def crop(images: Tensor, offset: int) -> Tensor:
+    """The paper's crop-o: cut `offset` pixels off the top and the left, and enlarge what is left (bilinear).
+
+    Args:
+        images: (N, C, H, W) uint8.
+        offset: o, pixels, at least 0 and less than H and W.
+
+    Raises:
+        TypeError: the images are not uint8.
+        ValueError: another number of channels, or an offset that leaves nothing.
+    """
+    _require_images(images, "crop")
+    height, width = images.shape[-2:]
+    if not 0 <= offset < min(height, width):
+        raise ValueError(f"the offset must be in 0..{min(height, width) - 1}, got {offset}")
+    return V.resize(images[..., offset:, offset:], [height, width], antialias=True)
+
+
+def noise(images: Tensor, sigma: float) -> Tensor:
+    """Gaussian noise of standard deviation `sigma` (pixels in [0, 1]), clipped; the same draw at every call.
+
+    Raises:
+        TypeError: the images are not uint8.
+        ValueError: another number of channels, or a negative sigma.
+    """
+    _require_images(images, "noise")
+    if not sigma >= 0:
+        raise ValueError(f"sigma must be at least 0, got {sigma}")
+    draw = torch.randn(images.shape, generator=torch.Generator().manual_seed(_NOISE_SEED))
+    return (images + 255 * sigma * draw).round().clamp(0, 255).to(torch.uint8)
+
+
+def blur(images: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of standard deviation `sigma` pixels, over a window of 6 sigma.
+
+    Raises:
+        TypeError: the images are not uint8.
+        ValueError: another number of channels, or sigma not positive.
+    """
+    _require_images(images, "blur")
+    if not sigma > 0:
+        raise ValueError(f"sigma must be positive, got {sigma}")
+    half = min(math.ceil(3 * sigma), min(images.shape[-2:]) - 1)  # the window is reflected at the border
+    return V.gaussian_blur(images, [2 * half + 1, 2 * half + 1], [sigma, sigma])
+
+
+def contrast(images: Tensor, factor: float) -> Tensor:
+    """Mix with the mean grey: `factor` 1 changes nothing, 0 leaves grey (torchvision's adjust_contrast)."""
+    _require_images(images, "contrast")
+    # In whole grey levels torchvision rounds towards 0.
+    mixed = V.adjust_contrast(images.float() / 255, factor)
+    return (255 * mixed).round().to(torch.uint8)
+
+
+def brightness(images: Tensor, shift: float) -> Tensor:
+    """Add `shift` (pixels in [0, 1]) to every pixel and clip."""
+    _require_images(images, "brightness")
+    return (images.float() + 255 * shift).round().clamp(0, 255).to(torch.uint8)
+
+
+def pixelate(images: Tensor, factor: float) -> Tensor:
+    """Shrink each side by `factor` (box average) and enlarge without interpolation.
+
+    Raises:
+        TypeError: the images are not uint8.
+        ValueError: another number of channels, or a factor outside (0, 1].
+    """
+    _require_images(images, "pixelate")
+    if not 0 < factor <= 1:
+        raise ValueError(f"the factor must be in (0, 1], got {factor}")
+    height, width = images.shape[-2:]
+    small = max(1, round(height * factor)), max(1, round(width * factor))
+    averaged = torch.nn.functional.adaptive_avg_pool2d(images.float(), small).round().to(torch.uint8)
+    return V.resize(averaged, [height, width], interpolation=InterpolationMode.NEAREST_EXACT)
+
+
+_BY_NAME: dict[str, tuple[Callable[..., Tensor], type]] = {
+    "jpeg": (jpeg, int),
+    "thumb": (thumbnail, int),
+    "crop": (crop, int),
+    "noise": (noise, float),
+    "blur": (blur, float),
+    "contrast": (contrast, float),
+    "brightness": (brightness, float),
+    "pixelate": (pixelate, float),
+}
+NAMES = tuple(_BY_NAME)
+ORIGINAL = "original"
+
+
+def apply(name: str, images: Tensor) -> Tensor:
+    """Distort images by a name with its strength: "jpeg-50", "thumb-576", "crop-1", "noise-0.04", ..., "original".
+
+    Raises:
+        ValueError: an unknown name, or a strength that is no number.
+    """
+    if name == ORIGINAL:
+        return images
+    kind, _, strength = name.partition("-")
+    if kind not in _BY_NAME:
+        raise ValueError(
+            f"unknown distortion {name!r}: expected {ORIGINAL}, or one of {', '.join(NAMES)} and -STRENGTH"
+        )
+    function, number = _BY_NAME[kind]
+    try:
+        value = number(strength)
+    except ValueError:
+        raise ValueError(f"{name!r}: expected {kind}-NUMBER ({number.__name__})") from None
+    return function(images, value)
+
+
+def _require_images(images: Tensor, name: str) -> None:
+    if images.dtype != torch.uint8:
+        raise TypeError(f"{name} takes uint8 images, got {images.dtype}")
+    if images.dim() != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"{name} takes (N, 1 or 3, H, W) images, got shape {tuple(images.shape)}")
 
 
 def _jpeg_one(pixels: np.ndarray, quality: int) -> np.ndarray:

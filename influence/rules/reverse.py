@@ -159,7 +159,8 @@ def _convolution(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | No
     if _is_subsampled_product(node):
         # Most pixels of the input were never looked at. Libraries compute their zeros at the full price.
         result = grad.new_zeros(shape)
-        seen = result[(..., *(slice(None, None, step) for step in node._saved_stride))]
+        index: tuple[Any, ...] = (..., *(slice(None, None, step) for step in node._saved_stride))
+        seen = result[index]
         seen.copy_((weight.flatten(1).T @ grad.flatten(0, 1).flatten(2)).view(seen.shape))
         return [result.unflatten(0, (classes, batch)), None, None]
     # Only the shape of the input matters: untouched memory on a CPU, a single number on a GPU.

@@ -1,40 +1,29 @@
-"""Zheng et al. (2016): the tables behind each figure and table of the paper."""
+"""Zheng et al. (2016), classification on noisy data: the tables behind its figure and table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
-from .. import cache, distortions, finetuning, recipes, training
 from ..evaluation import mean_interval
+from ..finetuning import Arm
 from ..results import Run
-from .common import dataset
+from . import arms as comparison
+from .arms import ORIGINAL, standard
 
-ORIGINAL = "original"
+arms = standard
 
 
 # -- precision@1 against JPEG quality ---------------------------------------------------------------------------------
-
-
-def arms(alphas: Sequence[float], *, sigma: float, steps: int, learning_rate: float) -> dict[str, finetuning.Arm]:
-    """The arms of the comparison by name: control, augmentation at the same sigma, stability at each alpha."""
-
-    def arm(objective: Literal["control", "augmentation", "stability"], alpha: float = 0.0) -> finetuning.Arm:
-        return finetuning.Arm(objective, steps=steps, learning_rate=learning_rate, sigma=sigma, alpha=alpha)
-
-    controls = {"control": arm("control"), "augmentation": arm("augmentation")}
-    return controls | {f"stability {alpha:g}": arm("stability", alpha) for alpha in alphas}
 
 
 def jpeg_quality(
     run: Run,
     dataset_name: str,
     model: str,
-    chosen: dict[str, finetuning.Arm],
+    chosen: Mapping[str, Arm],
     *,
     seeds: Sequence[int],
     qualities: Sequence[int],
@@ -54,60 +43,15 @@ def jpeg_quality(
         images: how many test images, drawn at random; None for all.
 
     Returns:
-        One row per seed, arm and distortion ("original" or "jpeg-q"): n (images), precision_at_1.
+        One row per seed, arm and distortion ("original" or "jpeg-q"): n (images), precision_at_1, precision_at_5.
     """
-    everything = dataset(run, dataset_name)
-    split = everything.test.sample(images)
-    versions = {ORIGINAL: split.images}
-    versions |= {f"jpeg-{quality}": distortions.jpeg(split.images, quality) for quality in qualities}
-    frames = []
-    pairs = [(seed, name) for seed in seeds for name in chosen]
-    for seed, name in tqdm(pairs, desc="arms", unit="network", leave=False):
-        trained = finetuning.finetune(
-            recipes.recipe(run.profile, dataset_name, model, seed=seed), chosen[name], everything, device=run.device
-        )
-
-        def measure(network: training.Trained = trained) -> pd.DataFrame:
-            right = {
-                version: (training.predict(network.model, pictures, device=run.device).argmax(1) == split.labels)
-                for version, pictures in versions.items()
-            }
-            return pd.DataFrame(
-                {
-                    "distortion": list(right),
-                    "n": len(split),
-                    "precision_at_1": [float(hits.double().mean()) for hits in right.values()],
-                }
-            )
-
-        key = {"model": trained.key, "versions": list(versions), "images": images, "device": run.device.type}
-        frames.append(cache.table(f"jpeg/{dataset_name}-{model}", key, measure).assign(seed=seed, arm=name))
-    return pd.concat(frames, ignore_index=True)[["seed", "arm", "distortion", "n", "precision_at_1"]]
+    versions = [ORIGINAL, *(f"jpeg-{quality}" for quality in qualities)]
+    return comparison.measure(run, dataset_name, model, chosen, seeds=seeds, versions=versions, images=images)
 
 
 def jpeg_table(runs: pd.DataFrame) -> pd.DataFrame:
     """Mean precision@1 of each arm and its paired gain over the control, with 95% t intervals over seeds."""
-    wide = runs.pivot(index=["distortion", "seed"], columns="arm", values="precision_at_1")
-    rows = []
-    for distortion in runs["distortion"].unique():
-        for arm in runs["arm"].unique():
-            values = wide.loc[distortion, arm]
-            mean, low, high = mean_interval(values)
-            gain, gain_low, gain_high = mean_interval(values - wide.loc[distortion, "control"])
-            rows.append(
-                {
-                    "distortion": distortion,
-                    "arm": arm,
-                    "seeds": len(values),
-                    "precision_at_1": mean,
-                    "low": low,
-                    "high": high,
-                    "gain": gain,
-                    "gain_low": gain_low,
-                    "gain_high": gain_high,
-                }
-            )
-    return pd.DataFrame(rows)
+    return comparison.summary(runs)
 
 
 def jpeg_claims(runs: pd.DataFrame, arm: str, *, lowest: int, margin: float = 0.01) -> dict[str, bool | float]:
@@ -116,8 +60,7 @@ def jpeg_claims(runs: pd.DataFrame, arm: str, *, lowest: int, margin: float = 0.
     (i) Clean accuracy does not fall: the 95% interval of its paired change lies above -`margin`.
     (ii) The gain grows as JPEG quality falls: the 95% interval of (gain at `lowest` - gain on originals) lies above 0.
     """
-    wide = runs.pivot(index=["distortion", "seed"], columns="arm", values="precision_at_1")
-    gain = (wide[arm] - wide["control"]).unstack("seed")
+    gain = comparison.gains(runs, arm)
     clean, clean_low, _ = mean_interval(gain.loc[ORIGINAL])
     growth, growth_low, _ = mean_interval(np.asarray(gain.loc[f"jpeg-{lowest}"] - gain.loc[ORIGINAL]))
     return {
@@ -125,4 +68,95 @@ def jpeg_claims(runs: pd.DataFrame, arm: str, *, lowest: int, margin: float = 0.
         "gain_grows_as_quality_falls": bool(growth_low > 0),
         "clean_change": clean,
         "growth_of_gain": growth,
+    }
+
+
+# -- the table: precision@1 and @5 ------------------------------------------------------------------------------------
+
+
+def classification(
+    run: Run,
+    model: str,
+    *,
+    seeds: Mapping[str, Sequence[int]],
+    steps: Mapping[str, int],
+    alphas: Sequence[float],
+    sigma: float,
+    learning_rate: float,
+    versions: Sequence[str],
+    images: int | None,
+) -> pd.DataFrame:
+    """The rows of `arms.measure` for several data sets, each with seeds and steps of its own.
+
+    Args:
+        run: the artifact.
+        model: a name of `models.NAMES`.
+        seeds: data set -> seeds.
+        steps: data set -> steps of every arm.
+        alphas: of the stability arms.
+        sigma: of the noise, pixels in [0, 1].
+        learning_rate: of Adam.
+        versions: names of `distortions.apply`.
+        images: test images of each data set, drawn at random; None for all.
+    """
+    frames = []
+    for name, chosen_seeds in seeds.items():
+        chosen = standard(alphas, sigma=sigma, steps=steps[name], learning_rate=learning_rate)
+        frame = comparison.measure(run, name, model, chosen, seeds=chosen_seeds, versions=versions, images=images)
+        frames.append(frame.assign(dataset=name))
+    return pd.concat(frames, ignore_index=True)
+
+
+def classification_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """Both precisions of each arm, long form, with paired gains over the control."""
+    frames = []
+    for k in (1, 5):
+        value = f"precision_at_{k}"
+        table = comparison.summary(runs, value=value, within=("dataset", "distortion"))
+        frames.append(table.rename(columns={value: "precision"}).assign(at=k))
+    columns = ["dataset", "distortion", "at", "arm", "seeds", "precision"]
+    columns += ["low", "high", "gain", "gain_low", "gain_high"]
+    return pd.concat(frames, ignore_index=True)[columns]
+
+
+def classification_claims(runs: pd.DataFrame, arm: str, *, lowest: int) -> dict[str, bool | float]:
+    """Claims (i) and (ii) for one arm on every data set: each holds when it holds on all of them."""
+    found = {str(name): jpeg_claims(group, arm, lowest=lowest) for name, group in runs.groupby("dataset", sort=False)}
+    claims: dict[str, bool | float] = {
+        item: all(bool(values[item]) for values in found.values())
+        for item in ("clean_accuracy_does_not_fall", "gain_grows_as_quality_falls")
+    }
+    for name, values in found.items():
+        claims |= {f"{name}_{item}": values[item] for item in ("clean_change", "growth_of_gain")}
+    return claims
+
+
+# -- claim (vi): other distortions than the one trained with ----------------------------------------------------------
+
+
+def generalisation_arms(
+    perturbations: Sequence[str], *, alpha: float, sigma: float, steps: int, learning_rate: float
+) -> dict[str, Arm]:
+    """Control, Gaussian augmentation, stability at one alpha, and augmentation with each of some distortions."""
+    chosen = standard([alpha], sigma=sigma, steps=steps, learning_rate=learning_rate)
+    for name in perturbations:
+        arm = Arm("augmentation", steps=steps, learning_rate=learning_rate, sigma=sigma, perturbation=name)
+        chosen[f"augmentation {name}"] = arm
+    return chosen
+
+
+def generalisation_claim(runs: pd.DataFrame, arm: str) -> dict[str, bool | float]:
+    """Claim (vi) for one arm trained with Gaussian noise.
+
+    It holds when the 95% interval over seeds of the gain over the control lies above 0, the gain being the mean over
+    all distortions other than Gaussian noise. Beside it: on how many of them the mean gain is above 0.
+    """
+    gain = comparison.gains(runs, arm)
+    other = gain.loc[[name for name in gain.index if name != ORIGINAL and not str(name).startswith("noise")]]
+    mean, low, _ = mean_interval(other.mean(axis=0))
+    return {
+        "gaussian_training_generalises": bool(low > 0),
+        "mean_gain": mean,
+        "mean_gain_low": low,
+        "distortions_gained": float((other.mean(axis=1) > 0).mean()),
     }

@@ -2,7 +2,9 @@
 
 from . import (
     adapt,
+    classification,
     detection,
+    embedding,
     generalisation,
     layers,
     meaning,
@@ -14,7 +16,9 @@ from . import (
 
 __all__ = [
     "adapt",
+    "classification",
     "detection",
+    "embedding",
     "generalisation",
     "layers",
     "meaning",

@@ -20,7 +20,8 @@ COLOURS: dict[str, str] = {
     "control": "#999999",
     "augmentation": "#009E73",
 }
-STABILITY = ("#56B4E9", "#0072B2", "#CC79A7")  # one for each alpha, from the smallest
+# One for each stability arm: the alphas from the smallest, then the variants.
+STABILITY = ("#56B4E9", "#0072B2", "#CC79A7", "#D55E00", "#E69F00")
 # Scores of an example, in the order of `companion.scores.NAMES`: colour and line.
 SCORES: dict[str, tuple[str, str]] = {
     "exact": ("#0072B2", "-"),

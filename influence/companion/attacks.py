@@ -1,0 +1,70 @@
+"""Two plain attacks within an l_inf ball: the fast gradient sign (Goodfellow et al. 2015), projected gradient descent
+(Madry et al. 2018)."""  # noqa: D205, D209
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def fgsm(model: nn.Module, x: Tensor, labels: Tensor, *, epsilon: float) -> Tensor:
+    """One step of size epsilon along the sign of the gradient of the loss.
+
+    Args:
+        model: pixels (N, C, H, W) in 0..255 to logits, in evaluation mode.
+        x: (N, C, H, W) float pixels, 0..255.
+        labels: (N,) true classes.
+        epsilon: radius, pixels in [0, 1].
+
+    Returns:
+        Adversarial images, of the same shape and range.
+
+    Raises:
+        ValueError: a negative radius, or a model in training mode.
+    """
+    return pgd(model, x, labels, epsilon=epsilon, steps=1, step_size=epsilon)
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    *,
+    epsilon: float,
+    steps: int,
+    step_size: float,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Several such steps, each projected back into the ball and the pixel range.
+
+    Args:
+        model: pixels (N, C, H, W) in 0..255 to logits, in evaluation mode.
+        x: (N, C, H, W) float pixels, 0..255.
+        labels: (N,) true classes.
+        epsilon: radius, pixels in [0, 1].
+        steps: how many.
+        step_size: pixels in [0, 1].
+        generator: of a uniform random start in the ball; None starts at the image.
+
+    Returns:
+        Adversarial images, of the same shape and range.
+
+    Raises:
+        ValueError: a negative radius, or a model in training mode.
+    """
+    if epsilon < 0:
+        raise ValueError(f"epsilon must be at least 0, got {epsilon}")
+    if model.training:
+        raise ValueError("expected a model in evaluation mode: call model.eval() first")
+    radius = 255 * epsilon
+    low, high = (x - radius).clamp(min=0), (x + radius).clamp(max=255)
+    moved = x.detach().clone()
+    if generator is not None:
+        start = torch.rand(x.shape, generator=generator, device=generator.device).to(x.device)
+        moved = low + (high - low) * start
+    for _ in range(steps):
+        moved.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(moved), labels, reduction="sum"), moved)
+        moved = (moved.detach() + 255 * step_size * gradient.sign()).clamp(low, high)
+    return moved.detach()

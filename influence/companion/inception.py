@@ -1,0 +1,132 @@
+"""Inception v3: torchvision's own, and a small one made of the same five block types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import Inception_V3_Weights, inception_v3
+from torchvision.models.inception import (
+    BasicConv2d,
+    InceptionA,
+    InceptionB,
+    InceptionC,
+    InceptionD,
+    InceptionE,
+)
+
+# Every channel count of the blocks is a multiple of this, so that a width of n / 16 leaves whole numbers.
+_UNIT = 16
+_LARGEST_GRID = 16
+
+
+class SmallInception(nn.Module):
+    """One block of each type of Inception v3 (35x35, reduction, 17x17 with 7x1, reduction, 8x8), with fewer channels.
+
+    The blocks are torchvision's; only their convolutions are told to have `width` times the channels. A stem of 3x3
+    convolutions halves the image until its side is at most 16, so that any image from 8x8 up fits. Takes raw pixels
+    0..255 and scales them to [-1, 1], as Inception does.
+    """
+
+    def __init__(self, channels: int, side: int, *, width: float = 0.125) -> None:
+        """Build the network.
+
+        Args:
+            channels: C of the images.
+            side: the smaller of H and W, at least 8.
+            width: multiplies every channel count, a multiple of 1 / 16.
+
+        Raises:
+            ValueError: images too small, or a width that does not leave whole channels.
+        """
+        super().__init__()
+        if side < 8:
+            raise ValueError(f"images must be at least 8x8 pixels, got a side of {side}")
+        if width <= 0 or (width * _UNIT) % 1:
+            raise ValueError(f"width must be a positive multiple of 1/{_UNIT}, got {width}")
+        conv = _scaled_conv(width)
+        stem: list[nn.Module] = [BasicConv2d(channels, round(64 * width), kernel_size=3, padding=1)]
+        while side > _LARGEST_GRID:
+            stem.append(conv(64, 64, kernel_size=3, stride=2, padding=1))
+            side = (side + 1) // 2
+        self.stem = nn.Sequential(*stem)
+        self.block35 = InceptionA(64, pool_features=32, conv_block=conv)
+        self.reduction17 = InceptionB(256, conv_block=conv)
+        self.block17 = InceptionC(736, channels_7x7=128, conv_block=conv)
+        self.reduction8 = InceptionD(768, conv_block=conv)
+        self.block8 = InceptionE(1280, conv_block=conv)
+        self.features = round(2048 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raw pixels (N, C, H, W) to features (N, 2048 width), the mean over positions."""
+        x = self.stem(x / 127.5 - 1)
+        x = self.block17(self.reduction17(self.block35(x)))
+        return self.block8(self.reduction8(x)).mean(dim=(2, 3))
+
+
+class Embedding(nn.Module):
+    """A trunk, a dense layer, and unit length: what distances between images are taken of."""
+
+    def __init__(self, trunk: nn.Module, features: int, dimensions: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(features, dimensions)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raw pixels (N, C, H, W) to unit vectors (N, dimensions)."""
+        return F.normalize(self.head(self.trunk(x)), dim=1)
+
+
+def small_embedding(shape: tuple[int, int, int], *, dimensions: int, width: float = 0.125, seed: int = 0) -> Embedding:
+    """A freshly initialised embedding of images of a shape (C, H, W); the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        trunk = SmallInception(shape[0], min(shape[1:]), width=width)
+        return Embedding(trunk, trunk.features, dimensions)
+
+
+def pretrained_embedding(*, dimensions: int, pretrained: bool = True, seed: int = 0) -> Embedding:
+    """Torchvision's Inception v3 below a new dense layer, for RGB images of at least 75x75 pixels.
+
+    Args:
+        dimensions: length of the embedding.
+        pretrained: take the ImageNet weights, which torchvision downloads and checks; else initialise them here.
+        seed: of the new layer, and of all of it when not pretrained.
+
+    Raises:
+        OSError: the weights cannot be downloaded.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        weights = Inception_V3_Weights.IMAGENET1K_V1 if pretrained else None
+        net = inception_v3(weights=weights, init_weights=False, aux_logits=True)
+        net.AuxLogits, net.aux_logits = None, False
+        features = net.fc.in_features
+        net.fc = nn.Identity()
+        return Embedding(nn.Sequential(_Normalised(pretrained), net), features, dimensions)
+
+
+class _Normalised(nn.Module):
+    """Raw pixels to what torchvision's weights take, or to [-1, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, imagenet: bool) -> None:
+        super().__init__()
+        mean, std = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if imagenet else ([0.5] * 3, [0.5] * 3)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x / 255 - self.mean) / self.std
+
+
+def _scaled_conv(width: float) -> Callable[..., nn.Module]:
+    def conv(c_in: int, c_out: int, **options: Any) -> nn.Module:
+        return BasicConv2d(round(c_in * width), round(c_out * width), **options)
+
+    return conv

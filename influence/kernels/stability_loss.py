@@ -1,0 +1,197 @@
+"""Cross-entropy plus alpha times the divergence of two outputs, and both gradients, without storing a probability."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from influence.kernels.backend import HAS_TRITON, takes_triton
+from influence.kernels.tolerances import KERNEL
+
+_LARGEST_BLOCK = 4096
+
+
+def fused(device: torch.device) -> bool:
+    """Whether the fused kernel runs for logits on a device; where it does not, autograd is as good."""
+    return takes_triton("stability_loss", device, _check)
+
+
+class FusedLoss(torch.autograd.Function):
+    """The loss with the gradients that the forward pass has made already; differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, w: Tensor, labels: Tensor, alpha: float, kl: bool, stop: bool) -> Tensor:
+        """The mean over the batch, a float64 scalar."""
+        loss, grad_z, grad_w = stability_loss_triton(z, w, labels, alpha, kl=kl, stop=stop)
+        ctx.save_for_backward(grad_z, grad_w)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The stored gradients, scaled."""
+        grad_z, grad_w = ctx.saved_tensors
+        return (grad * grad_z).to(grad_z.dtype), (grad * grad_w).to(grad_w.dtype), None, None, None, None
+
+
+def stability_loss_torch(
+    z: Tensor, w: Tensor, labels: Tensor, alpha: float, *, kl: bool, stop: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The reference: loss and gradients in closed form.
+
+    With p = softmax(z), q = softmax(w) and D_n = sum_k p_k g_k, g = log p - log q (KL) or -log q (CE),
+
+    .. math:: N \partial L/\partial z = p - e_y + \alpha\, p (g - D), \quad N \partial L/\partial w = \alpha (q - p),
+
+    the second term of the first left out under a stop-gradient. Arithmetic is float64.
+
+    Args:
+        z: ``(N, K)`` logits of the clean inputs.
+        w: ``(N, K)`` logits of the perturbed inputs.
+        labels: ``(N,)`` int64.
+        alpha: Weight of the divergence.
+        kl: KL divergence, else cross-entropy.
+        stop: Hold p constant in the divergence.
+
+    Returns:
+        The loss, a float64 scalar, and the gradients with the shapes and dtypes of ``z`` and ``w``.
+    """
+    count = z.shape[0]
+    log_p, log_q = F.log_softmax(z.double(), dim=1), F.log_softmax(w.double(), dim=1)
+    p, q = log_p.exp(), log_q.exp()
+    gap = log_p - log_q if kl else -log_q
+    divergence = (p * gap).sum(dim=1, keepdim=True)
+    loss = (F.nll_loss(log_p, labels, reduction="none") + alpha * divergence[:, 0]).mean()
+    grad_z = p - F.one_hot(labels, z.shape[1])
+    if not stop:
+        grad_z = grad_z + alpha * p * (gap - divergence)
+    return loss, (grad_z / count).to(z.dtype), (alpha * (q - p) / count).to(w.dtype)
+
+
+if TYPE_CHECKING or not HAS_TRITON:
+    _kernel: Any = None
+else:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _kernel(
+        z,
+        w,
+        labels,
+        losses,
+        grad_z,
+        grad_w,
+        alpha,
+        classes,
+        count,
+        KL: tl.constexpr,  # noqa: N803
+        STOP: tl.constexpr,  # noqa: N803
+        WIDE: tl.constexpr,  # noqa: N803
+        BLOCK: tl.constexpr,  # noqa: N803
+    ):
+        alpha = tl.load(alpha)
+        # One program: one example, read three times (normalisers, divergence, gradients) while it is in the cache.
+        n = tl.program_id(0).to(tl.int64)
+        k = tl.arange(0, BLOCK)
+        z += n * classes
+        w += n * classes
+        top_z = tl.full((), -float("inf"), tl.float64)
+        top_w = tl.full((), -float("inf"), tl.float64)
+        sum_z = tl.full((), 0.0, tl.float64)
+        sum_w = tl.full((), 0.0, tl.float64)
+        for start in range(0, classes, BLOCK):
+            inside = start + k < classes
+            a = tl.load(z + start + k, mask=inside, other=-float("inf")).to(tl.float64)
+            b = tl.load(w + start + k, mask=inside, other=-float("inf")).to(tl.float64)
+            new_z = tl.maximum(top_z, tl.max(a, axis=0))
+            new_w = tl.maximum(top_w, tl.max(b, axis=0))
+            sum_z = sum_z * tl.exp(top_z - new_z) + tl.sum(tl.exp(a - new_z), axis=0)
+            sum_w = sum_w * tl.exp(top_w - new_w) + tl.sum(tl.exp(b - new_w), axis=0)
+            top_z = new_z
+            top_w = new_w
+        log_z = tl.log(sum_z)
+        log_w = tl.log(sum_w)
+        divergence = tl.full((), 0.0, tl.float64)
+        for start in range(0, classes, BLOCK):
+            inside = start + k < classes
+            # Subtracting the maximum first keeps the digits of the logarithm of the sum.
+            log_p = tl.load(z + start + k, mask=inside, other=0.0).to(tl.float64) - top_z - log_z
+            log_q = tl.load(w + start + k, mask=inside, other=0.0).to(tl.float64) - top_w - log_w
+            gap = -log_q
+            if KL:
+                gap += log_p
+            divergence += tl.sum(tl.where(inside, tl.exp(log_p) * gap, 0.0), axis=0)
+        label = tl.load(labels + n)
+        log_label = tl.load(z + label).to(tl.float64) - top_z - log_z
+        tl.store(losses + n, alpha * divergence - log_label)
+        for start in range(0, classes, BLOCK):
+            inside = start + k < classes
+            log_p = tl.load(z + start + k, mask=inside, other=0.0).to(tl.float64) - top_z - log_z
+            log_q = tl.load(w + start + k, mask=inside, other=0.0).to(tl.float64) - top_w - log_w
+            p = tl.exp(log_p)
+            gap = -log_q
+            if KL:
+                gap += log_p
+            slope = p - tl.where(start + k == label, 1.0, 0.0)
+            if not STOP:
+                slope += alpha * p * (gap - divergence)
+            pull = alpha * (tl.exp(log_q) - p) / count
+            slope = slope / count
+            if not WIDE:  # half precision is reached through single: Triton's interpreter knows no direct way
+                pull = pull.to(tl.float32)
+                slope = slope.to(tl.float32)
+            there = n * classes + start + k
+            tl.store(grad_z + there, slope.to(grad_z.dtype.element_ty), mask=inside)
+            tl.store(grad_w + there, pull.to(grad_w.dtype.element_ty), mask=inside)
+
+
+def stability_loss_triton(
+    z: Tensor, w: Tensor, labels: Tensor, alpha: float, *, kl: bool, stop: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, one example in one program: no probability is ever in memory."""
+    import triton
+
+    count, classes = z.shape
+    z, w, labels = z.contiguous(), w.contiguous(), labels.contiguous()
+    losses = torch.empty(count, dtype=torch.float64, device=z.device)
+    grad_z, grad_w = torch.empty_like(z), torch.empty_like(w)
+    block = min(triton.next_power_of_2(classes), _LARGEST_BLOCK)
+    # A float argument would be rounded to float32.
+    weight = torch.full((1,), alpha, dtype=torch.float64, device=z.device)
+    wide = torch.float64 in (z.dtype, w.dtype)
+    _kernel[(count,)](
+        z,
+        w,
+        labels,
+        losses,
+        grad_z,
+        grad_w,
+        weight,
+        classes,
+        count,
+        KL=kl,
+        STOP=stop,
+        WIDE=wide,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return losses.mean(), grad_z, grad_w
+
+
+def _check(device: torch.device) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    z = 3 * torch.randn(7, 33, generator=generator)
+    w = (z + 0.1 * torch.randn(7, 33, generator=generator)).to(device)
+    z, labels = z.to(device), torch.arange(7, device=device)
+    for kl in (True, False):
+        ours = stability_loss_triton(z, w, labels, 0.7, kl=kl, stop=not kl)
+        reference = stability_loss_torch(z, w, labels, 0.7, kl=kl, stop=not kl)
+        for mine, theirs in zip(ours, reference, strict=True):
+            if (mine - theirs).abs().max() > KERNEL[(torch.float32, device.type)] * theirs.abs().max():
+                return False
+    return True

@@ -1,0 +1,120 @@
+"""The arms of a comparison, the grid and claim (vi)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from influence.companion import data, experiments, figures, finetuning, training
+from influence.companion.experiments import arms, stability, sweep
+from influence.companion.finetuning import Arm
+
+TINY = training.Recipe("resnet50", width=0.125, train_per_class=8, phases=((1, 1e-3),), batch_size=40, dropout=0.0)
+ONE = {"steps": 1, "learning_rate": 1e-2}
+
+
+@pytest.fixture
+def digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> data.Dataset:
+    monkeypatch.setenv("INFLUENCE_CACHE", str(tmp_path))
+    whole = data.load("digits")
+    return dataclasses.replace(whole, valid=whole.valid.sample(20), test=whole.test.sample(20))
+
+
+def test_the_last_layer_alone_moves(digits: data.Dataset) -> None:
+    base = training.fit(TINY, digits).model
+    tuned = finetuning.finetune(TINY, Arm("stability", alpha=1.0, layers="last", **ONE), digits).model
+    moved = {
+        name
+        for (name, before), after in zip(base.named_parameters(), tuned.parameters(), strict=True)
+        if not torch.equal(before, after)
+    }
+    assert moved == {"head.weight", "head.bias"}
+    assert all(p.requires_grad for p in tuned.parameters())
+
+
+def test_variants_differ_where_they_should(digits: data.Dataset) -> None:
+    def head(**options: object) -> torch.Tensor:
+        arm = Arm("stability", alpha=5.0, layers="last", steps=2, learning_rate=1e-2, **options)  # type: ignore[arg-type]
+        return finetuning.finetune(TINY, arm, digits).model.get_parameter("head.weight")
+
+    kl, ce = head(), head(divergence="ce")
+    assert not torch.allclose(kl, ce, atol=1e-5)
+    stopped, stopped_ce = head(stop_gradient=True), head(stop_gradient=True, divergence="ce")
+    torch.testing.assert_close(stopped, stopped_ce, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(kl, stopped, atol=1e-6)
+
+
+def test_augmentation_with_a_distortion(digits: data.Dataset) -> None:
+    weights = [
+        finetuning.finetune(TINY, Arm("augmentation", layers="last", perturbation=p, **ONE), digits).model
+        for p in ("noise", "jpeg-10", "blur-1")
+    ]
+    heads = [model.get_parameter("head.weight") for model in weights]
+    assert not torch.equal(heads[0], heads[1]) and not torch.equal(heads[1], heads[2])
+    with pytest.raises(ValueError, match="only augmentation"):
+        Arm("stability", perturbation="jpeg-10", **ONE)
+    with pytest.raises(ValueError, match="layers"):
+        Arm("control", layers="first", **ONE)  # type: ignore[arg-type]
+
+
+def test_standard_arms() -> None:
+    chosen = arms.standard([0.01, 1.0], sigma=0.1, steps=5, learning_rate=1e-3, variants=True)
+    assert list(chosen) == [
+        "control", "augmentation", "stability 0.01", "stability 1", "stability 1 CE", "stability 1 stopped"
+    ]  # fmt: skip
+    assert {(a.steps, a.sigma, a.learning_rate) for a in chosen.values()} == {(5, 0.1, 1e-3)}
+    assert chosen["stability 1 CE"].divergence == "ce" and chosen["stability 1 stopped"].stop_gradient
+
+
+def runs_with(gain: dict[str, float], arm: str = "stability 1") -> pd.DataFrame:
+    return pd.DataFrame(
+        {"seed": seed, "arm": name, "distortion": distortion, "n": 10,
+         "precision_at_1": 0.6 + (value + 0.001 * (seed - 1)) * (name != "control"), "precision_at_5": 0.9}
+        for seed in range(3) for name in ("control", arm) for distortion, value in gain.items()
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("gain", "holds", "share"),
+    [
+        ({"original": 0.0, "jpeg-10": 0.05, "blur-1": 0.02}, True, 1.0),
+        ({"original": 0.0, "jpeg-10": 0.05, "blur-1": -0.05}, False, 0.5),
+        ({"original": 0.5, "noise-0.1": 0.5, "jpeg-10": -0.01}, False, 0.0),
+    ],
+)
+def test_claim_vi_leaves_noise_and_originals_out(gain: dict[str, float], holds: bool, share: float) -> None:
+    claim = stability.generalisation_claim(runs_with(gain), "stability 1")
+    assert claim["gaussian_training_generalises"] is holds and claim["distortions_gained"] == pytest.approx(share)
+    figure = figures.classification.generalisation(arms.summary(runs_with(gain)))
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == list(gain)
+
+
+def test_classification_claims_need_every_data_set() -> None:
+    good = runs_with({"original": 0.0, "jpeg-50": 0.01, "jpeg-10": 0.05}).assign(dataset="mnist")
+    bad = runs_with({"original": -0.05, "jpeg-50": 0.0, "jpeg-10": 0.0}).assign(dataset="cifar10")
+    assert stability.classification_claims(good, "stability 1", lowest=10)["clean_accuracy_does_not_fall"] is True
+    both = pd.concat([good, bad], ignore_index=True)
+    claims = stability.classification_claims(both, "stability 1", lowest=10)
+    assert claims["clean_accuracy_does_not_fall"] is False and claims["gain_grows_as_quality_falls"] is True
+    table = stability.classification_table(both)
+    assert len(table) == 2 * 2 * 3 * 2 and set(table["at"]) == {1, 5}
+    assert len(figures.classification.classification(table).axes) == 2
+
+
+def test_the_grid_and_its_choice() -> None:
+    rows = []
+    for alpha, sigma, clean, distorted in ((0.1, 0.1, 0.8, 0.5), (1.0, 0.1, 0.795, 0.6), (10.0, 0.1, 0.5, 0.7)):
+        arm = f"{alpha:g} {sigma:g}"
+        rows += [(0, arm, "original", clean), (0, arm, "jpeg-10", distorted)]
+    rows += [(0, "control", "original", 0.8), (0, "control", "jpeg-10", 0.4)]
+    runs = pd.DataFrame(rows, columns=["seed", "arm", "distortion", "precision_at_1"])
+    table = pd.concat([sweep._grid(runs).assign(layers=layers) for layers in ("all", "last")], ignore_index=True)
+    assert table["distorted_gain"].tolist()[:3] == pytest.approx([0.1, 0.2, 0.3])
+    best = sweep.best(table)
+    assert best["alpha"].tolist() == [1.0, 1.0]  # the strongest costs too much clean accuracy
+    assert len(figures.classification.alpha_sigma(table, best).axes) == 5
+    assert experiments.sweep is sweep

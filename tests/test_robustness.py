@@ -1,0 +1,129 @@
+"""Certificates, attacks, and the experiments that use them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from influence.companion import attacks, experiments, figures, smoothing
+
+
+class Halfspace(nn.Module):
+    """Class 1 where the first pixel exceeds 127.5: its smoothed version is known exactly."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        margin = x[:, 0, 0, 0] - 127.5
+        return torch.stack([torch.zeros_like(margin), margin], dim=1)
+
+
+def image(first: int) -> Tensor:
+    picture = torch.zeros(1, 2, 2, dtype=torch.uint8)
+    picture[0, 0, 0] = first
+    return picture
+
+
+def certify(first: int, *, estimate: int = 2000, seed: int = 0) -> smoothing.Certificate:
+    generator = torch.Generator().manual_seed(seed)
+    return smoothing.certify(
+        Halfspace(), image(first), sigma=0.2, select=50, estimate=estimate, level=0.001, generator=generator
+    )
+
+
+def test_lower_bound_is_clopper_pearson() -> None:
+    assert smoothing.lower_bound(90, 100, level=0.05) == pytest.approx(stats.beta.ppf(0.05, 90, 11), rel=1e-9)
+    assert smoothing.lower_bound(100, 100, level=0.001) == pytest.approx(0.001 ** (1 / 100), rel=1e-9)
+    assert smoothing.lower_bound(0, 100, level=0.05) == 0
+
+
+@pytest.mark.parametrize("first", [160, 190, 60])
+def test_the_radius_is_below_the_true_one_and_near_it(first: int) -> None:
+    found, true = certify(first), abs(first - 127.5) / 255
+    assert found.predicted == int(first > 127.5)
+    assert 0.8 * true < found.radius <= true
+
+
+def test_abstains_at_the_boundary_and_without_evidence() -> None:
+    assert certify(128).predicted == smoothing.ABSTAIN
+    assert certify(160, estimate=3) == smoothing.Certificate(smoothing.ABSTAIN, 0.0)
+
+
+def test_certificates_are_wrong_no_more_often_than_promised() -> None:
+    true = 30.5 / 255
+    wrong = sum(certify(158, estimate=100, seed=s).radius > true for s in range(100))
+    assert wrong <= 2  # promised: 1 in 1,000
+
+
+@pytest.mark.parametrize("options", [{"sigma": 0.0}, {"select": 0}, {"estimate": 0}])
+def test_bad_settings(options: dict[str, float]) -> None:
+    setting = {"sigma": 0.1, "select": 1, "estimate": 1} | options
+    with pytest.raises(ValueError, match=r"positive|at least 1"):
+        smoothing.certify(Halfspace(), image(9), level=0.01, generator=torch.Generator(), **setting)
+
+
+def test_fgsm_is_the_sign_of_the_gradient_and_pgd_is_stronger() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 3)).eval()
+    net[1].weight.data /= 40
+    x, y = 255 * torch.rand(20, 1, 4, 4), torch.randint(3, (20,))
+    leaf = x.clone().requires_grad_()
+    torch.nn.functional.cross_entropy(net(leaf), y).backward()
+    assert leaf.grad is not None
+    expected = (x + 255 * 0.1 * leaf.grad.sign()).clamp(0, 255)
+    torch.testing.assert_close(attacks.fgsm(net, x, y, epsilon=0.1), expected)
+    strong = attacks.pgd(net, x, y, epsilon=0.1, steps=20, step_size=0.02, generator=torch.Generator().manual_seed(0))
+    assert (strong - x).abs().max() <= 25.5 + 1e-3 and strong.min() >= 0 and strong.max() <= 255
+
+    def loss(images: Tensor) -> float:
+        return float(torch.nn.functional.cross_entropy(net(images), y).detach())
+
+    assert loss(x) < loss(expected) <= loss(strong) + 1e-3
+    torch.testing.assert_close(attacks.pgd(net, x, y, epsilon=0.0, steps=3, step_size=0.1), x)
+    with pytest.raises(ValueError, match="evaluation mode"):
+        attacks.fgsm(net.train(), x, y, epsilon=0.1)
+
+
+def test_table_and_findings() -> None:
+    rows, hits = [], []
+    for seed in range(3):
+        for arm, radius in (("control", 0.1), ("stability 1", 0.2)):
+            common = {"seed": seed, "arm": arm, "abstained": 0.0, "mean_radius": radius + 0.001 * seed, "n": 10}
+            rows += [{**common, "radius": r, "certified": float(r <= radius)} for r in (0.0, 0.15)]
+            for attack in ("fgsm", "pgd"):
+                hits += [
+                    {"seed": seed, "arm": arm, "attack": attack, "epsilon": e, "accuracy": a, "n": 10}
+                    for e, a in ((0.0, 0.9), (0.1, 0.1))
+                ]
+    certificates, attacked = pd.DataFrame(rows), pd.DataFrame(hits)
+    findings = experiments.robustness.robustness_findings(certificates, attacked, "stability 1")
+    assert findings["certified_radius_grows"] is True and findings["no_adversarial_robustness"] is True
+    assert findings["gain_of_radius"] == pytest.approx(0.1)
+    table = experiments.robustness.robustness_table(certificates, attacked)
+    assert set(table["quantity"]) == {"certified", "fgsm", "pgd"} and len(table) == 12
+    assert len(figures.classification.robustness(table).axes) == 3
+
+
+def test_trace_tables() -> None:
+    rows = [
+        {"seed": seed, "arm": arm, "image": image, "sigma": sigma, "trace": trace, "lambda_max": trace / 2,
+         "ceiling": 1.0, "fi": 1.0, "loss": sigma**2 / 2 * trace * 1.01,
+         "loss_variance": (0.1 * sigma**2 / 2 * trace) ** 2, "limit": sigma**2 / 2 * trace}
+        for seed in range(3) for image in range(4) for sigma in (0.001, 0.1)
+        for arm, trace in (("control", 8.0 + image), ("stability 1", (8.0 + image) / (2 + 0.01 * seed)))
+    ]  # fmt: skip
+    found = pd.DataFrame(rows)
+    table, changes = experiments.trace.losses(found), experiments.trace.effect(found)
+    assert table["ratio"].to_numpy() == pytest.approx(1.01)
+    assert table["ratio_error"].to_numpy() == pytest.approx(0.1 / 12**0.5, rel=0.05)
+    halved = changes.set_index("measure").loc["trace"]
+    assert halved["ratio"] == pytest.approx(math.exp(-np.mean(np.log([2, 2.01, 2.02])))) and halved["high"] < 0.51
+    claims = experiments.trace.trace_claims(table, changes, "stability 1")
+    assert claims["loss_is_half_sigma_squared_trace"] is True and claims["training_shrinks_the_trace"] is True
+    worse = experiments.trace.trace_claims(table.assign(ratio=1.2), changes.assign(high=1.1), "stability 1")
+    assert worse["loss_is_half_sigma_squared_trace"] is False and worse["training_shrinks_the_trace"] is False
+    assert len(figures.classification.trace(table, changes).axes) == 2

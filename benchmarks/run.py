@@ -5,6 +5,7 @@
     python -m benchmarks.run --device cuda --batch 64 --tf32  # the same on a GPU
     python -m benchmarks.run --scaling                        # over batch, classes and depth
     python -m benchmarks.run --table                          # Markdown from the JSON files
+    python -m benchmarks.run --plot                           # benchmarks/results/engine.png from the JSON files
 
 Every peer is first held against our numbers in float64; one that differs, or fails, is recorded as such.
 """
@@ -25,6 +26,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -231,11 +233,41 @@ def alone(case: Case, options: argparse.Namespace) -> None:
     )
 
 
+def results(folder: Path) -> list[dict[str, Any]]:
+    """All results of this benchmark, by network, classes, batch and ratio; what did not finish comes last."""
+    found = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    found = [r for r in found if "network" in r]
+    return sorted(found, key=lambda r: (r["network"], r["classes"], r["batch"], r.get("ratio", 1e9), r["method"]))
+
+
+def plot(folder: Path, file: Path) -> None:
+    """Draw the ratios to the floor on a logarithmic axis, a panel for each network and number of classes."""
+    from matplotlib.figure import Figure
+
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for r in results(folder):
+        if "ratio" in r:
+            title = f"{r['network']}, K = {r['classes']}, batch {r['batch']}"
+            panels.setdefault(title, []).append(r)
+    figure = Figure(figsize=(8, 1 + 0.4 * sum(len(rows) for rows in panels.values())), layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (title, rows) in zip(axes, panels.items(), strict=True):
+        colours = ["#0072B2" if r["method"].startswith("influence") else "#999999" for r in rows]
+        labels = [r["method"] + ("" if r["status"] == "ok" else " (other numbers)") for r in rows]
+        bars = axis.barh(labels, [r["ratio"] for r in rows], color=colours)
+        axis.bar_label(bars, fmt="%.2f", padding=3)
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set(title=title, xscale="log")
+        axis.margins(x=0.15)
+        axis.invert_yaxis()
+    axes[-1].set_xlabel("time of an example / floor")
+    figure.savefig(file, dpi=100, metadata={"Software": None})
+
+
 def table(folder: Path) -> str:
     """Markdown of all results."""
     lines = ["| network | K | batch | method | s / example | of the floor | MB / example | status |", "|" + "---|" * 8]
-    for file in sorted(folder.glob("*.json")):
-        r = json.loads(file.read_text())
+    for r in results(folder):
         numbers = f"{r['seconds']:.3g} | {r['ratio']:.2f} | {r['megabytes']:.0f}" if "seconds" in r else "- | - | -"
         lines.append(f"| {r['network']} | {r['classes']} | {r['batch']} | {r['method']} | {numbers} | {r['status']} |")
     return "\n".join(lines)
@@ -257,11 +289,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--memory", type=float, default=16, metavar="GB", help="for each method, on a CPU")
     parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--plot", action="store_true")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(arguments)
     if options.table:
         print(table(options.out))
+    elif options.plot:
+        plot(options.out, options.out / "engine.png")
     elif options.case:
         case = Case(**options.case)
         if case.device == "cpu":

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import influence
+from benchmarks import run as benchmarks
 from influence.companion import cli, listing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,3 +109,10 @@ def test_other_commands_in_the_text_are_understood(readme: str) -> None:
             usage(words)
         else:
             usage(["score", "--model", "m", "--data", "d", *words[1:]])
+
+
+def test_table_of_benchmarks(readme: str) -> None:
+    body = readme.partition("<!-- benchmarks -->")[2].partition("<!-- /benchmarks -->")[0]
+    assert body.strip() == benchmarks.table(ROOT / "benchmarks" / "results"), (
+        "renew it: python -m benchmarks.run --table"
+    )

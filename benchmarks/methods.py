@@ -37,12 +37,12 @@ def from_jacobian(rows: dict[str, Tensor], model: nn.Module) -> Tensor:
 
 
 def ours(model: nn.Module, x: Tensor) -> Tensor:
-    return influence.metric_tensor(model, x, wrt="layers", chunk_size=len(x)).gram
+    return influence.metric_tensor(model, x, wrt="layers").gram
 
 
 def ours_input(model: nn.Module, x: Tensor) -> Tensor:
     """One block: the image."""
-    return influence.metric_tensor(model, x, wrt="input", chunk_size=len(x)).gram
+    return influence.metric_tensor(model, x, wrt="input").gram
 
 
 def input_by_autograd(model: nn.Module, x: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def test_paths_exist(readme: str) -> None:
 def test_table_of_artifacts(readme: str) -> None:
     found = re.search(r"<!-- artifacts -->\n(.*?)\n<!-- /artifacts -->", readme, re.S)
     assert found, "no table between <!-- artifacts --> and <!-- /artifacts -->"
-    assert found[1].strip() == listing.markdown(), "renew it with: python -m influence.companion list --markdown"
+    assert found[1].strip() == listing.artifacts_markdown(), "renew it with: python -m influence.companion list --markdown"
 
 
 # -- what the README tells its readers to type ------------------------------------------------------------------------
@@ -109,6 +109,11 @@ def test_other_commands_in_the_text_are_understood(readme: str) -> None:
             usage(words)
         else:
             usage(["score", "--model", "m", "--data", "d", *words[1:]])
+
+
+def test_table_of_claims(readme: str) -> None:
+    body = readme.partition("<!-- claims -->")[2].partition("<!-- /claims -->")[0]
+    assert body.strip() == listing.claims_markdown(), "renew it: python -m influence.companion list --claims"
 
 
 def test_table_of_benchmarks(readme: str) -> None:

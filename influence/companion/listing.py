@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pandas as pd
+
 from . import manifest, paths
-from .notebook import discover
+from .notebook import LAST, discover
 
 _COMMITTED = "cpu"
+
+
+def show(*, markdown: bool, claims: bool) -> str:
+    """What `influence list` prints."""
+    if claims:
+        return claims_markdown()
+    return artifacts_markdown() if markdown else plain()
 
 
 def plain() -> str:
@@ -15,7 +26,7 @@ def plain() -> str:
     return "\n".join(f"{stem:<{width}}  {notebook.title}" for stem, notebook in notebooks.items())
 
 
-def markdown() -> str:
+def artifacts_markdown() -> str:
     """The README's table: stem, title, and the verdict of the committed results where there is one."""
     rows = manifest.read(_COMMITTED, root=paths.ROOT / "results")
     lines = [f"| notebook | what it shows | verdict, profile `{_COMMITTED}` |", "|---|---|---|"]
@@ -24,6 +35,45 @@ def markdown() -> str:
         outcome = rows.get(stem, {}).get("verdict", "not run")
         lines.append(f"| [{stem}](notebooks/{stem}.ipynb) | {title} | {outcome} |")
     return "\n".join(lines)
+
+
+def claims(profile: str, *, root: Path | None = None) -> pd.DataFrame:
+    """What each statement and value of the papers came to.
+
+    Args:
+        profile: whose results to look at.
+        root: the results folder; None for the one in use.
+
+    Returns:
+        One row per compared reference: artifact, item, reference (a value, the upper end of an axis, or "claim"), ours,
+        holds.
+    """
+    rows = manifest.read(profile, root=root)
+    found = [
+        {
+            "artifact": stem,
+            "item": used["item"],
+            "reference": "claim" if used["kind"] == "claim" else f"{used['kind']} {used['value']:g}",
+            "ours": _shown(rows[stem]["findings"][used["item"]]),
+            "holds": "yes" if used["holds"] else "no",
+        }
+        for stem in discover()
+        if stem in rows and stem != LAST
+        for used in rows[stem]["reference"]
+        if used["kind"] != "context"
+    ]
+    return pd.DataFrame(found, columns=["artifact", "item", "reference", "ours", "holds"])
+
+
+def claims_markdown() -> str:
+    """The README's table of claims, from the committed results."""
+    table = claims(_COMMITTED, root=paths.ROOT / "results")
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in table.itertuples(index=False))])
+
+
+def _shown(value: bool | float) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:.3g}"
 
 
 def problems() -> list[str]:

@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None, *, parser: Parser | None = None
     try:
         options = (parser or _parser()).parse_args(arguments)
         if options.command == "list":
-            print(listing.markdown() if options.markdown else listing.plain())
+            print(listing.show(markdown=options.markdown, claims=options.claims))
             return 0
         if options.command == "check":
             problems = listing.problems()
@@ -307,6 +307,7 @@ def add_commands(commands: Any, *, epilog: str = "") -> None:
     run.add_argument("--refresh-notebooks", action="store_true", help="for maintainers: keep the outputs in notebooks/")
     listed = commands.add_parser("list", help="name every notebook")
     listed.add_argument("--markdown", action="store_true", help="as the README's table")
+    listed.add_argument("--claims", action="store_true", help="what each claim came to in the committed results")
     commands.add_parser("check", help="is every results file owned by a notebook, and as its ledger says?")
 
 

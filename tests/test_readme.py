@@ -55,7 +55,9 @@ def test_paths_exist(readme: str) -> None:
 def test_table_of_artifacts(readme: str) -> None:
     found = re.search(r"<!-- artifacts -->\n(.*?)\n<!-- /artifacts -->", readme, re.S)
     assert found, "no table between <!-- artifacts --> and <!-- /artifacts -->"
-    assert found[1].strip() == listing.artifacts_markdown(), "renew it with: python -m influence.companion list --markdown"
+    assert found[1].strip() == listing.artifacts_markdown(), (
+        "renew it with: python -m influence.companion list --markdown"
+    )
 
 
 # -- what the README tells its readers to type ------------------------------------------------------------------------

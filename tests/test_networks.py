@@ -131,6 +131,29 @@ def test_what_follows_from_the_grams(name: str) -> None:
             assert result.alignment[n, b].item() == pytest.approx(value / result.ceiling[n].item(), rel=1e-6, abs=0)
 
 
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (nn.Conv1d(3, 4, 5, padding=2), (300,)),
+        (nn.Conv2d(3, 4, 1), (20, 17)),
+        (nn.Conv2d(3, 4, 1, stride=2), (20, 17)),
+        (nn.Conv2d(3, 4, 3), (20, 17)),
+        (nn.Conv2d(3, 4, (3, 2), padding=(1, 0), dilation=(2, 3)), (24, 21)),
+        (nn.Conv2d(3, 4, 3, padding=4), (20, 17)),
+        (nn.Conv3d(3, 4, 3, padding=1), (8, 7, 6)),
+    ],
+    ids=str,
+)
+def test_convolutions_of_many_pixels(layer: nn.Module, size: tuple[int, ...]) -> None:
+    first = type(layer)(3, 3, 3, padding=1)
+    model = nn.Sequential(first, nn.Tanh(), layer, nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)).double().eval()
+    x = torch.randn(3, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model(x)
+    owned = owners(model)
+    expected = torch.stack([contrast_grams(model, image, owned) for image in x])
+    assert relative(influence.metric_tensor(model, x, wrt="layers").gram, expected) < 1e-10
+
+
 def test_chunks_do_not_matter() -> None:
     for name in ("convolutions", "encoder", "bert", "functional"):
         model, x = networks.build(name, 3), networks.inputs(name, 7, torch.float64)
@@ -230,6 +253,48 @@ def test_what_cannot_be_trusted_goes_the_slower_way(model: nn.Module, refused: s
     assert relative(gram, expected) < 1e-10
 
 
+class Switched(nn.Module):
+    """Uses its second layer twice where it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.twice = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(torch.tanh(self.first(x)))
+        return self.last(self.second(torch.tanh(x)) if self.twice else torch.tanh(x))
+
+
+def test_a_plan_is_made_once_and_anew_where_the_model_computes_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Switched().eval().double()
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).double()
+    owned = owners(model)
+    probes, probe = [], engine.ParameterGrams._probe
+    monkeypatch.setattr(engine.ParameterGrams, "_probe", lambda self, *args: (probes.append(1), probe(self, *args))[1])
+
+    def made(*, hook: bool = False) -> int:
+        """Probes that it takes; the Grams are right in any case."""
+        probes.clear()
+        handle = model.first.register_forward_hook(lambda *_: None) if hook else None
+        gram = influence.metric_tensor(model, x, wrt="layers", chunk_size=2).gram
+        if handle is not None:
+            handle.remove()
+        assert relative(gram, torch.stack([contrast_grams(model, row, owned) for row in x])) < 1e-10
+        return len(probes)
+
+    assert [made(), made()] == [1, 0]
+    influence.metric_tensor(model, x[:1], wrt="layers")
+    model.twice = True
+    assert [made(), made()] == [1, 0]
+    assert [made(hook=True), made(hook=True)] == [1, 1]
+    model.twice = False
+    model.second = nn.Linear(6, 6).double()
+    owned = owners(model)
+    assert [made(), made()] == [1, 0]
+
+
 def test_memory_that_runs_out_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = networks.build("bert", 3), networks.inputs("bert", 9, torch.float64)
     expected = influence.metric_tensor(model, x, wrt="layers").gram
@@ -245,6 +310,7 @@ def test_memory_that_runs_out_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(model, "forward", limited)
     for most, seen in ((2, [2, 2, 9, 4, 2]), (1, [2, 1])):  # noqa: B007 (the second: not even the probe fits)
         sizes.clear()
+        engine._PLANS.clear()
         ours = influence.metric_tensor(model, x, wrt="layers").gram
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-13)
         assert sizes[: len(seen)] == seen

@@ -16,6 +16,10 @@ from influence.kernels.tolerances import KERNEL
 
 # Entries of a float64 copy made at once.
 _PIECE = 2**23
+# The same where one buffer serves all: it stays in the cache.
+_TILE = 2**20
+# A sum over many entries goes to so many sums side by side, which use all cores.
+_SEGMENTS = 4
 _MOST_CLASSES = 16
 # Multiplications for one class from which on a call of its own costs nothing.
 _LARGE = 2**18
@@ -43,16 +47,12 @@ def projected_gram_torch(grads: Tensor, shared: Tensor) -> Tensor:
     examples, classes, outputs, positions = grads.shape
     width = shared.shape[2]
     gram = grads.new_zeros(examples, classes, classes, dtype=torch.float64)
+    if grads.device.type == "cpu" and outputs * positions * width >= _LARGE:
+        for n in range(examples):
+            _one_by_one(grads[n], shared[n], gram[n])
+        return gram
     # Never more than a piece of all Y_k at once.
     tile = max(1, min(outputs, _PIECE // max(1, classes * width)))
-    if grads.device.type == "cpu" and outputs * positions * width >= _LARGE:
-        # One by one, so that gradients that lie class by class need no copy.
-        for n in range(examples):
-            right = shared[n].expand(classes, positions, width)
-            for first in range(0, outputs, tile):
-                rows = torch.bmm(grads[n, :, first : first + tile], right)
-                gram[n] += products(rows.view(1, classes, -1))[0]
-        return gram
     step = max(1, _PIECE // max(1, classes * width * tile))
     for start in range(0, examples, step):
         chunk = slice(start, start + step)
@@ -62,6 +62,35 @@ def projected_gram_torch(grads: Tensor, shared: Tensor) -> Tensor:
             rows = part.reshape(len(part), -1, positions) @ right
             gram[chunk] += products(rows.reshape(len(part), classes, -1))
     return gram
+
+
+def _one_by_one(grads: Tensor, shared: Tensor, gram: Tensor) -> None:
+    """Add the Gram of one example, ``(m, P, T)`` and ``(T, J)``, to ``(m, m)``: in tiles that share their memory."""
+    classes, outputs, positions = grads.shape
+    width = shared.shape[1]
+    tile = max(1, min(outputs, _TILE // max(1, classes * width)))
+    rows = grads.new_empty(classes * tile * width)
+    wide = grads.new_empty(classes * tile * width, dtype=torch.float64)
+    # One product for all classes is faster, where a copy that lets them lie together is small beside it.
+    together = width >= 4 * outputs
+    for first in range(0, outputs, tile):
+        part = grads[:, first : first + tile]
+        entries = part.shape[:2].numel() * width
+        made = rows[:entries].view(*part.shape[:2], width)
+        if together:
+            torch.mm(part.reshape(-1, positions), shared, out=made.view(-1, width))
+        else:
+            torch.bmm(part, shared.expand(classes, positions, width), out=made)
+        copied = wide[:entries].view(classes, -1).copy_(made.flatten(1))
+        gram += _sum_of_products(copied)
+
+
+def _sum_of_products(wide: Tensor) -> Tensor:
+    """Gram of the rows of a float64 matrix ``(m, p)``."""
+    if wide.shape[1] % _SEGMENTS:
+        return wide @ wide.T
+    segments = wide.unflatten(1, (_SEGMENTS, -1)).transpose(0, 1)
+    return torch.bmm(segments, segments.mT).sum(dim=0)
 
 
 def products(rows: Tensor) -> Tensor:

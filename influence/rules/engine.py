@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from influence.kernels.projected import products
 from influence.kernels.tolerances import REVERSE
 from influence.memory import chunk_size, is_out_of_memory, release
 from influence.rules.families import grams, knows
-from influence.rules.graph import Graph, Site, read_graph, shape_of
+from influence.rules.graph import Graph, Site, leading, read_graph, shape_of
 from influence.rules.layout import Layout, candidates
 from influence.rules.reverse import reverse
 
@@ -31,6 +32,8 @@ _UNCLEAR = "its batch dimension is unclear"
 _LOOKUP = "EmbeddingBackward0"
 
 Key = tuple[str, tuple[tuple[str, int], ...]]
+# The nodes of a graph, with the sites among them.
+Signature = tuple[tuple[str, Key | None], ...]
 
 
 @dataclass
@@ -41,16 +44,25 @@ class Plan:
         outer: Layout of each site that can be trusted.
         refused: Parameters that take the autograd path, with the reason.
         gathered: Tables looked up the same way for all examples, as positions are: no example meets them there.
+        bytes_per_example: Memory that an example takes.
+        seen: Graphs that the plan has been used for.
     """
 
     outer: dict[Key, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     gathered: set[str] = field(default_factory=set)
+    bytes_per_example: int = 0
+    seen: set[Signature] = field(default_factory=set)
 
     def refuse(self, site: Site, reason: str) -> None:
         """Send all parameters of a site the other way."""
         self.outer.pop(site.key, None)
         self.refused.update({operand.name: reason for operand in site.operands})
+
+
+# Plans of models that are still in use, by parameters and inputs: a probe costs as much as an example or two.
+_PLANS: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Plan]] = WeakKeyDictionary()
+_MOST_PLANS = 32
 
 
 class ParameterGrams:
@@ -79,13 +91,33 @@ class ParameterGrams:
         self.dtypes = [p.dtype for p in self._parameters.values()]
         # Not even the probe's few examples fitted.
         self._one_by_one = False
-        # Known once there is a plan.
-        self._bytes_per_example = 0
+        # The plan was made in an earlier call: it holds for graphs that it has seen.
+        self._remembered = False
 
-    def prepare(self, x: Tensor) -> None:
-        """Make the plan from the first few examples, if there is none yet."""
+    def prepare(self, x: Tensor) -> Plan:
+        """The plan, made from the first few examples where there is none yet."""
         if self._plan is not None:
-            return
+            return self._plan
+        # A hook may change a gradient from one call to the next, and the graph shows nothing of it.
+        plans = {} if _is_hooked(self._model) else _PLANS.setdefault(self._model, {})
+        plan = plans.get(self._key(x))
+        self._remembered = plan is not None
+        if plan is None:
+            plan = self._make_plan_that_fits(x)
+            if len(plans) >= _MOST_PLANS:
+                plans.clear()
+            if not self._one_by_one:
+                plans[self._key(x)] = plan
+        self._plan = plan
+        if not self._remembered:
+            self._announce()
+        return plan
+
+    def _key(self, x: Tensor) -> tuple[object, ...]:
+        # One example alone shows less than two, and two less than three.
+        return (*self._parameters, min(len(x), _PROBE_AGAIN), tuple(x.shape[1:]), x.dtype, x.device)
+
+    def _make_plan_that_fits(self, x: Tensor) -> Plan:
         try:
             plan = self._make_plan(x[:_PROBE])
             if _UNCLEAR in plan.refused.values() and len(x) >= _PROBE_AGAIN:
@@ -97,13 +129,12 @@ class ParameterGrams:
         if self._one_by_one:
             release()
             plan = self._make_plan(x[:1])
-        self._plan = plan
-        self._announce()
+        return plan
 
     def chunk_size(self, x: Tensor) -> int:
         """How many of these examples to compute at once."""
-        self.prepare(x)
-        return 1 if self._one_by_one else chunk_size(self._bytes_per_example, x.device)
+        plan = self.prepare(x)
+        return 1 if self._one_by_one else chunk_size(plan.bytes_per_example, x.device)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
         """Compute a chunk.
@@ -114,10 +145,9 @@ class ParameterGrams:
         Returns:
             log P ``(N, K)``, the contrast Grams ``(N, B, K, K)`` and the dtype of the logits.
         """
-        self.prepare(x)
-        assert self._plan is not None
+        plan = self.prepare(x)
         with differentiable(self._model, list(self._parameters.values())):
-            return self._chunk(x, self._plan)
+            return self._chunk(x, plan)
 
     def _chunk(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor, torch.dtype]:
         logits = forward(self._model, x)
@@ -126,6 +156,13 @@ class ParameterGrams:
         gram = logits.new_zeros(examples, self._blocks, contrasts, contrasts, dtype=torch.float64)
         if len(plan.refused) < len(self._parameters):
             graph = self._read(logits, plan)
+            signature = _signature(graph)
+            if self._remembered and signature not in plan.seen:
+                # The model computes otherwise than when the plan was made.
+                _PLANS.pop(self._model, None)
+                self._plan = None
+                return self._chunk(x, self.prepare(x))
+            plan.seen.add(signature)
             # What the graph of this chunk has in another way than the probe's is not trusted here.
             sites = {node: site for node, site in graph.sites.items() if self._layout(site, plan, examples)}
             left = {o.name for site in graph.sites.values() for o in site.operands}
@@ -202,7 +239,7 @@ class ParameterGrams:
         plan = Plan(gathered=set(gathered))
         graph = self._read(logits, plan)
         plan.refused.update(graph.refused)
-        self._bytes_per_example = _footprint(graph, logits, len(x))
+        plan.bytes_per_example = _footprint(graph, logits, len(x))
         sites = list(graph.sites.values())
         if not sites:
             return plan
@@ -281,6 +318,19 @@ class ParameterGrams:
         )
 
 
+def _signature(graph: Graph) -> Signature:
+    sites = graph.sites
+    return tuple((node.name(), sites[node].key if node in sites else None) for node in graph.order)
+
+
+def _is_hooked(model: nn.Module) -> bool:
+    """Whether any module calls a hook."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in model.modules()
+    )
+
+
 @contextmanager
 def differentiable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Only these parameters require a gradient; afterwards all is as before."""
@@ -325,5 +375,7 @@ def _options(site: Site, examples: int) -> list[int]:
 
 def _footprint(graph: Graph, logits: Tensor, examples: int) -> int:
     """Bytes an example takes: its activations, and a few of the largest gradients for all classes."""
-    sizes = [math.prod(shape_of(node, 0)) for node in graph.order if node._input_metadata]
+    sizes = [math.prod(shape_of(node, 0)) for node in leading(graph)[0] if node._input_metadata]
+    if not sizes:
+        return 0
     return (sum(sizes) + 8 * max(sizes) * (logits.shape[1] - 1)) * logits.element_size() // examples

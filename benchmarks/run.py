@@ -5,7 +5,7 @@
     python -m benchmarks.run --device cuda --batch 64 --tf32  # the same on a GPU
     python -m benchmarks.run --scaling                        # over batch, classes and depth
     python -m benchmarks.run --table                          # Markdown from the JSON files
-    python -m benchmarks.run --plot                           # benchmarks/results/engine.png from the JSON files
+    python -m benchmarks.run --plot                           # engine.png and scaling.png from the JSON files
 
 Every peer is held against our numbers in float64; one that differs, or fails, is recorded as such.
 """
@@ -134,6 +134,15 @@ def environment(device: torch.device) -> dict[str, object]:
     return {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
 
 
+# What is varied, what is held meanwhile, and whose curves are drawn.
+SCALES = {
+    "batch": {"classes": 10, "depth": 16},
+    "classes": {"batch": 8, "depth": 16},
+    "depth": {"batch": 8, "classes": 10},
+}
+SCALED = {"influence": "#0072B2", "vmap(jacrev)": "#999999"}
+
+
 class Chain(nn.Module):
     """Depth and nothing else: 3x3 convolutions with normalisation."""
 
@@ -248,10 +257,10 @@ def alone(case: Case, options: argparse.Namespace) -> None:
     )
 
 
-def results(folder: Path) -> list[dict[str, Any]]:
-    """All results of this benchmark, by network, classes, batch and ratio; what did not finish comes last."""
+def results(folder: Path, *, chains: bool = False) -> list[dict[str, Any]]:
+    """Results by network, classes, batch and ratio, what did not finish last: of networks, or of chains alone."""
     found = [json.loads(file.read_text()) for file in folder.glob("*.json")]
-    found = [r for r in found if "network" in r]
+    found = [r for r in found if r.get("network", "").startswith("chain") == chains and "network" in r]
     return sorted(found, key=lambda r: (r["network"], r["classes"], r["batch"], r.get("ratio", 1e9), r["method"]))
 
 
@@ -276,6 +285,33 @@ def plot(folder: Path, file: Path) -> None:
         axis.margins(x=0.15)
         axis.invert_yaxis()
     axes[-1].set_xlabel("time of an example / floor")
+    figure.savefig(file, dpi=100, metadata={"Software": None})
+
+
+def plot_scaling(folder: Path, file: Path) -> None:
+    """Draw the ratio to the floor over batch, classes and depth of a chain, each with the other two held."""
+    from matplotlib.figure import Figure
+
+    rows = [
+        {"depth": int(r["network"].removeprefix("chain")), **{k: r[k] for k in ("batch", "classes", "method", "ratio")}}
+        for r in results(folder, chains=True)
+        if "ratio" in r
+    ]
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(SCALES), sharey=True)
+    for axis, (name, held) in zip(panels, SCALES.items(), strict=True):
+        for method, colour in SCALED.items():
+            here = [r for r in rows if r["method"] == method and all(r[key] == held[key] for key in held)]
+            here.sort(key=lambda r: r[name])
+            axis.plot([r[name] for r in here], [r["ratio"] for r in here], "o-", color=colour, label=method)
+        title = ", ".join(f"{key} {value}" for key, value in held.items())
+        axis.set(xscale="log", xlabel=name, title=title)
+        ticks = sorted({r[name] for r in rows if all(r[key] == held[key] for key in held)})
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.minorticks_off()
+    panels[0].set_ylim(bottom=0)
+    panels[0].set_ylabel("time of an example / floor")
+    panels[0].legend()
     figure.savefig(file, dpi=100, metadata={"Software": None})
 
 
@@ -312,6 +348,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(table(options.out))
     elif options.plot:
         plot(options.out, options.out / "engine.png")
+        plot_scaling(options.out, options.out / "scaling.png")
     elif options.case:
         case = Case(**options.case)
         if case.device == "cpu":
@@ -326,7 +363,7 @@ def main(arguments: list[str] | None = None) -> None:
 def cases(options: argparse.Namespace) -> Iterator[tuple[str, int, int, str]]:
     """Network, classes, batch and method of each run asked for."""
     if options.scaling:
-        for method in ("influence", "vmap(jacrev)"):
+        for method in SCALED:
             yield from (("chain16", 10, batch, method) for batch in (1, 2, 4, 8, 16, 32))
             yield from (("chain16", classes, 8, method) for classes in (2, 5, 20, 50, 100))
             yield from ((f"chain{depth}", 10, 8, method) for depth in (4, 8, 32, 64))

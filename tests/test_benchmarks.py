@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,20 @@ def test_one_json_for_each_method(tmp_path: Path) -> None:
         assert result["ratio"] > 0
         assert result["environment"]["torch"]
     assert "| chain1 | 3 | 2 | vmap(jacrev) |" in run.table(tmp_path)
+
+
+def test_chains_are_drawn_and_not_listed(tmp_path: Path) -> None:
+    rows = [
+        {**asdict(CASE), "network": f"chain{depth}", "classes": classes, "batch": batch, "ratio": 2.0, "status": "ok"}
+        for depth, classes, batch in ((16, 10, 8), (4, 10, 8), (16, 2, 8), (16, 10, 1))
+    ]
+    for i, row in enumerate([*rows, {**rows[0], "network": "resnet50"}]):
+        (tmp_path / f"{i}.json").write_text(json.dumps(row))
+    assert len(run.results(tmp_path, chains=True)) == 4 and [r["network"] for r in run.results(tmp_path)] == [
+        "resnet50"
+    ]
+    run.main(["--plot", "--out", str(tmp_path)])
+    assert {file.name for file in tmp_path.glob("*.png")} == {"engine.png", "scaling.png"}
 
 
 def test_a_method_that_differs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

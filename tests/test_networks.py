@@ -154,6 +154,29 @@ def test_convolutions_of_many_pixels(layer: nn.Module, size: tuple[int, ...]) ->
     assert relative(influence.metric_tensor(model, x, wrt="layers").gram, expected) < 1e-10
 
 
+class Words(nn.Module):
+    def __init__(self, padding: int | None) -> None:
+        super().__init__()
+        self.word, self.head = nn.Embedding(6, 4, padding_idx=padding), nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.word(ids)).mean(dim=1))
+
+
+@pytest.mark.parametrize("padding", [2, 5, -1])
+def test_padding_is_no_parameter(padding: int) -> None:
+    torch.manual_seed(0)
+    model, other = Words(padding).double().eval(), Words(None).double().eval()
+    with torch.no_grad():
+        model.word.weight.normal_()
+    other.load_state_dict(model.state_dict())
+    ids = torch.tensor([[1, 2, 5, 5, 2], [5, 0, 2, 2, 2], [2, 2, 5, 5, 5]])
+    gram = influence.metric_tensor(model, ids, wrt="layers").gram
+    assert relative(gram, torch.stack([contrast_grams(model, row, owners(model)) for row in ids])) < 1e-10
+    # Without padding the same weights have another Gram.
+    assert relative(gram[:, :1], influence.metric_tensor(other, ids, wrt=["word"]).gram) > 1e-2
+
+
 def test_chunks_do_not_matter() -> None:
     for name in ("convolutions", "encoder", "bert", "functional"):
         model, x = networks.build(name, 3), networks.inputs(name, 7, torch.float64)

@@ -77,9 +77,10 @@ def test_masks_of_the_intervention() -> None:
 
 def test_intervention_favours_what_moves_the_output(digits: data.Split) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
-    with torch.no_grad():
-        model[1].weight.mul_(0.02)
-        model[1].weight[:, 5] *= 30  # one pixel decides
+    with torch.no_grad():  # one pixel decides: class 0 where it is bright, else class 1
+        model[1].weight.zero_()
+        model[1].weight[0, 5] = 0.05
+        model[1].bias.copy_(5.0 * (torch.arange(10) == 1))
     frame = pixelwise.intervene(model, digits, (1,), 3, 1e-3, 0, torch.device("cpu"))
     table = experiments.vulnerability.intervention_table(frame.assign(dataset="digits", model="resnet50"))
     rows = table[(table["target"] == "entries") & (table["change"] == "farther")].set_index("ranking")

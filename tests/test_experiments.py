@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.axes import Axes
 from torch import nn
 
 from influence.companion import data, experiments, figures
@@ -93,7 +94,7 @@ def test_accuracy_table_and_its_figure() -> None:
                 "n": 10,
                 "accuracy": v,
                 "loss": 0.1,
-                "calibration_error": 0,
+                "calibration_error": (1 - v) / 2,
             }
             for m in ("resnet50", "densenet121")
             for p in ("train", "validation", "test")
@@ -106,7 +107,31 @@ def test_accuracy_table_and_its_figure() -> None:
         0.9 - 4.302652729911275 * 0.1 / 3**0.5
     )
     figure = figures.sensitivity.accuracy(table)
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["ResNet50", "DenseNet121"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ResNet50", "DenseNet121"]
+    half = 4.302652729911275 * 0.05 / 3**0.5
+    accuracy, calibration = (drawn_intervals(axes) for axes in figure.axes)
+    assert accuracy == pytest.approx(np.tile([0.9 - 2 * half, 0.9, 1], (6, 1)))
+    assert calibration == pytest.approx(np.tile([0, 0.05, 0.05 + half], (6, 1)))  # cut at 0: no error is negative
+    assert [axes.get_ylabel() for axes in figure.axes] == ["accuracy", "expected calibration error"]
+
+
+def drawn_intervals(axes: Axes) -> np.ndarray:
+    """Low end, point and high end of each error bar, ``(points, 3)``, network by network."""
+    rows = []
+    for container in axes.containers:
+        points, _, (bars,) = container.lines
+        ends = [segment[:, 1] for segment in bars.get_segments()]
+        rows += [(low, y, high) for y, (low, high) in zip(points.get_ydata(), ends, strict=True)]
+    return np.array(rows)
+
+
+def test_one_seed_is_drawn_without_an_interval() -> None:
+    row = {"n": 10, "accuracy": 0.9, "loss": 0.1, "calibration_error": 0.05}
+    runs = pd.DataFrame([{"dataset": "digits", "model": "resnet50", "seed": 0, "part": "test", **row}])
+    figure = figures.sensitivity.accuracy(experiments.sensitivity.accuracy_table(runs))
+    accuracy, calibration = (drawn_intervals(axes) for axes in figure.axes)
+    assert (accuracy == 0.9).all() and (calibration == 0.05).all()
+    assert figure.axes[0].get_title() == "Digits: one seed, no interval"
 
 
 def test_outlier_figures_draw_every_image() -> None:

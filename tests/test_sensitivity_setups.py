@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,9 +12,10 @@ import torch
 from torch import nn
 
 import influence
-from influence.companion import data, experiments, figures, layerwise, pixelwise
+from influence.companion import data, experiments, figures, layerwise, pixelwise, pretrained
 from influence.companion.experiments.keyed import bound
 from truth import influence as brute_force
+from truth import input_jacobian
 
 
 def network() -> nn.Module:
@@ -65,6 +69,55 @@ def test_patches_of_nine_values_are_flat_by_definition_too(digits: data.Split) -
         assert frame.loc[at, "exact"].item() == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", pretrained.NAMES)
+def test_patches_of_a_trained_network_are_flat_where_their_rank_is_nine(name: str, data_dir: Path) -> None:
+    """FI from the singular values of L0 in float64, on real images, against the ceiling and against the package."""
+    if not list((data_dir / "checkpoints").glob(f"{name}-*.th")):
+        pytest.skip(f"INFLUENCE_DATA has no checkpoints/{name}-*.th")
+    model = pretrained.load(name, data_dir)[0].double()
+    sample = data.load("cifar10", data_dir).test.sample(32).images.double()
+    with torch.no_grad():
+        images = sample[model(sample).softmax(1).amax(1).argsort()[::8]]  # from unsure to sure
+    # Centres at 0, 5, ..., 30: the border clips the patches of the first row and column, and no others.
+    metric = influence.metric_tensor(model, images, wrt=influence.Patches((1, 3), stride=5))
+    ours = influence.first_order_influence(metric)
+    assert sorted(set(metric.dims.tolist())) == [1, 4, 6, 9]
+    single_shares = []
+    for n, image in enumerate(images):
+        logits, jacobian = input_jacobian(model, image)
+        y = int(logits.argmax())
+        # The contrasts z_k - z_y have the scores of the logits, and keep the digits of s_y where P_y is near 1.
+        contrasts = (jacobian - jacobian[y]).view(10, *image.shape)
+        found = [brute_force(logits, window, y) for window in windows(contrasts, sizes=(1, 3), stride=5)]
+        fi, rank = torch.tensor(found, dtype=torch.float64).T
+        # None of these patches is degenerate: each has as many directions as values.
+        assert torch.equal(rank.long(), metric.dims) and torch.equal(ours.rank[n], metric.dims)
+        torch.testing.assert_close(ours.fi[n], fi, rtol=1e-9, atol=0)
+        others = torch.cat([logits[:y], logits[y + 1 :]])
+        share = fi / (others.logsumexp(0) - logits[y]).exp()  # of the ceiling (1 - P_y) / P_y
+        torch.testing.assert_close(share[rank == 9], torch.ones_like(share[rank == 9]), rtol=1e-9, atol=0)
+        # A single value falls short of it: FI = s_y^2 / sum_k P_k s_k^2.
+        assert share[rank == 1].max() < 1 - 1e-9
+        probs, single = logits.softmax(0), contrasts[:, :, ::5, ::5].flatten(1)
+        scores = single - probs @ single
+        torch.testing.assert_close(fi[rank == 1], scores[y] ** 2 / (probs @ scores**2), rtol=1e-9, atol=0)
+        single_shares.append(share[rank == 1])
+    # Not by much where two classes share nearly all of P, for then one direction is nearly all there is.
+    assert torch.cat(single_shares).min() < 0.1
+
+
+def windows(jacobian: torch.Tensor, *, sizes: tuple[int, ...], stride: int) -> Iterator[torch.Tensor]:
+    """The ``(K, p)`` columns of each patch of odd size, of a Jacobian ``(K, C, H, W)``, in the order of `Patches`."""
+    _, channels, height, width = jacobian.shape
+    for half in (size // 2 for size in sizes):
+        for channel in range(channels):
+            for row in range(0, height, stride):
+                for column in range(0, width, stride):
+                    rows = slice(max(0, row - half), row + half + 1)
+                    columns = slice(max(0, column - half), column + half + 1)
+                    yield jacobian[:, channel, rows, columns].flatten(1)
+
+
 def test_masks_of_the_intervention() -> None:
     score = torch.zeros(1, 2, 6, 6, dtype=torch.float64)
     score[0, 1, 2:5, 1:4] = 1
@@ -77,9 +130,10 @@ def test_masks_of_the_intervention() -> None:
 
 def test_intervention_favours_what_moves_the_output(digits: data.Split) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
-    with torch.no_grad():
-        model[1].weight.mul_(0.02)
-        model[1].weight[:, 5] *= 30  # one pixel decides
+    with torch.no_grad():  # one pixel decides: class 0 where it is bright, else class 1
+        model[1].weight.zero_()
+        model[1].weight[0, 5] = 0.05
+        model[1].bias.copy_(5.0 * (torch.arange(10) == 1))
     frame = pixelwise.intervene(model, digits, (1,), 3, 1e-3, 0, torch.device("cpu"))
     table = experiments.vulnerability.intervention_table(frame.assign(dataset="digits", model="resnet50"))
     rows = table[(table["target"] == "entries") & (table["change"] == "farther")].set_index("ranking")

@@ -11,33 +11,43 @@ from . import style
 
 
 def accuracy(table: pd.DataFrame) -> Figure:
-    """Accuracy of each network on its training, validation and test images, with the interval over seeds."""
+    """Accuracy and calibration error of each network on its images, one row of panels per data set, with intervals."""
     names = list(table["dataset"].unique())
-    parts = list(table["part"].unique())
-    figure = Figure(figsize=(style.WIDTH, 2.6))
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for row, (model, group) in enumerate(table[table["dataset"] == name].groupby("model", sort=False)):
-            x = np.arange(len(parts)) + 0.18 * (row - 0.5)
-            bars = np.clip([group["accuracy"] - group["low"], group["high"] - group["accuracy"]], 0, 1)
-            one_seed = ~np.isfinite(group["low"].to_numpy())
-            bars[:, one_seed] = 0
-            axes.errorbar(
-                x,
-                group["accuracy"],
-                bars,
-                fmt="os"[row % 2],
-                capsize=3,
-                color=style.COLOURS.get(str(model)),
-                label=style.name(str(model)),
-            )
-        seeds = int(table["seeds"].min())
-        axes.set_title(f"{style.name(name)}: mean and 95% interval, {seeds} seed{'s' if seeds > 1 else ''}")
-        axes.set_xticks(range(len(parts)), parts)
-        axes.set_xlim(-0.5, len(parts) - 0.5)
-        axes.set_ylabel("accuracy")
-        axes.margins(y=0.15)
-        axes.legend()
+    figure = Figure(figsize=(style.WIDTH, 2.9 * len(names)))
+    for (left, right), name in zip(figure.subplots(len(names), 2, squeeze=False), names, strict=True):
+        group = table[table["dataset"] == name]
+        _by_part(left, group, value="accuracy", low="low", high="high")
+        _by_part(right, group, value="calibration_error", low="calibration_low", high="calibration_high")
+        left.set_ylabel("accuracy")
+        right.set_ylabel("expected calibration error")
+        right.set_ylim(bottom=0)  # no error: the confidences can be taken at their word
+        seeds = int(group["seeds"].min())
+        shown = f"mean and 95% interval, {seeds} seeds" if seeds > 1 else "one seed, no interval"
+        for axes in (left, right):
+            axes.set_title(f"{style.name(name)}: {shown}")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
+
+
+def _by_part(axes: Axes, group: pd.DataFrame, *, value: str, low: str, high: str) -> None:
+    """One point per network and part, those of one part beside each other; no bar where there is one seed."""
+    parts = list(group["part"].unique())
+    for row, (model, ours) in enumerate(group.groupby("model", sort=False)):
+        bars = np.clip([ours[value] - ours[low], ours[high] - ours[value]], 0, 1)
+        bars[:, ours["seeds"] == 1] = 0
+        axes.errorbar(
+            np.arange(len(parts)) + 0.18 * (row - 0.5),
+            ours[value],
+            bars,
+            fmt="os"[row % 2],
+            capsize=3,
+            color=style.COLOURS.get(str(model)),
+            label=style.name(str(model)),
+        )
+    axes.set_xticks(range(len(parts)), parts)
+    axes.set_xlabel("images")
+    axes.set_xlim(-0.5, len(parts) - 0.5)
+    axes.margins(y=0.15)
 
 
 def manhattan(axes: Axes, position: pd.Series, score: pd.Series, label: pd.Series) -> None:

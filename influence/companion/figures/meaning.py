@@ -66,6 +66,7 @@ def sensitivity(table: pd.DataFrame) -> Figure:
         axes.set_xlabel("constant and cut $e$ of the released code")
     left.set_ylabel("share of released FI = 0")
     right.set_ylabel("Spearman with the loss")
+    right.ticklabel_format(axis="y", useOffset=False)
     right.set_title("exact FI: 1 in every unit", fontsize=8)
     left.set_title(f"{int(released['images'].iloc[0])} training images, one network", fontsize=8)
     left.legend(fontsize=7)

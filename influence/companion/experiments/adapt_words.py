@@ -89,7 +89,7 @@ def _suspicious(subject: Subject, scores: pd.DataFrame, beyond: pd.DataFrame) ->
 
 def _layers(layers: pd.DataFrame) -> str:
     first = layers.nlargest(3, "divergence").to_dict("records")
-    named = ", ".join(f"`{row['layer']}` ({row['share']:.0%})" for row in first)
+    named = ", ".join(f"`{row['layer']}` ({row['kind']}, {row['share']:.0%})" for row in first)
     text = (
         f"**Sensitive layers.** Of {len(layers)} layers with parameters, noise of 1% of a layer's own size moves the "
         f"output most in {named} (share of the sum over layers; {int(layers['examples'].iloc[0])} test examples)."

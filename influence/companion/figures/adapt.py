@@ -48,7 +48,7 @@ def layers(table: pd.DataFrame, *, count: int = 12) -> Figure:
     left.set_title(f"mean of {int(table['examples'].iloc[0])} test examples")
     top = table.nlargest(count, "divergence")[::-1]
     right.barh(range(len(top)), top["share"], color=style.COLOURS["exact"])
-    right.set_yticks(range(len(top)), top["layer"], fontsize=6)
+    right.set_yticks(range(len(top)), top["layer"] + "\n" + top["kind"], fontsize=6)
     right.set_xlabel("share of the sum over layers")
     return figure
 
@@ -70,7 +70,7 @@ def train_against_test(table: pd.DataFrame, parts: pd.DataFrame) -> Figure:
             axes.set_xscale("log")
         axes.set_xlabel(labels[row["score"]])
         axes.set_title(f"AUROC {row['auroc']:.3f} (95%: {row['low']:.3f} to {row['high']:.3f})")
-        axes.legend(loc="upper left")
+        axes.legend(loc="lower right")
     figure.axes[0].set_ylabel("share of the examples below")
     return figure
 

@@ -263,6 +263,13 @@ def test_what_takes_too_long_is_left_out_and_said(monkeypatch: pytest.MonkeyPatc
     assert "the 20 asked for were scored" in _words(subject, fewer) and "left out" in _words(subject, fewer)
 
 
+def test_all_of_a_small_sample_is_not_called_shared() -> None:
+    table = pd.DataFrame({"part": "train", "example": range(4), "alignment": 1.0})
+    table = table.assign(loss=[4.0, 3, 2, 1], fi=[4.0, 3, 2, 1], trace=[1.0, 2, 3, 4])
+    beyond = adapt_examples.beyond_the_loss(table, count=20)
+    assert beyond["of"].tolist() == [2, 2] and beyond["shared"].tolist() == [2, 0]
+
+
 def test_labels_of_a_model_with_more_outputs_are_questioned() -> None:
     subject = _subject((1, 8, 8), 5)
     scores = adapt_examples.scores(subject, images=4)

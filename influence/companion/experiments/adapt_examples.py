@@ -218,11 +218,12 @@ def beyond_the_loss(table: pd.DataFrame, *, count: int = 20) -> pd.DataFrame:
     """How each score ranks the training examples against their loss.
 
     Returns:
-        One row per score: spearman (rank correlation with the loss), shared (of the `count` largest, or the larger half, how many are among
-        those of the loss), mean_alignment (of FI; NaN for the others).
+        One row per score: spearman (rank correlation with the loss), shared (of the `count` largest, or of the larger
+        half, how many are among those of the loss), of (how many these are), mean_alignment (of FI; NaN for the
+        others).
     """
     train = table[table["part"] == "train"]
-    # Two halves of a small sample can differ; two copies of all of it cannot.
+    # All of a small sample would be shared by any two scores.
     count = min(count, max(1, len(train) // 2))
     top = set(train.nlargest(count, "loss")["example"])
     rows = []

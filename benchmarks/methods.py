@@ -1,12 +1,14 @@
 """The same numbers by other means: per-example Grams of every layer's logit Jacobian, each library as it documents it.
 
 Each method takes a model and a batch and returns the plain Gram ``(N, B, K, K)`` of the logits, layers in
-``named_modules()`` order; a peer that is not installed raises ImportError.
+``named_modules()`` order; those in `SCORES` return scores ``(N, B, 1, 1)``. A peer that is not installed raises
+ImportError.
 """
 
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable
 
 import torch
@@ -52,6 +54,28 @@ def input_by_autograd(model: nn.Module, x: Tensor) -> Tensor:
     rows = [torch.autograd.grad(z.sum(), leaf, retain_graph=True)[0] for z in logits.T]
     jacobian = torch.stack([row.flatten(1) for row in rows], dim=1)
     return (jacobian @ jacobian.mT)[:, None]
+
+
+def score_input(model: nn.Module, x: Tensor) -> Tensor:
+    """FI of the predicted class, trace and largest eigenvalue of the image, as `influence score` writes them."""
+    with tempfile.TemporaryDirectory() as folder:
+        table = influence.read_scores(influence.score(model, [x], folder, wrt="input", progress=False))
+    return torch.tensor(table[["fi", "trace", "lambda_max"]].to_numpy())[..., None, None]
+
+
+def scores_by_autograd(model: nn.Module, x: Tensor) -> Tensor:
+    """The same from the image's Gram class by class: M = L0^T L0, FI = e_y^T M^+ M e_y / P_y, and M's eigenvalues."""
+    probs = model(x).detach().double().softmax(dim=1)
+    gram = input_by_autograd(model, x)[:, 0].double()
+    centred = torch.eye(probs.shape[1], dtype=gram.dtype, device=gram.device) - probs[:, None]
+    root = probs.sqrt()
+    m = root[:, :, None] * (centred @ gram @ centred.mT) * root[:, None]
+    projector = torch.linalg.pinv(m, rtol=1e-12, hermitian=True) @ m
+    label = probs.argmax(dim=1)
+    example = torch.arange(len(x), device=x.device)
+    fi = projector[example, label, label] / probs[example, label]
+    eigenvalues = torch.linalg.eigvalsh(m)
+    return torch.stack([fi, eigenvalues.sum(dim=1), eigenvalues[:, -1]], dim=1)[..., None, None]
 
 
 def floor(model: nn.Module, x: Tensor) -> Tensor:
@@ -175,6 +199,7 @@ def nngeometry_jacobian(model: nn.Module, x: Tensor) -> Tensor:
 METHODS: dict[str, Method] = {
     "influence": ours,
     "influence, input": ours_input,
+    "influence.score, input": score_input,
     "autograd loop": autograd_loop,
     "vmap(jacrev)": vmap_jacrev,
     "BackPACK BatchGrad": backpack_batch_grad,
@@ -184,6 +209,14 @@ METHODS: dict[str, Method] = {
 }
 
 
+SCORES = ("influence.score, input",)
+
+
 def truth(name: str) -> Method:
     """What the numbers of a method are checked against: ours, and autograd for ourselves."""
-    return {"influence": autograd_loop, "influence, input": input_by_autograd}.get(name, ours)
+    by_autograd = {
+        "influence": autograd_loop,
+        "influence, input": input_by_autograd,
+        "influence.score, input": scores_by_autograd,
+    }
+    return by_autograd.get(name, ours)

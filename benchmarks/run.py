@@ -2,6 +2,8 @@
 
     python -m benchmarks.run                                  # ResNet50 and DenseNet121 at 32x32, K = 10
     python -m benchmarks.run --classes 100 --batch 4
+    python -m benchmarks.run --networks torchvision:resnet18 --size 64 --classes 1000 --batch 2 --repeats 3 \\
+        --methods "influence, input" "influence.score, input"
     python -m benchmarks.run --device cuda --batch 64 --tf32  # the same on a GPU
     python -m benchmarks.run --scaling                        # over batch, classes and depth
     python -m benchmarks.run --table                          # Markdown from the JSON files
@@ -30,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,6 +42,7 @@ from influence.companion import models
 PEERS = ("backpack-for-pytorch", "opacus", "laplace-torch", "nngeometry", "torch", "triton")
 # Relative to the largest entry of a layer's Gram, in float64.
 AGREE = 1e-8
+_SIZE = 32
 
 
 def contrasts(gram: Tensor) -> Tensor:
@@ -49,8 +53,8 @@ def contrasts(gram: Tensor) -> Tensor:
 def difference(model: nn.Module, x: Tensor, method: methods.Method, name: str) -> float:
     """Largest difference in float64, relative to each layer's largest entry: a peer from ours, ours from autograd."""
     model, x = model.double(), x[:2].double()
-    reference = methods.truth(name)
-    mine, other = (contrasts(f(model, x).detach().double()) for f in (reference, method))
+    values = [f(model, x).detach().double() for f in (methods.truth(name), method)]
+    mine, other = values if name in methods.SCORES else map(contrasts, values)
     scale = mine.abs().amax(dim=(-1, -2), keepdim=True).clamp(min=1e-300)
     return float(((mine - other).abs() / scale).max())
 
@@ -163,12 +167,19 @@ class Chain(nn.Module):
 def build(name: str, classes: int, width: float, size: int) -> nn.Module:
     if name.startswith("chain"):
         return Chain(int(name.removeprefix("chain")), classes).eval()
+    if name.startswith("torchvision:"):
+        return torchvision.models.get_model(name.removeprefix("torchvision:"), weights=None, num_classes=classes).eval()
     model = models.build(name, shape=(3, size, size), n_classes=classes, width=width).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             # PyTorch's default: nngeometry takes it to be this, whatever the layer says.
             module.eps = 1e-5
     return model
+
+
+def label(network: str, size: int) -> str:
+    """A network with the size of its images where it is not the usual one."""
+    return network if size == _SIZE else f"{network} {size}x{size}"
 
 
 @dataclass(frozen=True)
@@ -188,7 +199,7 @@ class Case:
     @property
     def file(self) -> str:
         kind = f"{self.device}-tf32" if self.tf32 else self.device
-        text = f"{self.network} k{self.classes} n{self.batch} w{self.width} {self.method}".lower()
+        text = f"{label(self.network, self.size)} k{self.classes} n{self.batch} w{self.width} {self.method}".lower()
         return f"{kind}-{''.join(c if c.isalnum() else '-' for c in text)}.json"
 
 
@@ -271,7 +282,7 @@ def plot(folder: Path, file: Path) -> None:
     panels: dict[str, list[dict[str, Any]]] = {}
     for r in results(folder):
         if "ratio" in r:
-            title = f"{r['network']}, K = {r['classes']}, batch {r['batch']}"
+            title = f"{label(r['network'], r['size'])}, K = {r['classes']}, batch {r['batch']}"
             panels.setdefault(title, []).append(r)
     figure = Figure(figsize=(8, 1 + 0.4 * sum(len(rows) for rows in panels.values())), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
@@ -320,7 +331,8 @@ def table(folder: Path) -> str:
     lines = ["| network | K | batch | method | s / example | of the floor | MB / example | status |", "|" + "---|" * 8]
     for r in results(folder):
         numbers = f"{r['seconds']:.3g} | {r['ratio']:.2f} | {r['megabytes']:.0f}" if "seconds" in r else "- | - | -"
-        lines.append(f"| {r['network']} | {r['classes']} | {r['batch']} | {r['method']} | {numbers} | {r['status']} |")
+        network = label(r["network"], r["size"])
+        lines.append(f"| {network} | {r['classes']} | {r['batch']} | {r['method']} | {numbers} | {r['status']} |")
     return "\n".join(lines)
 
 
@@ -332,7 +344,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--width", type=float, default=1.0)
-    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--size", type=int, default=_SIZE)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tf32", action="store_true")

@@ -254,7 +254,8 @@ def _full_rank_blocks(model: nn.Module, x: Tensor, wrt: Wrt, estimator: Estimato
         worst = metric.blocks[int(result.rank.amin(dim=0).argmin())]
         raise ValueError(
             f"closed_form needs a metric tensor of full rank K - 1 = {full}, got rank {int(result.rank.min())} for "
-            f"{worst!r} in a sample of {len(rows)}. FI then depends on the perturbation: leave closed_form out."
+            f"{worst!r} in a sample of {len(rows)}, as where a layer has fewer than {full} values. FI then depends on "
+            f"the perturbation: leave closed_form out, for {full} backward passes instead of one forward pass."
         )
     return dict.fromkeys(metric.blocks, full)
 

@@ -14,7 +14,7 @@ CASE = run.Case("chain1", 3, 2, "influence", 1.0, 8, 1, "cpu", False)
 
 
 def test_one_json_for_each_method(tmp_path: Path) -> None:
-    names = ["influence", "influence, input", "vmap(jacrev)"]
+    names = ["influence", "influence, input", "influence.score, input", "vmap(jacrev)"]
     options = ["--networks", "chain1", "--classes", "3", "--batch", "2", "--size", "8", "--repeats", "1"]
     run.main([*options, "--methods", *names, "--out", str(tmp_path)])
     results = {r["method"]: r for r in (json.loads(file.read_text()) for file in tmp_path.glob("*.json"))}
@@ -24,7 +24,12 @@ def test_one_json_for_each_method(tmp_path: Path) -> None:
         assert result["difference"] < 1e-10
         assert result["ratio"] > 0
         assert result["environment"]["torch"]
-    assert "| chain1 | 3 | 2 | vmap(jacrev) |" in run.table(tmp_path)
+    assert "| chain1 8x8 | 3 | 2 | vmap(jacrev) |" in run.table(tmp_path)
+
+
+def test_networks_of_torchvision() -> None:
+    case = replace(CASE, network="torchvision:squeezenet1_1", size=32, method="influence.score, input", classes=4)
+    assert run.run(case)["status"] == "ok"
 
 
 def test_chains_are_drawn_and_not_listed(tmp_path: Path) -> None:
@@ -45,6 +50,9 @@ def test_a_method_that_differs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     wrong = lambda model, x: 1.001 * methods.autograd_loop(model, x)  # noqa: E731
     monkeypatch.setitem(methods.METHODS, "wrong", wrong)
     assert str(run.run(replace(CASE, method="wrong"))["status"]).startswith("gives other numbers")
+    larger = lambda model, x: 1.001 * methods.score_input(model, x)  # noqa: E731
+    monkeypatch.setattr(methods, "METHODS", {"influence.score, input": larger})
+    assert str(run.run(replace(CASE, method="influence.score, input"))["status"]).startswith("gives other numbers")
 
 
 def test_time_and_memory_have_limits(tmp_path: Path) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
 
 import influence
 from influence.companion import adapt, material
-from influence.companion.experiments import adapt as tasks
-from influence.companion.experiments import adapt_robustness, adapt_words
+from influence.companion.experiments import adapt as study
+from influence.companion.experiments import adapt_examples, adapt_layers, adapt_maps, adapt_robustness, adapt_words
 
 
 def network(inputs: int = 6, classes: int = 4) -> nn.Sequential:
@@ -155,7 +157,8 @@ def test_text() -> None:
 # -- the analyses of the notebook -------------------------------------------------------------------------------------
 
 
-def _subject(shape: tuple[int, ...], classes: int, *, images: int = 12) -> tasks.Subject:
+def _subject(shape: tuple[int, ...], classes: int, *, images: int = 12, last: nn.Module | None = None) -> study.Subject:
+    """Random images and a small network: 16 features, then `last`."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randint(0, 256, (images, *shape), generator=generator).to(torch.uint8)
     labels = torch.arange(images) % classes
@@ -165,22 +168,22 @@ def _subject(shape: tuple[int, ...], classes: int, *, images: int = 12) -> tasks
         torch.manual_seed(0)
         size = 2 * 2 * 4
         layers = [nn.Conv2d(shape[0], 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
-        model = nn.Sequential(*layers, nn.Linear(size, classes)).eval()
+        model = nn.Sequential(*layers, last or nn.Linear(size, classes)).eval()
     model = adapt.prepare(model, examples)
     assert adapt.check(model, examples) == classes
-    return tasks.Subject(model, found, classes, torch.device("cpu"), True, "test")
+    return study.Subject(model, found, classes, torch.device("cpu"), True, "test")
 
 
 @pytest.mark.parametrize(("shape", "classes"), [((1, 8, 8), 2), ((3, 24, 24), 5), ((3, 16, 16), 100)])
 def test_all_analyses(shape: tuple[int, ...], classes: int) -> None:
     subject = _subject(shape, classes)
-    scores = tasks.scores(subject, images=8)
+    scores = adapt_examples.scores(subject, images=8)
     curves = adapt_robustness.robustness(subject, alpha=1.0, sigma=0.04, steps=1, learning_rate=1e-3, images=8)
     tables = {
-        "beyond": tasks.beyond_the_loss(scores, count=3),
-        "layers": tasks.layers(subject, images=3),
-        "parts": tasks.train_against_test(scores, repeats=20),
-        "maps": tasks.maps(subject, scores, images=1),
+        "beyond": adapt_examples.beyond_the_loss(scores, count=3),
+        "layers": adapt_layers.layers(subject, images=3),
+        "parts": adapt_examples.train_against_test(scores, repeats=20),
+        "maps": adapt_maps.maps(subject, scores, images=1),
         "curves": curves,
     }
     assert (scores["fi"] <= scores["ceiling"] * (1 + 1e-6)).all()
@@ -195,22 +198,140 @@ def test_traces_of_pixels_and_of_layers_are_those_of_the_metric_tensor() -> None
     subject = _subject((1, 8, 8), 5)
     x, _ = subject.material.train.batch(range(3))
     metric = influence.metric_tensor(subject.model, x)
-    torch.testing.assert_close(tasks.input_trace(subject, x).flatten(1).sum(1), metric.trace()[:, 0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(study.input_trace(subject, x).flatten(1).sum(1), metric.trace()[:, 0], rtol=1e-4, atol=0)
 
 
 def test_estimated_trace_is_near_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = _subject((1, 8, 8), 10)
-    exact = tasks.layers(subject, images=12)
-    monkeypatch.setattr(tasks, "MANY_CLASSES", 4)
-    estimated = tasks.layers(subject, images=12)
+    exact = adapt_layers.layers(subject, images=12)
+    monkeypatch.setattr(study, "MANY_CLASSES", 4)
+    estimated = adapt_layers.layers(subject, images=12)
     assert np.allclose(estimated["divergence"], exact["divergence"], rtol=0.25)
     assert not np.array_equal(estimated["divergence"], exact["divergence"])
 
 
+def _words(subject: study.Subject, scores: pd.DataFrame) -> str:
+    return " ".join(adapt_words._warnings(subject, scores))
+
+
+def _with_passes(subject: study.Subject) -> pd.DataFrame:
+    return adapt_examples._score_part(subject, subject.material.train, adapt_examples.METRIC)
+
+
+def test_many_classes_at_low_rank_take_the_features() -> None:
+    subject = _subject((3, 16, 16), 100)
+    scores = adapt_examples.scores(subject, images=0)
+    assert set(scores["way"]) == {adapt_examples.FEATURES} and (scores["rank"] <= 16).all()
+    expected = _with_passes(subject)
+    train = scores[scores["part"] == "train"]
+    for column in ("fi", "fi_predicted", "alignment"):
+        np.testing.assert_allclose(train[column], expected[column], rtol=1e-3)
+    np.testing.assert_allclose(train["trace"], expected["trace"], rtol=0.6)
+    assert "what the last layer sees" in _words(subject, scores) and "random signs" in _words(subject, scores)
+
+
+def test_a_feature_that_is_shut_is_not_moved() -> None:
+    subject = _subject((3, 16, 16), 100)
+    with torch.no_grad():
+        subject.model.model[0].bias[:2] = -1e6  # two channels, eight features
+    scores = adapt_examples.scores(subject, images=0)
+    assert set(scores["way"]) == {adapt_examples.FEATURES} and (scores["rank"] == 8).all()
+    np.testing.assert_allclose(scores["fi"][:12], _with_passes(subject)["fi"], rtol=1e-3)
+
+
+def test_many_classes_at_full_rank_take_the_closed_form() -> None:
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(768, 200), nn.Tanh(), nn.Linear(200, 70)).eval()
+    wide[1].weight.data /= 255
+    subject = replace(_subject((3, 16, 16), 70), model=wide)
+    scores = adapt_examples.scores(subject, images=0)
+    assert set(scores["way"]) == {adapt_examples.CLOSED_FORM} and (scores["fi"] == scores["ceiling"]).all()
+    np.testing.assert_allclose(scores["fi"][:12], _with_passes(subject)["fi"], rtol=1e-6)
+
+
+def test_what_takes_too_long_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Three numbers in the middle: the features cannot move on their own, and there is nothing faster than the passes.
+    torch.manual_seed(0)
+    subject = _subject((3, 16, 16), 100, last=nn.Sequential(nn.Linear(16, 3), nn.Linear(3, 16), nn.Linear(16, 100)))
+    scores = adapt_examples.scores(subject, images=10)
+    assert set(scores["way"]) == {adapt_examples.METRIC} and len(scores) == 20 and (scores["rank"] == 3).all()
+    assert "left out" not in _words(subject, scores)
+    monkeypatch.setattr(adapt_examples, "_MOST_IN_JACOBIANS", 5 * 99 * 768)
+    fewer = adapt_examples.scores(subject, images=10)
+    assert fewer["part"].value_counts().to_dict() == {"train": 5, "test": 5} and set(fewer["asked"]) == {10}
+    assert "99 backward passes" in _words(subject, fewer)
+    assert "the 20 asked for were scored" in _words(subject, fewer) and "left out" in _words(subject, fewer)
+
+
+def test_all_of_a_small_sample_is_not_called_shared() -> None:
+    table = pd.DataFrame({"part": "train", "example": range(4), "alignment": 1.0})
+    table = table.assign(loss=[4.0, 3, 2, 1], fi=[4.0, 3, 2, 1], trace=[1.0, 2, 3, 4])
+    beyond = adapt_examples.beyond_the_loss(table, count=20)
+    assert beyond["of"].tolist() == [2, 2] and beyond["shared"].tolist() == [2, 0]
+
+
+def test_labels_of_a_model_with_more_outputs_are_questioned() -> None:
+    subject = _subject((1, 8, 8), 5)
+    scores = adapt_examples.scores(subject, images=4)
+    assert _words(subject, scores) == ""
+    fewer = replace(subject, material=replace(subject.material, classes=("a", "b")))
+    assert "name 2 classes, the model has K = 5" in _words(fewer, scores)
+
+
+@pytest.mark.parametrize("scale", [1.0, 60.0])  # unsure, and sure of its prediction
+def test_estimated_traces_are_unbiased_however_sure_the_model_is(scale: float) -> None:
+    subject = _subject((1, 8, 8), 5)
+    subject.model.model[-1].weight.data *= scale
+    x, _ = subject.material.train.batch([0])
+    exact = study.input_trace(subject, x).sum()
+    few = torch.stack([_estimate(subject, x, draws=1, seed=seed) for seed in range(300)])
+    assert torch.isclose(few.mean(), exact, rtol=0.25)
+    assert few.std() < 1.5 * exact
+
+
+def _estimate(subject: study.Subject, x: Tensor, *, draws: int, seed: int) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    found = study.score_gradients(subject, leaf, leaves=[leaf], draws=draws, seed=seed)
+    return sum((weight * grad.double().square().sum() for weight, (grad,) in found), torch.zeros(1)).squeeze()
+
+
+def test_large_images_in_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = _subject((3, 16, 16), 5)
+    options = {"alpha": 1.0, "sigma": 0.04, "steps": 2, "learning_rate": 0.01}
+    whole = adapt_robustness.stabilise(subject, **options).state_dict()
+    curves = adapt_robustness.robustness(subject, **options, images=8)
+    monkeypatch.setattr(study, "BATCH_VALUES", 2 * 768)
+    assert subject.at_once(64) == 2
+    for name, value in adapt_robustness.stabilise(subject, **options).state_dict().items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-5)
+    pd.testing.assert_frame_equal(adapt_robustness.robustness(subject, **options, images=8), curves)
+
+
+def test_patches_of_too_many_classes_are_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = _subject((3, 16, 16), 5)
+    scores = adapt_examples.scores(subject, images=4)
+    assert adapt_maps.maps(subject, scores, images=1)["patch"][0].shape == (16, 16)
+    monkeypatch.setattr(adapt_maps, "_MOST_PRODUCTS", 10 * 768 - 1)
+    areas = adapt_maps.maps(subject, scores, images=1)
+    assert areas["patch"][0] is None
+    assert "10 pairs of classes for each of 16 x 16 x 3 values" in adapt_words._areas(subject, areas)
+
+
+def test_normalised_images_are_not_distorted() -> None:
+    subject = _subject((1, 8, 8), 5)
+    x, labels = subject.material.train.batch(range(12))
+    examples = material._tensors((x - 128) / 64, labels, "test")
+    subject = replace(subject, material=replace(subject.material, train=examples, test=examples))
+    curves = adapt_robustness.robustness(subject, alpha=1.0, sigma=0.04, steps=1, learning_rate=0.01, images=4)
+    assert not len(curves)
+    with pytest.raises(ValueError, match="before normalisation"):
+        adapt_robustness.stabilise(subject, alpha=1.0, sigma=0.04, steps=1, learning_rate=0.01)
+
+
 def test_words_say_what_the_numbers_say() -> None:
     subject = _subject((1, 8, 8), 5)
-    scores = tasks.scores(subject, images=0)
-    beyond = tasks.beyond_the_loss(scores, count=3)
+    scores = adapt_examples.scores(subject, images=0)
+    beyond = adapt_examples.beyond_the_loss(scores, count=3)
     assert any("nothing that the loss does not" in line for line in adapt_words._suspicious(subject, scores, beyond))
     beyond["shared"] = 0
     assert any("something that the loss does not" in line for line in adapt_words._suspicious(subject, scores, beyond))

@@ -194,17 +194,21 @@ body { margin: 0 auto; max-width: 76rem; padding: 1rem; color: var(--text); back
 body.notebook { max-width: 52rem; }
 a { color: var(--link); }
 h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.2rem; line-height: 1.3; margin-top: 0; }
+.notebook h2 { margin-top: 1.8rem; }
 nav.contents { display: flex; flex-wrap: wrap; gap: .3rem 1rem; font-size: .85rem; margin-bottom: 1rem; }
-.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 34rem), 1fr)); }
+.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 34rem), 1fr));
+  align-items: start; }
 article { border: 1px solid var(--line); border-radius: 8px; background: var(--card); padding: 1rem; min-width: 0; }
 img { max-width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
 .verdict { font-weight: 600; } .reproduced { color: var(--good); } .not-reproduced { color: var(--bad); }
 .partly { color: var(--part); } .time, .note { color: var(--soft); font-size: .85rem; margin-left: .5rem; }
 .scroll { overflow-x: auto; max-width: 100%; } table { border-collapse: collapse; font-size: .8rem; }
+table, th, td { border: 0; } table.dataframe thead th { text-align: left; }
 th, td { border-bottom: 1px solid var(--line); padding: .2rem .5rem; text-align: left; vertical-align: top; }
 .links a { margin-right: .6rem; font-size: .85rem; } summary { cursor: pointer; margin: .5rem 0; }
 pre { overflow-x: auto; background: var(--card); padding: .6rem; border-radius: 6px; margin: .4rem 0;
   font-size: .82rem; }
 code { font-size: .9em; } .prompt { display: none; } .anchor-link { display: none; }
 math { font-size: 1.05em; } math[display="block"] { overflow-x: auto; max-width: 100%; margin: .8rem 0; }
+@media (max-width: 32rem) { math { font-size: .85em; } }
 """

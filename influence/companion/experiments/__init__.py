@@ -2,6 +2,9 @@
 
 from . import (
     adapt,
+    adapt_examples,
+    adapt_layers,
+    adapt_maps,
     adapt_robustness,
     adapt_words,
     arms,
@@ -24,6 +27,9 @@ from . import (
 
 __all__ = [
     "adapt",
+    "adapt_examples",
+    "adapt_layers",
+    "adapt_maps",
     "adapt_robustness",
     "adapt_words",
     "arms",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ import influence
 
 from .. import distortions
 from .adapt import Subject
+
+_BATCH = 64
 
 
 def stabilise(
@@ -35,7 +37,7 @@ def stabilise(
         seed: of order and noise, the same for every alpha.
 
     Raises:
-        ValueError: all parameters are frozen.
+        ValueError: all parameters are frozen, or the images cannot be distorted.
     """
     model = copy.deepcopy(subject.model)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -45,31 +47,37 @@ def stabilise(
     order = np.random.default_rng(seed)
     noise = torch.Generator(device=subject.device).manual_seed(seed)
     train = subject.material.train
-    unit = _range(subject)
+    unit = pixel_range(subject)
+    if unit is None:
+        raise ValueError("fine-tuning needs images as bytes, or as floats in [0, 1] before normalisation")
     for _ in range(steps):
-        x, labels = train.batch(order.choice(len(train), min(64, len(train)), replace=False))
+        x, labels = train.batch(order.choice(len(train), min(_BATCH, len(train)), replace=False))
         x, labels = x.to(subject.device), labels.to(subject.device)
         noisy = influence.gaussian_perturbation(x, sigma=sigma * unit, generator=noise, clip=(0, unit))
-        clean = influence.checks.require_logits(model(x))
-        if alpha:
-            other = influence.checks.require_logits(model(noisy))
-            loss = influence.stability_loss(clean, other, labels, alpha=alpha)
-        else:
-            loss = F.cross_entropy(clean.float(), labels)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        # Large images go through one after the other: the gradients of the parts add up to that of the batch.
+        for part in torch.arange(len(x), device=x.device).split(subject.at_once(_BATCH)):
+            loss = _loss(model, x[part], noisy[part], labels[part], alpha)
+            (loss * (len(part) / len(x))).backward()
         optimizer.step()
     return model.eval()
 
 
-def _range(subject: Subject) -> float:
-    """255 for bytes, 1 for floats in [0, 1]."""
-    inputs, _ = subject.material.train.stored(range(min(64, len(subject.material.train))))
+def _loss(model: nn.Module, x: Tensor, noisy: Tensor, labels: Tensor, alpha: float) -> Tensor:
+    clean = influence.checks.require_logits(model(x))
+    if not alpha:
+        return F.cross_entropy(clean.float(), labels)
+    return influence.stability_loss(clean, influence.checks.require_logits(model(noisy)), labels, alpha=alpha)
+
+
+def pixel_range(subject: Subject) -> float | None:
+    """255 for bytes, 1 for floats in [0, 1], None for what cannot be distorted: no image, or a normalised one."""
+    if not subject.image:
+        return None
+    inputs, _ = subject.material.train.stored(range(min(_BATCH, len(subject.material.train))))
     if inputs.dtype == torch.uint8:
         return 255.0
-    if inputs.is_floating_point() and float(inputs.min()) >= 0 and float(inputs.max()) <= 1:
-        return 1.0
-    raise ValueError("the distortions need images as bytes, or as floats in [0, 1] before normalisation")
+    return 1.0 if inputs.is_floating_point() and float(inputs.min()) >= 0 and float(inputs.max()) <= 1 else None
 
 
 def robustness(
@@ -79,25 +87,23 @@ def robustness(
 
     Returns:
         One row per arm, family of distortion and strength (0 is the original): accuracy with its 95% Wilson interval,
-        n. Empty for what is no image.
+        n. Empty where `pixel_range` is None.
     """
-    if not subject.image:
+    unit = pixel_range(subject)
+    if unit is None:
         return pd.DataFrame()
-    unit = _range(subject)
-    stored, labels = subject.material.test.sample(images, seed=seed).stored(
-        range(min(images or len(subject.material.test), len(subject.material.test)))
-    )
+    test = subject.material.test.sample(images, seed=seed)
+    stored, labels = test.stored(range(len(test)))
     bytes_ = stored if stored.dtype == torch.uint8 else (stored * 255).round().to(torch.uint8)
-    versions = list(_versions(bytes_, seed))
     arms = {"as it is": subject.model}
     if steps:
         options: dict[str, Any] = {"sigma": sigma, "steps": steps, "learning_rate": learning_rate, "seed": seed}
         arms["continued"] = stabilise(subject, alpha=0.0, **options)
         arms[f"stability {alpha:g}"] = stabilise(subject, alpha=alpha, **options)
     rows = []
-    for arm, model in arms.items():
-        for family, strength, pictures in versions:
-            right = _hits(model, pictures.float() * (unit / 255), labels, subject.device)
+    for family, strength, pictures in _versions(bytes_):
+        for arm, model in arms.items():
+            right = _hits(subject, model, pictures, labels, unit / 255)
             interval = stats.binomtest(right, len(labels)).proportion_ci(method="wilson")
             rows.append(
                 {
@@ -113,46 +119,40 @@ def robustness(
     return pd.DataFrame(rows)
 
 
-def _versions(images: Tensor, seed: int) -> list[tuple[str, float, Tensor]]:
+def _versions(images: Tensor) -> Iterator[tuple[str, float, Tensor]]:
+    """Family, strength and pictures, one version at a time: all of them would not fit for many large images."""
     height, width = images.shape[-2:]
-    generator = torch.Generator().manual_seed(seed)
-    found: list[tuple[str, float, Tensor]] = []
-    for family, strengths, make in _families(height, width, generator):
-        found.append((family, 0.0, images))
-        found += [(family, float(strength), make(images, strength)) for strength in strengths]
-    return found
+    for family, strengths, distort in _families(height, width):
+        yield family, 0.0, images
+        for strength in strengths:
+            yield family, strength, distort(images, strength)
 
 
 _Family = tuple[str, Sequence[float], Callable[[Tensor, float], Tensor]]
 
 
-def _families(height: int, width: int, generator: torch.Generator) -> list[_Family]:
-    def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
-        return F.interpolate(images.float(), size, mode="bilinear", antialias=True)
+def _families(height: int, width: int) -> list[_Family]:
+    """The paper's distortions with strengths that mean the same for images of any size."""
 
-    def thumbnail(images: Tensor, shrink: float) -> Tensor:
-        small = (max(1, round(height / shrink)), max(1, round(width / shrink)))
-        return resized(resized(images, small), (height, width)).round().clamp(0, 255).to(torch.uint8)
+    def shrunk(images: Tensor, factor: float) -> Tensor:
+        return distortions.thumbnail(images, max(1, round(height * width / factor**2)))
 
-    def crop(images: Tensor, share: float) -> Tensor:
-        top, left = max(1, round(share * height)), max(1, round(share * width))
-        return resized(images[..., top:, left:], (height, width)).round().clamp(0, 255).to(torch.uint8)
-
-    def noisy(images: Tensor, sigma: float) -> Tensor:
-        noise = torch.randn(images.shape, generator=generator)
-        return (images.float() + 255 * sigma * noise).round().clamp(0, 255).to(torch.uint8)
+    def cropped(images: Tensor, share: float) -> Tensor:
+        return distortions.crop(images, max(1, round(share * min(height, width))))
 
     return [
         ("100 - JPEG quality", (20, 50, 70, 90), lambda images, s: distortions.jpeg(images, 100 - int(s))),
-        ("thumbnail: shrunk by", (1.33, 2.0, 3.0), thumbnail),
-        ("crop: share of the side", (0.05, 0.1, 0.2), crop),
-        ("Gaussian noise: sigma", (0.05, 0.1, 0.2), noisy),
+        ("thumbnail: shrunk by", (1.33, 2.0, 3.0), shrunk),
+        ("crop: share of the side", (0.05, 0.1, 0.2), cropped),
+        ("Gaussian noise: sigma", (0.05, 0.1, 0.2), distortions.noise),
     ]
 
 
-def _hits(model: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> int:
+def _hits(subject: Subject, model: nn.Module, images: Tensor, labels: Tensor, scale: float) -> int:
     total = 0
+    size = subject.at_once(_BATCH)
     with torch.no_grad():
-        for x, y in zip(images.split(64), labels.split(64), strict=True):
-            total += int((influence.checks.require_logits(model(x.to(device))).argmax(1).cpu() == y).sum())
+        for pictures, y in zip(images.split(size), labels.split(size), strict=True):
+            x = pictures.to(subject.device).float() * scale
+            total += int((influence.checks.require_logits(model(x)).argmax(1).cpu() == y).sum())
     return total

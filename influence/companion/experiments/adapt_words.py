@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from .adapt import Subject
+from .adapt_examples import CLOSED_FORM, FEATURES, METRIC
 
 
 def in_words(subject: Subject, *, scores: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> str:
@@ -15,17 +16,54 @@ def in_words(subject: Subject, *, scores: pd.DataFrame, tables: dict[str, pd.Dat
 
     Args:
         subject: what was studied.
-        scores: of `adapt.scores`.
-        tables: "beyond" of `adapt.beyond_the_loss`, "layers" of `adapt.layers`, "parts" of `adapt.train_against_test`,
-            "maps" of `adapt.maps` and "curves" of `adapt_robustness.robustness`.
+        scores: of `adapt_examples.scores`.
+        tables: "beyond" of `adapt_examples.beyond_the_loss`, "layers" of `adapt_layers.layers`, "parts" of
+            `adapt_examples.train_against_test`, "maps" of `adapt_maps.maps` and "curves" of
+            `adapt_robustness.robustness`.
     """
-    lines = [*_suspicious(subject, scores, tables["beyond"]), _layers(tables["layers"])]
+    lines = [*_warnings(subject, scores), *_suspicious(subject, scores, tables["beyond"]), _layers(tables["layers"])]
     lines += [_parts(row) for row in tables["parts"].to_dict("records")]
     if len(tables["maps"]):
         lines.append(_areas(subject, tables["maps"]))
     if len(tables["curves"]):
         lines.append(_curves(tables["curves"]))
+    elif subject.image:
+        lines.append(
+            "**Robustness** is left out: the distortions need bytes, or floats in [0, 1] before normalisation."
+        )
     return "\n".join(f"* {line}" for line in lines)
+
+
+def _warnings(subject: Subject, scores: pd.DataFrame) -> list[str]:
+    """What a reader has to know before the findings."""
+    lines = []
+    named = len(subject.material.classes)
+    if named < subject.classes:
+        lines.append(
+            f"**Labels.** The data name {named:,} classes, the model has K = {subject.classes:,} outputs: label k is "
+            "taken for output k. Where the model counts its classes otherwise, every score of a label below is "
+            "meaningless; relabel the data by a function of yours."
+        )
+    way = scores["way"].iloc[0]
+    if way == METRIC and subject.many_classes:
+        done, asked = len(scores), int(scores.groupby("part")["asked"].first().sum())
+        text = f"Each of the {done} examples took {subject.classes - 1:,} backward passes"
+        if done < asked:
+            text += f", so only so many of the {asked} asked for were scored, drawn at random; the others are left out"
+        lines.append(f"**What FI cost.** {text}. `influence score` has no such bound.")
+    elif way == FEATURES:
+        lines.append(
+            f"**How FI was found.** With K = {subject.classes:,} classes and a rank below K - 1, FI of the input is "
+            "taken to be FI of what the last layer sees: no backward pass through the network. A sample agreed."
+        )
+    elif way == CLOSED_FORM:
+        lines.append(
+            f"**How FI was found.** With K = {subject.classes:,} classes, FI takes its closed form from the loss: a "
+            "sample had full rank."
+        )
+    if scores["estimated"].any():
+        lines[-1] += " Traces are estimates from random signs of the classes."
+    return lines
 
 
 def _suspicious(subject: Subject, scores: pd.DataFrame, beyond: pd.DataFrame) -> list[str]:
@@ -38,7 +76,8 @@ def _suspicious(subject: Subject, scores: pd.DataFrame, beyond: pd.DataFrame) ->
     close = trace["spearman"] > 0.95
     return [
         f"**Suspicious examples.** Of {len(train)} training examples scored, {wrong} are not predicted as labelled. "
-        f"The metric tensor has full rank K - 1 = {subject.classes - 1} for {full:.0%} of all examples, and the mean "
+        f"The metric tensor has full rank K - 1 = {subject.classes - 1} for {full:.0%} of all examples (median rank "
+        f"{scores['rank'].median():.0f}), and the mean "
         f"alignment (FI / ceiling) is {fi['mean_alignment']:.3g}. Of the {fi['of']} examples of largest FI, "
         f"{fi['shared']} are among those of largest loss (rank correlation {fi['spearman']:.3f}): here FI says "
         f"{'nothing that the loss does not' if nothing else 'something that the loss does not'}.",
@@ -50,7 +89,7 @@ def _suspicious(subject: Subject, scores: pd.DataFrame, beyond: pd.DataFrame) ->
 
 def _layers(layers: pd.DataFrame) -> str:
     first = layers.nlargest(3, "divergence").to_dict("records")
-    named = ", ".join(f"`{row['layer']}` ({row['share']:.0%})" for row in first)
+    named = ", ".join(f"`{row['layer']}` ({row['kind']}, {row['share']:.0%})" for row in first)
     text = (
         f"**Sensitive layers.** Of {len(layers)} layers with parameters, noise of 1% of a layer's own size moves the "
         f"output most in {named} (share of the sum over layers; {int(layers['examples'].iloc[0])} test examples)."
@@ -83,7 +122,11 @@ def _areas(subject: Subject, areas: pd.DataFrame) -> str:
         f"{single.min():.0%} to {single.max():.0%} of the ceiling"
     )
     if areas["patch"].isna().any():
-        return text + f"; maps of patches, whose FI needs a K x K Gram each, are left out at K = {subject.classes}."
+        height, width, channels = rows[0]["pixels"].shape
+        return text + (
+            f"; maps of patches are left out: {subject.classes * (subject.classes - 1) // 2:,} pairs of classes for "
+            f"each of {height} x {width} x {channels} values do not fit the memory of a small machine."
+        )
     size = int(areas["size"].iloc[0])
     reached = float(np.mean(np.concatenate([(row["patch"] / row["ceiling"]).ravel() for row in rows]) > 0.99))
     flat = "a flat map, which says what the loss says" if reached > 0.9 else "a map that says more than the loss"
@@ -97,9 +140,12 @@ def _curves(curves: pd.DataFrame) -> str:
         clean = float(group.loc[group["strength"] == 0, "accuracy"].iloc[0])
         drops[str(family).split(":")[0].replace("100 - ", "")] = clean - float(group["accuracy"].iloc[-1])
     worst = max(drops, key=lambda name: drops[name])
+    change = "no distortion lowers it"
+    if drops[worst] > 0:
+        change = f"it falls most under {worst} (by {100 * drops[worst]:.1f} points)"
     text = (
         f"**Robustness.** Accuracy on originals is {100 * float(base['accuracy'].iloc[0]):.1f}%; at the strongest "
-        f"setting it falls most under {worst} (by {100 * drops[worst]:.1f} points; {int(base['n'].iloc[0])} images)."
+        f"setting {change}; {int(base['n'].iloc[0])} images."
     )
     tuned = [arm for arm in curves["arm"].unique() if arm not in ("as it is", "continued")]
     if tuned:

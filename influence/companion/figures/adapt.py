@@ -9,6 +9,8 @@ from matplotlib.ticker import MaxNLocator
 
 from . import style
 
+_FAINT = 0.25  # share of the ceiling below which a map of its own scale shows more
+
 
 def suspicious(top: pd.DataFrame) -> Figure:
     """The examples of largest FI as a grid of pictures; as bars for what is no image."""
@@ -38,7 +40,7 @@ def suspicious(top: pd.DataFrame) -> Figure:
 
 def layers(table: pd.DataFrame, *, count: int = 12) -> Figure:
     """Divergence under relative noise along the network, and its largest layers by name."""
-    figure = Figure(figsize=(style.WIDTH, 3.2))
+    figure = Figure(figsize=(style.WIDTH, 3.8))
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
     left.plot(np.arange(1, len(table) + 1), table["divergence"], ".-", linewidth=0.6, color=style.COLOURS["exact"])
     left.set_yscale("log")
@@ -48,7 +50,7 @@ def layers(table: pd.DataFrame, *, count: int = 12) -> Figure:
     left.set_title(f"mean of {int(table['examples'].iloc[0])} test examples")
     top = table.nlargest(count, "divergence")[::-1]
     right.barh(range(len(top)), top["share"], color=style.COLOURS["exact"])
-    right.set_yticks(range(len(top)), top["layer"], fontsize=6)
+    right.set_yticks(range(len(top)), top["layer"] + "\n" + top["kind"], fontsize=6)
     right.set_xlabel("share of the sum over layers")
     return figure
 
@@ -70,7 +72,7 @@ def train_against_test(table: pd.DataFrame, parts: pd.DataFrame) -> Figure:
             axes.set_xscale("log")
         axes.set_xlabel(labels[row["score"]])
         axes.set_title(f"AUROC {row['auroc']:.3f} (95%: {row['low']:.3f} to {row['high']:.3f})")
-        axes.legend(loc="upper left")
+        axes.legend(loc="lower right")
     figure.axes[0].set_ylabel("share of the examples below")
     return figure
 
@@ -89,7 +91,15 @@ def maps(areas: pd.DataFrame) -> Figure:
             f"#{row['example']}: {_short(row['label_name'])}\nseen as {_short(row['predicted_name'])}", fontsize=7
         )
         shown = [(row["trace"] / max(row["trace"].max(), 1e-300), "trace / its largest")]
-        shown += [(row["single"] / row["ceiling"], "FI of one value / ceiling")]
+        single = row["single"] / row["ceiling"]
+        if (largest := single.max()) < _FAINT:
+            single, title = (
+                single / max(largest, 1e-300),
+                f"FI of one value / its largest\n({largest:.1%} of the ceiling)",
+            )
+        else:
+            title = "FI of one value / ceiling"
+        shown += [(single, title)]
         if patches:
             shown.append((row["patch"] / row["ceiling"], f"FI of {row['size']} x {row['size']} / ceiling"))
         for axes, (values, title) in zip(line[1:], shown, strict=True):
@@ -133,7 +143,8 @@ def robustness(curves: pd.DataFrame) -> Figure:
         axes.set_xlabel(str(family))
     figure.axes[0].set_ylabel("accuracy")
     figure.axes[2].set_ylabel("accuracy")
-    figure.axes[0].legend(fontsize=7, loc="lower left")
+    lines, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(lines, names, fontsize=7, ncols=len(names), loc="outside lower center")
     figure.suptitle(f"accuracy with 95% Wilson intervals, {int(curves['n'].iloc[0])} test images, one run", fontsize=9)
     return figure
 

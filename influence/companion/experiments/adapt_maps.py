@@ -1,0 +1,67 @@
+"""Where images are vulnerable, on a model and data of the reader's own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+import influence
+
+from .adapt import Subject, input_trace, log_probs_of, odds, picture
+
+# Float64 numbers, 2 GiB with what is alive beside them: products of two gradients, one for each pair of classes and
+# value of the image, and the Grams of all patches.
+_MOST_PRODUCTS = 2**26
+_MOST_IN_GRAMS = 2**24
+
+
+def maps(subject: Subject, table: pd.DataFrame, *, images: int, size: int = 3) -> pd.DataFrame:
+    """Where an image is vulnerable, for the test images of the scores whose prediction is least sure.
+
+    Returns:
+        One row per image: example, label_name, predicted_name, ceiling (of the predicted class), pixels (H, W, C),
+        trace (H, W; summed over channels), single (H, W; FI of one value, the largest of its channels), patch (FI of a
+        `size` x `size` patch on a grid of rows and columns, the largest of the channels; None where the
+        pairs of classes are too many for the memory of a small machine: K (K - 1) / 2 x C H W > 2^26).
+    """
+    if not subject.image:
+        return pd.DataFrame()
+    rows = []
+    for chosen in table[table["part"] == "test"].nlargest(images, "fi_predicted").to_dict("records"):
+        example = int(chosen["example"])
+        stored, _ = subject.material.test.stored([example])
+        x = subject.material.test.batch([example])[0].to(subject.device)
+        trace = input_trace(subject, x)[0]
+        leaf = x.clone().requires_grad_()
+        log_probs = log_probs_of(subject, leaf)
+        (slope,) = torch.autograd.grad(log_probs.amax(), leaf)
+        single = slope[0].double().square() / trace.clamp(min=torch.finfo(torch.float64).tiny)
+        rows.append(
+            {
+                "example": example,
+                "label_name": subject.class_name(int(chosen["label"])),
+                "predicted_name": subject.class_name(int(chosen["predicted"])),
+                "ceiling": float(odds(log_probs.detach(), log_probs.argmax(1))),
+                "pixels": picture(stored[0]),
+                "trace": trace.sum(0).cpu().numpy(),
+                "single": single.amax(0).cpu().numpy(),
+                "patch": _patch_map(subject, x, size),
+                "size": size,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _patch_map(subject: Subject, x: Tensor, size: int) -> np.ndarray | None:
+    if subject.classes * (subject.classes - 1) // 2 * x[0].numel() > _MOST_PRODUCTS:
+        return None
+    _, channels, height, width = x.shape
+    stride = 1
+    while channels * -(-height // stride) * -(-width // stride) * subject.classes**2 > _MOST_IN_GRAMS:
+        stride += 1
+    metric = influence.metric_tensor(subject.model, x, wrt=influence.Patches(size=size, stride=stride))
+    fi = influence.first_order_influence(metric).fi[0]
+    found: np.ndarray = fi.view(channels, -(-height // stride), -(-width // stride)).amax(0).cpu().numpy()
+    return found

@@ -126,15 +126,18 @@ def case(classes: int, batch: int, device: torch.device, repeats: int) -> list[d
 
 
 def table(file: Path) -> str:
-    """Markdown: time relative to eager."""
+    """Markdown: time relative to eager, and what did not run."""
     result = json.loads(file.read_text())
     lines = ["| method | " + " | ".join(f"K = {k:,}" for k in result["classes"]) + " |"]
     lines.append("|" + "---|" * (1 + len(result["classes"])))
+    reasons = []
     for name in PEERS:
         rows = [row for row in result["rows"] if row["method"] == name]
-        cells = [f"{row['ratio']:.2f}" if "ratio" in row else str(row["status"]) for row in rows]
+        cells = [f"{row['ratio']:.2f}" if "ratio" in row else "-" for row in rows]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        notes = sorted({str(row["status"]) for row in rows} - {"ok"})
+        reasons += [f"*{name}*: {note}" for note in notes]
+    return "\n".join([*lines, *(["", "; ".join(reasons)] if reasons else [])])
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 import influence
 from benchmarks import run as benchmarks
+from benchmarks import stability
 from influence.companion import cli, listing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,3 +124,9 @@ def test_table_of_benchmarks(readme: str) -> None:
     assert body.strip() == benchmarks.table(ROOT / "benchmarks" / "results"), (
         "renew it: python -m benchmarks.run --table"
     )
+
+
+def test_table_of_the_loss(readme: str) -> None:
+    body = readme.partition("<!-- loss -->")[2].partition("<!-- /loss -->")[0]
+    file = ROOT / "benchmarks" / "results" / "stability" / "cpu-loss-n128.json"
+    assert body.strip() == stability.table(file), "renew it: python -m benchmarks.stability --table"

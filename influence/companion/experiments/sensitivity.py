@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import partial
 
 import pandas as pd
 import torch
@@ -22,6 +21,7 @@ from ..results import Run
 from ..scores import positions
 from .common import classifier, dataset, training_images
 from .definition import influence_by_definition
+from .keyed import bound
 
 _CHUNK = 64
 
@@ -116,7 +116,7 @@ def outlier_ranking(
                 cache.table(
                     f"setup1/{name}-{model}",
                     key | {"epsilon": epsilon, "device": run.device.type},
-                    partial(score_images, trained.model, split, epsilon=epsilon, device=run.device),
+                    bound(score_images, trained.model, split, epsilon=epsilon, device=run.device),
                 ).assign(dataset=name, model=model)
             )
     return pd.concat(frames, ignore_index=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache as remember
 from typing import Any
 
@@ -45,6 +45,15 @@ def network(run: Run, dataset_name: str, model: str, arm: Arm, *, seed: int) -> 
     return finetuning.finetune(recipe, arm, dataset(run, dataset_name), device=run.device)
 
 
+def networks(
+    run: Run, dataset_name: str, model: str, chosen: Mapping[str, Arm], *, seeds: Sequence[int], task: str
+) -> Iterator[tuple[int, str, training.Trained]]:
+    """The classifiers of a comparison, one after the other: seed, name of the arm, network; `task` names the bar."""
+    pairs = [(seed, name) for seed in seeds for name in chosen]
+    for seed, name in tqdm(pairs, desc=task, unit="network", leave=False):
+        yield seed, name, network(run, dataset_name, model, chosen[name], seed=seed)
+
+
 def measure(
     run: Run,
     dataset_name: str,
@@ -81,9 +90,8 @@ def measure(
         return distortions.apply(version, split.images)
 
     rows = []
-    pairs = [(seed, name) for seed in seeds for name in chosen]
-    for seed, name in tqdm(pairs, desc=f"arms on {dataset_name}", unit="network", leave=False):
-        trained = network(run, dataset_name, model, chosen[name], seed=seed)
+    compared = networks(run, dataset_name, model, chosen, seeds=seeds, task=f"arms on {dataset_name}")
+    for seed, name, trained in compared:
         for version in versions:
             key = {"model": trained.key, "version": version, "images": images, "part": part, "device": run.device.type}
 

@@ -56,7 +56,7 @@ def identities(
             noise = torch.randn(x.shape, generator=generator, device=run.device, dtype=x.dtype)
             with torch.no_grad():
                 noisy = F.log_softmax(network(x + scale * noise), dim=1)
-            ratios.append(float((_divergence(metric.log_probs, noisy) / (scale**2 * limit)).mean()))
+            ratios.append(float((divergence(metric.log_probs, noisy) / (scale**2 * limit)).mean()))
         spread = torch.tensor(ratios, dtype=torch.float64)
         rows.append(
             {
@@ -72,7 +72,7 @@ def identities(
     return pd.DataFrame(rows)
 
 
-def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) of each row as sum_k p_k (e^u - 1 - u), u = log q - log p: no term is negative, so none cancels."""
     u = log_q - log_p
     return (log_p.exp() * (torch.expm1(u) - u)).sum(dim=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache as remember
 
 import numpy as np
@@ -16,8 +16,8 @@ from .. import cache, data, distortions, embedding, paths, training
 from ..embedding import EmbeddingArm, EmbeddingRecipe
 from ..evaluation import mean_interval
 from ..results import Run
+from .arms import CONTROL
 
-CONTROL = "control"
 POSITIVE, NEGATIVE = "near-duplicate", "negative"
 
 
@@ -40,6 +40,16 @@ def arms(alphas: Sequence[float], *, sigma: float, steps: int, learning_rate: fl
         "augmentation": EmbeddingArm("augmentation", steps, learning_rate, sigma),
     }
     return chosen | {f"stability {a:g}": EmbeddingArm("stability", steps, learning_rate, sigma, a) for a in alphas}
+
+
+def embeddings(
+    run: Run, photos: data.Dataset, chosen: Mapping[str, EmbeddingArm], *, seeds: Sequence[int], train_steps: int
+) -> Iterator[tuple[int, str, training.Trained]]:
+    """The embeddings of a comparison, one after the other: seed, name of the arm, network."""
+    pairs = [(seed, name) for seed in seeds for name in chosen]
+    for seed, name in tqdm(pairs, desc="embeddings", unit="network", leave=False):
+        recipe = EmbeddingRecipe(seed=seed, steps=train_steps)
+        yield seed, name, embedding.finetune(recipe, chosen[name], photos, device=run.device)
 
 
 def distances(
@@ -72,11 +82,7 @@ def distances(
     """
     photos = photographs(run, name, size)
     frames = []
-    pairs = [(seed, arm) for seed in seeds for arm in chosen]
-    for seed, arm in tqdm(pairs, desc="embeddings", unit="network", leave=False):
-        trained = embedding.finetune(
-            EmbeddingRecipe(seed=seed, steps=train_steps), chosen[arm], photos, device=run.device
-        )
+    for seed, arm, trained in embeddings(run, photos, chosen, seeds=seeds, train_steps=train_steps):
         key = {"model": trained.key, "versions": list(versions), "device": run.device.type}
 
         def measure(trained: training.Trained = trained) -> pd.DataFrame:

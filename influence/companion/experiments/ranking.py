@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
-from .. import cache, data, distortions, embedding, training
-from ..embedding import EmbeddingArm, EmbeddingRecipe
+from .. import cache, data, distortions, training
+from ..embedding import EmbeddingArm
 from ..evaluation import mean_interval
 from ..results import Run
 from . import arms
-from .near_duplicates import CONTROL, embed, photographs
+from .near_duplicates import embed, embeddings, photographs
 
 
 def scores(
@@ -46,11 +45,7 @@ def scores(
     """
     photos = photographs(run, name, size)
     frames = []
-    pairs = [(seed, arm) for seed in seeds for arm in chosen]
-    for seed, arm in tqdm(pairs, desc="embeddings", unit="network", leave=False):
-        trained = embedding.finetune(
-            EmbeddingRecipe(seed=seed, steps=train_steps), chosen[arm], photos, device=run.device
-        )
+    for seed, arm, trained in embeddings(run, photos, chosen, seeds=seeds, train_steps=train_steps):
         key = {"model": trained.key, "versions": list(versions), "top": top, "device": run.device.type}
 
         def measure(trained: training.Trained = trained) -> pd.DataFrame:
@@ -117,8 +112,7 @@ def ranking_claim(runs: pd.DataFrame, arm: str, *, margin: float = 0.01) -> dict
     Not hurt on clean images: the 95% interval of the paired change lies above -`margin`. Better on distorted ones: the
     interval of the gain, averaged over the distortions, lies above 0.
     """
-    wide = runs.pivot(index=["distortion", "seed"], columns="arm", values="triplet_accuracy")
-    gain = (wide[arm] - wide[CONTROL]).unstack("seed")
+    gain = arms.gains(runs, arm, value="triplet_accuracy")
     clean, clean_low, _ = mean_interval(gain.loc[distortions.ORIGINAL])
     distorted, distorted_low, _ = mean_interval(gain.drop(index=distortions.ORIGINAL).mean(axis=0))
     return {

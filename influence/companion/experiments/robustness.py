@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from .. import attacks, cache, smoothing, training
 from ..data import Split
@@ -57,9 +56,7 @@ def certified(
     split = dataset(run, dataset_name).test.sample(images)
     setting = {"sigma": sigma, "select": select, "estimate": estimate, "level": level, "images": images}
     rows = []
-    pairs = [(seed, name) for seed in seeds for name in chosen]
-    for seed, name in tqdm(pairs, desc="certificates", unit="network", leave=False):
-        trained = arms.network(run, dataset_name, model, chosen[name], seed=seed)
+    for seed, name, trained in arms.networks(run, dataset_name, model, chosen, seeds=seeds, task="certificates"):
 
         def measure(trained: training.Trained = trained, seed: int = seed) -> pd.DataFrame:
             generator = torch.Generator(run.device).manual_seed(training.mixed_seed(seed, 30_000))
@@ -109,9 +106,7 @@ def attacked(
     """
     split = dataset(run, dataset_name).test.sample(images)
     frames = []
-    pairs = [(seed, name) for seed in seeds for name in chosen]
-    for seed, name in tqdm(pairs, desc="attacks", unit="network", leave=False):
-        trained = arms.network(run, dataset_name, model, chosen[name], seed=seed)
+    for seed, name, trained in arms.networks(run, dataset_name, model, chosen, seeds=seeds, task="attacks"):
 
         def measure(trained: training.Trained = trained, seed: int = seed) -> pd.DataFrame:
             return _attacked(trained, split, epsilons, run.device, seed)

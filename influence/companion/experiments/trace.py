@@ -10,7 +10,6 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 import influence
 
@@ -20,7 +19,7 @@ from ..evaluation import mean_interval
 from ..finetuning import Arm
 from ..results import Run
 from . import arms
-from .bridge import _divergence
+from .bridge import divergence
 from .common import dataset
 
 AFTER = "stability"
@@ -59,9 +58,7 @@ def measures(
     """
     split = dataset(run, dataset_name).test.sample(images)
     frames = []
-    pairs = [(seed, name) for seed in seeds for name in chosen]
-    for seed, name in tqdm(pairs, desc="metric tensors", unit="network", leave=False):
-        trained = arms.network(run, dataset_name, model, chosen[name], seed=seed)
+    for seed, name, trained in arms.networks(run, dataset_name, model, chosen, seeds=seeds, task="metric tensors"):
 
         def measure(trained: training.Trained = trained, seed: int = seed) -> pd.DataFrame:
             return _measures(trained, split, sigmas, draws, run.device, seed)
@@ -105,7 +102,7 @@ def _drawn(network: nn.Module, log_p: Tensor, x: Tensor, scale: float, generator
     """KL between the outputs on each image and on one noisy copy of it."""
     noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     with torch.no_grad():
-        return _divergence(log_p, F.log_softmax(network(x + scale * noise), dim=1))
+        return divergence(log_p, F.log_softmax(network(x + scale * noise), dim=1))
 
 
 def losses(found: pd.DataFrame) -> pd.DataFrame:

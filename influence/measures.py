@@ -14,7 +14,7 @@ from influence.checks import require_labels
 from influence.kernels.backend import using
 from influence.kernels.cholesky import Factor, pivoted_cholesky
 from influence.kernels.jacobi import small_svd
-from influence.kernels.pivots import decide
+from influence.kernels.pivots import WIDE, Pivots, decide
 from influence.kernels.projection import weighted_projection
 from influence.metric import MetricTensor, default_rtol
 
@@ -230,15 +230,25 @@ def _log_ceiling(log_probs: Tensor, labels: Tensor) -> Tensor:
 def _exact(problems: _Problems, rtol: float) -> _ExactValues:
     """Rank first; the closed form at full rank; a factor for what is left."""
     classes = problems.log_probs.shape[1]
-    decided, fi = decide(problems.contrast, problems.log_ceiling, rtol=rtol, max_rank=classes - 1)
+    decided: Pivots | Factor
+    if classes > WIDE:
+        # A large factor decides as well, and is not made twice.
+        decided = factor = pivoted_cholesky(problems.contrast, rtol=rtol, max_rank=classes - 1)
+        fi = torch.where(decided.rank == classes - 1, problems.log_ceiling.exp(), 0.0)
+    else:
+        decided, fi = decide(problems.contrast, problems.log_ceiling, rtol=rtol, max_rank=classes - 1)
+        factor = None
     full = decided.rank == classes - 1
     alignment = full.to(fi.dtype)
     partial = (~full & (decided.rank > 0)).nonzero().squeeze(1)
     if len(partial):
         left = problems[partial]
-        factor = pivoted_cholesky(left.contrast, rtol=rtol, max_rank=classes - 1)
-        cut = (rtol * factor.largest)[:, None]
-        fi[partial], alignment[partial] = _reach(left, factor.rows, cut)
+        if factor is None:
+            rows = pivoted_cholesky(left.contrast, rtol=rtol, max_rank=classes - 1).rows
+        else:
+            rows = factor.rows[partial]
+        cut = (rtol * decided.largest[partial])[:, None]
+        fi[partial], alignment[partial] = _reach(left, rows, cut)
     near = (decided.smallest < rtol * _PIVOT_BAND) | (decided.refused * _PIVOT_BAND > rtol)
     return _ExactValues(fi=fi, alignment=alignment, rank=decided.rank, near=near & (decided.largest > 0))
 

@@ -132,9 +132,10 @@ def metric_tensor(
 ) -> MetricTensor:
     """Compute the metric tensor of each example for a perturbation of its input or of the model's parameters.
 
-    One forward and K - 1 backward passes of the activations alone, for all examples of a chunk at once; the Gram of a
-    layer's parameters follows from its input and the gradients of its output. A parameter without such a rule, or used
-    twice, takes the autograd path, slower and just as exact; the logger "influence" says so once.
+    One forward and K - 1 backward passes of the activations alone, or as many as a last linear layer has inputs where
+    these are fewer, for all examples of a chunk at once; the Gram of a layer's parameters follows from its input and
+    the gradients of its output. A parameter without such a rule, or used twice, takes the autograd path, slower and
+    just as exact; the logger "influence" says so once.
 
     The model must treat the examples of a batch independently, as any network in evaluation mode does. It is left as
     it was: mode, hooks, ``requires_grad`` and ``.grad`` are not touched.

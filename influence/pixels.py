@@ -11,6 +11,12 @@ from torch.nn import functional as F
 
 from influence.contrasts import Classes, forward
 from influence.kernels.projected import products
+from influence.last_layer import NarrowLayer
+from influence.memory import is_out_of_memory
+
+# Examples and input values in one backward pass that keep a processor busy, and passes for which it is worth while to
+# go forward again with copies of the examples.
+_MOST_AT_ONCE, _MOST_VALUES_AT_ONCE, _FEWEST_PASSES = 32, 2**18, 16
 
 
 @dataclass(frozen=True)
@@ -129,17 +135,58 @@ def input_grams(model: nn.Module, x: Tensor, patches: Patches | None) -> tuple[T
     Returns:
         log P ``(N, K)``, the Grams ``(N, B, K, K)`` and the dtype of the logits.
     """
-    # Examples are independent: one backward of the summed contrasts gives every example its own row.
-    leaf = x.detach().clone().requires_grad_()
-    logits = forward(model, leaf)
+    leaf, logits = _recorded(model, x)
     classes = Classes.of(logits)
-    seeds = classes.seeds(logits.dtype)
-    rows = []
-    for k, seed in enumerate(seeds):
-        (grad,) = torch.autograd.grad(
-            logits, leaf, seed, retain_graph=k < len(seeds) - 1, allow_unused=True, materialize_grads=True
-        )
-        rows.append(grad.detach())
-    jacobian = torch.stack(rows, dim=1)
-    gram = products(jacobian.flatten(2))[:, None] if patches is None else patches.grams(jacobian)
+    narrow = NarrowLayer.of(logits)
+    rows = logits.shape[1] - 1 if narrow is None else narrow.width
+    copies = max(1, min(rows // _FEWEST_PASSES, _MOST_AT_ONCE // len(x), _MOST_VALUES_AT_ONCE // x.numel()))
+    jacobian = None
+    if copies > 1:
+        try:
+            jacobian = _jacobian(*_recorded(model, x.repeat(copies, *[1] * (x.ndim - 1))), classes, copies)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+    if jacobian is None:
+        jacobian = _jacobian(leaf, logits, classes, 1)
+    if patches is not None:
+        if narrow is not None:
+            contrasts = narrow.contrasts(classes).to(jacobian.dtype)
+            jacobian = (contrasts @ jacobian.flatten(2)).unflatten(2, x.shape[1:])
+        gram = patches.grams(jacobian)
+    else:
+        gram = products(jacobian.flatten(2))
+        gram = (gram if narrow is None else narrow.spread(gram, narrow.contrasts(classes)))[:, None]
     return classes.log_probs, classes.embed(gram), classes.dtype
+
+
+def _recorded(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The input as a leaf, and the logits with their graph."""
+    leaf = x.detach().clone().requires_grad_()
+    return leaf, forward(model, leaf)
+
+
+def _jacobian(leaf: Tensor, logits: Tensor, classes: Classes, copies: int) -> Tensor:
+    """Jacobian ``(N, m, ...)`` of the contrasts, or of what a narrow last layer sees, of N examples.
+
+    Examples are independent: one backward pass of a sum gives every example its own row, and with some copies of them
+    in the batch so many rows. A batch of one or two keeps no processor busy.
+    """
+    narrow = NarrowLayer.of(logits)
+    examples = len(leaf) // copies
+    seeds = classes.seeds(logits.dtype) if narrow is None else narrow.seeds(examples)
+    parts = list(seeds.split(copies))
+    rows = []
+    for i, part in enumerate(parts):
+        missing = copies - len(part)
+        seed = torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
+        (grad,) = torch.autograd.grad(
+            logits if narrow is None else narrow.edge,
+            leaf,
+            seed.flatten(0, 1),
+            retain_graph=i < len(parts) - 1,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        rows.append(grad.detach().unflatten(0, (copies, examples))[: len(part)])
+    return torch.cat(rows).transpose(0, 1)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from tqdm.auto import tqdm
 
 from influence.checks import require_deterministic, require_labels, require_logits
+from influence.last_layer import head
 from influence.measures import Estimator, Exact, Influence, Released, first_order_influence
 from influence.memory import in_chunks
 from influence.metric import metric_tensor
@@ -30,6 +31,9 @@ _RUN = "_run.json"
 _CHUNK = 32
 # Float32 values of Jacobian and Grams at once: 256 MiB.
 _MOST_VALUES = 2**26
+# Relative difference of FI of the features and of the input that rounding explains.
+_SAME = 1e-3
+_NAN = float("nan")
 
 
 def score(
@@ -62,9 +66,11 @@ def score(
         chunk_size: Examples computed at once. None: 32, fewer for many classes of large inputs, and half of it again
             each time memory runs out.
         closed_form: None computes the metric tensor of every example. A number: compute it for so many examples, spread
-            over the first batch; where all of them have full rank K - 1, take FI = (1 - P_y) / P_y for the whole data
-            set from one forward pass. Rank, which is generic, is then that of the sample; trace and lambda_max, which
-            a forward pass does not tell, are NaN.
+            over the first batch, and take a form that needs a forward pass alone for the whole data set where it holds
+            for these. Where all of them have full rank K - 1, that is FI = (1 - P_y) / P_y; the rank, which is
+            generic, is then that of the sample. Where a last linear layer sees fewer features, FI of the input is FI
+            of the features, if it is so for the sample. Trace and lambda_max, which need the rest of the network, are
+            NaN.
         progress: Whether to show a bar.
 
     Returns:
@@ -72,8 +78,8 @@ def score(
         ``example`` counts from the loader's first.
 
     Raises:
-        ValueError: If the loader shuffles, the folder holds another run's scores, a number is below 1, or the closed
-            form is asked for where the rank is not full or the estimator not ``Exact``.
+        ValueError: If the loader shuffles, the folder holds another run's scores, a number is below 1, or a closed
+            form is asked for where neither holds or the estimator is not ``Exact``.
 
     Example:
         >>> import tempfile
@@ -116,7 +122,7 @@ def score(
         return shard % world == rank and not _file(folder, shard).exists()
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    blocks: dict[str, int] | None = None
+    shortcut: Callable[[Tensor, Tensor | None, int], pd.DataFrame] | None = None
     bar = tqdm(desc=f"scores {rank + 1}/{world}" if world > 1 else "scores", unit="example", disable=not progress)
     with bar:
         rows: list[pd.DataFrame] = []
@@ -126,9 +132,9 @@ def score(
             if closed_form is None:
                 rows.append(_scored(model, x, labels, wrt, estimator, chunk_size, start))
             else:
-                if blocks is None:
-                    blocks = _full_rank_blocks(model, x, wrt, estimator, closed_form)
-                rows.append(_in_closed_form(model, x, labels, blocks, start))
+                if shortcut is None:
+                    shortcut = _shortcut(model, x, wrt, estimator, closed_form)
+                rows.append(shortcut(x, labels, start))
             bar.update(len(x))
             if last:
                 table = pd.concat(rows, ignore_index=True)
@@ -240,28 +246,50 @@ def _like(model: nn.Module, x: Tensor) -> Tensor:
     return x.to(parameter.dtype) if parameter is not None and x.is_floating_point() else x
 
 
-def _full_rank_blocks(model: nn.Module, x: Tensor, wrt: Wrt, estimator: Estimator, count: int) -> dict[str, int]:
-    """Blocks of the perturbation with their rank, which must be full for a sample of a batch.
+def _shortcut(
+    model: nn.Module, x: Tensor, wrt: Wrt, estimator: Estimator, count: int
+) -> Callable[[Tensor, Tensor | None, int], pd.DataFrame]:
+    """What makes the rows of a batch from its inputs, labels and the number of its first example, by a forward pass.
 
     Raises:
-        ValueError: If it is not, or could not be decided.
+        ValueError: If there is no such way for a sample of the batch.
     """
-    rows = torch.linspace(0, len(x) - 1, min(count, len(x))).round().long()
-    metric = metric_tensor(model, x[rows.to(x.device)], wrt=wrt, chunk_size=1)
+    sample = x[torch.linspace(0, len(x) - 1, min(count, len(x))).round().long().to(x.device)]
+    metric = metric_tensor(model, sample, wrt=wrt, chunk_size=1)
     result = first_order_influence(metric, estimator=estimator)
     full = metric.log_probs.shape[1] - 1
-    if not bool((result.rank == full).all()):
-        worst = metric.blocks[int(result.rank.amin(dim=0).argmin())]
-        raise ValueError(
-            f"closed_form needs a metric tensor of full rank K - 1 = {full}, got rank {int(result.rank.min())} for "
-            f"{worst!r} in a sample of {len(rows)}, as where a layer has fewer than {full} values. FI then depends on "
-            f"the perturbation: leave closed_form out, for {full} backward passes instead of one forward pass."
-        )
-    return dict.fromkeys(metric.blocks, full)
+    if bool((result.rank == full).all()):
+        return partial(_in_closed_form, model, dict.fromkeys(metric.blocks, full))
+    found = head(model, sample) if wrt == "input" else None
+    features_differ = ""
+    if found is not None:
+        features = first_order_influence(metric_tensor(*found), estimator=estimator)
+        same = torch.isclose(result.fi, features.fi, rtol=_SAME, atol=0) & (result.rank == features.rank)
+        if bool(same.all()):
+            return partial(_from_features, model, estimator)
+        features_differ = f", and FI is not that of the last layer's {found[1].shape[1]} features either"
+    worst = metric.blocks[int(result.rank.amin(dim=0).argmin())]
+    raise ValueError(
+        f"closed_form needs a metric tensor of full rank K - 1 = {full}, got rank {int(result.rank.min())} for "
+        f"{worst!r} in a sample of {len(sample)}, as where a layer has fewer than {full} values{features_differ}. FI "
+        f"then depends on the perturbation: leave closed_form out, for up to {full} backward passes instead of one "
+        "forward pass."
+    )
+
+
+def _from_features(
+    model: nn.Module, estimator: Estimator, x: Tensor, labels: Tensor | None, start: int
+) -> pd.DataFrame:
+    """Rows of one batch from what the last layer sees."""
+    found = head(model, x)
+    if found is None:
+        raise ValueError("the model's last layer made the logits of the first batch, but not of this one.")
+    layer, features = found
+    return _scored(layer, features, labels, "input", estimator, None, start).assign(trace=_NAN, lambda_max=_NAN)
 
 
 def _in_closed_form(
-    model: nn.Module, x: Tensor, labels: Tensor | None, blocks: dict[str, int], start: int
+    model: nn.Module, blocks: dict[str, int], x: Tensor, labels: Tensor | None, start: int
 ) -> pd.DataFrame:
     """Rows of one batch from the logits alone."""
     with torch.no_grad():
@@ -284,8 +312,7 @@ def _in_closed_form(
     )
     table = result.to_dataframe()
     table["example"] += start
-    table["trace"] = table["lambda_max"] = float("nan")
-    return table
+    return table.assign(trace=_NAN, lambda_max=_NAN)
 
 
 def _batches(

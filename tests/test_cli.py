@@ -24,7 +24,7 @@ def network():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
 
 def narrow():
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 2), nn.Linear(2, 5)).eval()
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 2), nn.Linear(2, 3), nn.Linear(3, 5)).eval()
 
 def with_dropout():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 3), AlwaysOn())
@@ -105,8 +105,9 @@ def test_closed_form_is_what_the_metric_tensor_says(here: Path) -> None:
 
 
 def test_closed_form_is_refused_where_the_rank_is_not_full(tmp_path: Path) -> None:
-    narrow = nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 5)).eval()  # two features, four contrasts
-    reason = "full rank K - 1 = 4, got rank 2 .* fewer than 4 values.*leave closed_form out, for 4 backward passes"
+    # Two numbers in the middle, three features, four contrasts: the features cannot move on their own.
+    narrow = nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 3), nn.Linear(3, 5)).eval()
+    reason = "K - 1 = 4, got rank 2 .* fewer than 4 values, and FI .* 3 features either.* for up to 4 backward passes"
     with pytest.raises(ValueError, match=reason):
         influence.score(narrow, [torch.randn(3, 6)], tmp_path, closed_form=2, progress=False)
     with pytest.raises(ValueError, match="closed_form is that of Exact"):

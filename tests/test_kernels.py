@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from influence.kernels import projection
 from influence.kernels.cholesky import pivoted_cholesky
 from influence.kernels.jacobi import jacobi_eigvals, jacobi_svd, rounds
 from influence.kernels.pivots import pivots
@@ -61,7 +62,25 @@ def test_projection_equals_least_squares() -> None:
         )
 
 
-@pytest.mark.parametrize("classes", [2, 3, 10, 33])
+@pytest.mark.parametrize("width", [1, 7, 30])
+@pytest.mark.parametrize("spread", [0.0, 60.0, 600.0])
+def test_both_ways_to_eliminate_are_the_same(width: int, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dependent rows, rows left out and weights over hundreds of orders of magnitude included."""
+    rows = torch.randn(5, 50, width, generator=generator(), dtype=torch.float64)
+    rows[0, :20] = rows[0, 20:40]  # the same again
+    rows[1, :, width // 2 :] = 0  # a lower rank
+    rows[2, 10] = 0
+    log_weights = -spread * torch.rand(5, 50, generator=generator(1), dtype=torch.float64)
+    log_weights[3, 5:9] = -torch.inf
+    target = torch.randn(5, 50, generator=generator(2), dtype=torch.float64)
+    arguments = (rows, log_weights, target, torch.full((5, 1), 1e-20, dtype=torch.float64))
+    expected = weighted_projection(*arguments)
+    monkeypatch.setattr(projection, "_WIDE", 0)
+    for ours, other in zip(weighted_projection(*arguments), expected, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 33, 150])
 @pytest.mark.parametrize("rtol", [1e-12, 1e-2])
 def test_pivots_are_those_of_the_factor(classes: int, rtol: float) -> None:
     grams = []

@@ -52,8 +52,9 @@ examples:
   python -c "import influence; print(influence.read_scores('build/scores').nlargest(5, 'fi'))"
 
 Where the metric tensor has full rank (K - 1), FI is (1 - P)/P: --closed-form then takes one forward pass instead of
-K - 1 backward passes, after checking the rank of --check examples. A network whose last layer sees fewer than K - 1
-features never has full rank for its input; such a run is refused, with the rank that was found.
+K - 1 backward passes, after checking --check examples. A network whose last layer sees fewer than K - 1 features never
+has full rank for its input: there FI is that of the features, from one forward pass too, where the checked examples
+agree. Where neither holds, the run is refused, with the rank that was found. Trace and lambda_max are then missing.
 """
 _RUN_EXAMPLES = """\
 examples:
@@ -252,7 +253,7 @@ def _add_score(commands: Any, plain: type[argparse.HelpFormatter]) -> None:
     )
     score.add_argument("--predicted", action="store_true", help="f = -log P of the predicted class, not of the label")
     score.add_argument("--released", type=float, metavar="E", help="the authors' released estimator with constant E")
-    score.add_argument("--closed-form", action="store_true", help="one forward pass where the rank is full")
+    score.add_argument("--closed-form", action="store_true", help="one forward pass where that is enough (see below)")
     score.add_argument(
         "--check", type=_positive, default=4, metavar="N", help="examples whose rank is checked (default: 4)"
     )

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from influence.kernels.backend import HAS_TRITON, takes_triton
+from influence.kernels.cholesky import pivoted_cholesky
 
 # Matrices worked on at once: a few hundred kB stay in a core's cache, and calls are few.
 _TILE_ENTRIES = 2**16
 _MOST_CLASSES = 32
+# Beyond so many classes a matrix leaves the cache.
+WIDE = 128
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,11 @@ def decide(gram: Tensor, log_ceiling: Tensor, *, rtol: float, max_rank: int | No
 def decide_torch(gram: Tensor, log_ceiling: Tensor, rtol: float, steps: int) -> tuple[Pivots, Tensor]:
     """The reference: all matrices of a tile at once, step by step."""
     batch, classes, _ = gram.shape
+    if classes > WIDE:
+        # A large matrix is read in every step, not written: the factor costs less than what is left of the matrix.
+        factor = pivoted_cholesky(gram, rtol=rtol, max_rank=steps)
+        found = Pivots(factor.rank, factor.largest, factor.smallest, factor.refused)
+        return found, torch.where(found.rank == steps, log_ceiling.exp(), 0.0)
     tile = max(64, _TILE_ENTRIES // classes**2) if gram.device.type == "cpu" else max(1, batch)
     parts = [_tile(part, rtol, steps) for part in gram.split(tile)] if batch else [_tile(gram, rtol, steps)]
     found = Pivots(*(torch.cat(column) for column in zip(*parts, strict=True)))

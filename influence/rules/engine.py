@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,6 +18,7 @@ from torch.autograd.graph import GradientEdge
 from influence.contrasts import Classes, forward
 from influence.kernels.projected import products
 from influence.kernels.tolerances import REVERSE
+from influence.last_layer import NarrowLayer
 from influence.memory import chunk_size, is_out_of_memory, release
 from influence.rules.families import grams, knows
 from influence.rules.graph import Graph, Site, leading, read_graph, shape_of
@@ -169,7 +171,7 @@ class ParameterGrams:
             left -= {o.name for site in sites.values() for o in site.operands}
             left |= set(graph.refused)
 
-            def collect(site: Site, grad: Tensor) -> None:
+            def collect(site: Site, grad: Tensor, total: Tensor = gram) -> None:
                 layout = self._layout(site, plan, examples)
                 assert layout is not None
                 together = len({tuple(self._of[operand.name]) for operand in site.operands}) == 1
@@ -182,9 +184,9 @@ class ParameterGrams:
                     return
                 for names, part in parts:
                     for block in self._of[names[0]]:
-                        gram[:, block] += part
+                        total[:, block] += part
 
-            reverse(replace(graph, sites=sites), classes.seeds(logits.dtype), collect)
+            self._back(replace(graph, sites=sites), logits, classes, gram, collect)
             del graph
         else:
             left = set(self._parameters)
@@ -194,6 +196,22 @@ class ParameterGrams:
             for n in range(examples):
                 self._by_autograd(x[n : n + 1], names, classes[n], gram[n])
         return classes.log_probs, classes.embed(gram), classes.dtype
+
+    def _back(self, graph: Graph, logits: Tensor, classes: Classes, gram: Tensor, collect: Callable[..., None]) -> None:
+        """Send the classes through the last layer, and its features, where they are fewer, through all before it."""
+        narrow = NarrowLayer.of(logits)
+        if narrow is None:
+            reverse(graph, classes.seeds(logits.dtype), collect)
+            return
+        last = {node: site for node, site in graph.sites.items() if node is graph.root[0]}
+        reverse(replace(graph, sites=last), classes.seeds(logits.dtype), collect)
+        below = {node: site for node, site in graph.sites.items() if node not in last}
+        features = gram.new_zeros(len(logits), self._blocks, narrow.width, narrow.width)
+        start = (narrow.edge.node, narrow.edge.output_nr)
+        reverse(replace(graph, sites=below, root=start), narrow.seeds(len(logits)), partial(collect, total=features))
+        rows = narrow.contrasts(classes)
+        for b in range(self._blocks):
+            gram[:, b] += narrow.spread(features[:, b], rows)
 
     def _layout(self, site: Site, plan: Plan, examples: int) -> Layout | None:
         if any(operand.name in plan.refused for operand in site.operands):
@@ -378,4 +396,6 @@ def _footprint(graph: Graph, logits: Tensor, examples: int) -> int:
     sizes = [math.prod(shape_of(node, 0)) for node in leading(graph)[0] if node._input_metadata]
     if not sizes:
         return 0
-    return (sum(sizes) + 8 * max(sizes) * (logits.shape[1] - 1)) * logits.element_size() // examples
+    narrow = NarrowLayer.of(logits)
+    passes = logits.shape[1] - 1 if narrow is None else narrow.width
+    return (sum(sizes) + 8 * max(sizes) * passes) * logits.element_size() // examples

@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import torch
 from sklearn.metrics import roc_auc_score
-from torch import Tensor, nn
+from torch import Tensor
 
 import influence
+from influence.last_layer import head
 
 from ..evaluation import rank_agreement
 from ..material import Examples, sampled
@@ -61,7 +62,7 @@ def _way(subject: Subject, examples: Examples) -> str:
     whole = influence.first_order_influence(influence.metric_tensor(subject.model, x, chunk_size=1))
     if bool((whole.rank == subject.classes - 1).all()):
         return CLOSED_FORM
-    found = head(subject, x)
+    found = head(subject.model, x)
     if found is None:
         return METRIC
     features = influence.first_order_influence(influence.metric_tensor(*found))
@@ -74,46 +75,6 @@ def _most(subject: Subject, examples: Examples, way: str) -> int:
     if not subject.many_classes or way != METRIC:
         return len(examples)
     return min(len(examples), max(_FEWEST, _MOST_IN_JACOBIANS // ((subject.classes - 1) * examples[0][0].numel())))
-
-
-class Head(nn.Module):
-    """The last layer for perturbations of its input that the network's input can bring about.
-
-    A feature that is exactly 0 was shut by a ReLU at all positions: no small perturbation opens it.
-    """
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Logits ``(N, K)`` of features ``(N, d)``."""
-        logits: Tensor = self.layer(features * (features != 0))
-        return logits
-
-
-def head(subject: Subject, x: Tensor) -> tuple[Head, Tensor] | None:
-    """The linear layer whose output is the model's, and its input ``(N, d)``; None where there is none.
-
-    FI does not depend on the coordinates of a perturbation: where the input moves the d features in all directions, FI
-    of the input is FI of the features, which takes no backward pass through the network.
-    """
-    calls: list[tuple[nn.Linear, Tensor, Tensor]] = []
-
-    def listen(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        assert isinstance(layer, nn.Linear)
-        calls.append((layer, inputs[0].clone(), output.clone()))
-
-    hooks = [m.register_forward_hook(listen) for m in subject.model.modules() if isinstance(m, nn.Linear)]
-    try:
-        with torch.no_grad():
-            logits = influence.checks.require_logits(subject.model(x))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not calls or calls[-1][1].ndim != 2 or not torch.equal(calls[-1][2], logits):
-        return None
-    return Head(calls[-1][0]).eval(), calls[-1][1]
 
 
 def _score_part(subject: Subject, examples: Examples, way: str) -> pd.DataFrame:
@@ -133,7 +94,7 @@ def _from_metric(subject: Subject, x: Tensor, labels: Tensor) -> pd.DataFrame:
 
 
 def _from_features(subject: Subject, x: Tensor, labels: Tensor) -> pd.DataFrame:
-    found = head(subject, x)
+    found = head(subject.model, x)
     assert found is not None  # it was there for the sample
     layer, features = found
     frames = []

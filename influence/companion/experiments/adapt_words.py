@@ -47,7 +47,7 @@ def _warnings(subject: Subject, scores: pd.DataFrame) -> list[str]:
     way = scores["way"].iloc[0]
     if way == METRIC and subject.many_classes:
         done, asked = len(scores), int(scores.groupby("part")["asked"].first().sum())
-        text = f"Each of the {done} examples took {subject.classes - 1:,} backward passes"
+        text = f"Each of the {done} examples took up to {subject.classes - 1:,} backward passes"
         if done < asked:
             text += f", so only so many of the {asked} asked for were scored, drawn at random; the others are left out"
         lines.append(f"**What FI cost.** {text}. `influence score` has no such bound.")

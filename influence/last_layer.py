@@ -87,6 +87,11 @@ class Head(nn.Module):
         super().__init__()
         self.layer = layer
 
+    @property
+    def classes(self) -> int:
+        """K."""
+        return self.layer.out_features
+
     def forward(self, features: Tensor) -> Tensor:
         """Logits ``(N, K)`` of features ``(N, d)``."""
         logits: Tensor = self.layer(features * (features != 0))

@@ -31,6 +31,8 @@ _RUN = "_run.json"
 _CHUNK = 32
 # Float32 values of Jacobian and Grams at once: 256 MiB.
 _MOST_VALUES = 2**26
+# Entries of the Grams of one part of a batch that stay in a core's cache.
+_FEW_VALUES = 2**20
 # Relative difference of FI of the features and of the input that rounding explains.
 _SAME = 1e-3
 _NAN = float("nan")
@@ -285,7 +287,14 @@ def _from_features(
     if found is None:
         raise ValueError("the model's last layer made the logits of the first batch, but not of this one.")
     layer, features = found
-    return _scored(layer, features, labels, "input", estimator, None, start).assign(trace=_NAN, lambda_max=_NAN)
+    tables = []
+    for rows in torch.arange(len(x), device=x.device).split(max(1, min(_CHUNK, _FEW_VALUES // layer.classes**2))):
+        metric = metric_tensor(layer, features[rows], chunk_size=len(rows))
+        result = first_order_influence(metric, None if labels is None else labels[rows], estimator=estimator)
+        table = result.to_dataframe()
+        table["example"] += start + int(rows[0])
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True).assign(trace=_NAN, lambda_max=_NAN)
 
 
 def _in_closed_form(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -110,8 +112,38 @@ def test_other_commands_in_the_text_are_understood(readme: str) -> None:
         usage = cli._parser().parse_args
         if words[0] != "score":
             usage(words)
+            if words[0] in ("list", "check"):
+                assert cli.main(words) == 0
         else:
             usage(["score", "--model", "m", "--data", "d", *words[1:]])
+
+
+def test_benchmarks_in_the_text_run(readme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every case that a command asks for is one that can be made; none is timed here."""
+    asked: list[benchmarks.Case] = []
+
+    def measured(case: benchmarks.Case, options: argparse.Namespace) -> None:
+        benchmarks.build(case.network, case.classes, case.width, case.size)
+        assert case.method in benchmarks.methods.METHODS
+        asked.append(case)
+
+    monkeypatch.setattr(benchmarks, "alone", measured)
+    commands = re.findall(r"`python -m benchmarks\.(run|stability)([^`]*)`", readme)
+    assert len(commands) >= 4
+    for module, options in commands:
+        asked.clear()
+        if module == "run":
+            benchmarks.main(options.split())
+            assert asked or "--table" in options
+        else:
+            stability.main([*options.split(), "--classes", "10", "--repeats", "1", "--out", str(tmp_path)])
+
+
+def test_what_pip_is_told_to_install_exists(readme: str) -> None:
+    (extra,) = re.findall(r'`pip install -e "\.\[(\w+)\]"`', readme)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert extra in project["optional-dependencies"]
+    assert project["scripts"]["influence"] == "influence.companion.cli:main"
 
 
 def test_table_of_claims(readme: str) -> None:

@@ -139,7 +139,7 @@ def input_grams(model: nn.Module, x: Tensor, patches: Patches | None) -> tuple[T
     classes = Classes.of(logits)
     narrow = NarrowLayer.of(logits)
     rows = logits.shape[1] - 1 if narrow is None else narrow.width
-    copies = max(1, min(rows // _FEWEST_PASSES, _MOST_AT_ONCE // len(x), _MOST_VALUES_AT_ONCE // x.numel()))
+    copies = max(1, min(rows // _FEWEST_PASSES, _MOST_AT_ONCE // len(x), _MOST_VALUES_AT_ONCE // max(1, x.numel())))
     jacobian = None
     if copies > 1:
         try:

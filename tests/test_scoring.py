@@ -148,3 +148,38 @@ def test_two_processes_one_of_them_killed(tmp_path: Path) -> None:
     assert "part-000003.parquet" not in part  # of the process that was killed
     assert run(launch) == 0
     assert contents(tmp_path / "two") == whole
+
+
+STREAM = """
+import sys
+from pathlib import Path
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+import influence
+
+torch.set_num_threads(1)
+
+class Images(Dataset):
+    resident = {}
+
+    def __len__(self):
+        return 2048
+
+    def __getitem__(self, n):
+        if n in (512, 2047):
+            self.resident[n] = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+        return torch.rand(3, 64, 64), n % 20
+
+images = Images()
+model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 32), nn.Tanh(), nn.Linear(32, 20)).eval()
+influence.score(model, DataLoader(images, batch_size=32), sys.argv[1], batches_per_shard=4, progress=False)
+print(images.resident[2047] - images.resident[512])
+"""
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
+    """1,536 more images of 49 kB each, 75 MB, pass through."""
+    done = subprocess.run([sys.executable, "-c", STREAM, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert len(influence.read_scores(tmp_path)) == 2048
+    assert int(done.stdout) < 25e6

@@ -72,7 +72,11 @@ def _suspicious(subject: Subject, scores: pd.DataFrame, beyond: pd.DataFrame) ->
     fi, trace = by_score["fi"], by_score["trace"]
     wrong = int((train["label"] != train["predicted"]).sum())
     full = float((scores["rank"] == subject.classes - 1).mean())
-    nothing = fi["shared"] == fi["of"] and fi["mean_alignment"] > 0.999
+    verdict = "something that the loss does not"
+    if fi["shared"] == fi["of"]:
+        verdict = "nothing that the loss does not"
+        if fi["mean_alignment"] <= 0.999:
+            verdict = "in its size, not in whom it suspects, something that the loss does not"
     close = trace["spearman"] > 0.95
     return [
         f"**Suspicious examples.** Of {len(train)} training examples scored, {wrong} are not predicted as labelled. "
@@ -80,7 +84,7 @@ def _suspicious(subject: Subject, scores: pd.DataFrame, beyond: pd.DataFrame) ->
         f"{scores['rank'].median():.0f}), and the mean "
         f"alignment (FI / ceiling) is {fi['mean_alignment']:.3g}. Of the {fi['of']} examples of largest FI, "
         f"{fi['shared']} are among those of largest loss (rank correlation {fi['spearman']:.3f}): here FI says "
-        f"{'nothing that the loss does not' if nothing else 'something that the loss does not'}.",
+        f"{verdict}.",
         f"**The trace**, how far a unit of noise moves the output, has a rank correlation of {trace['spearman']:.3f} "
         f"with the loss and shares {trace['shared']} of its {trace['of']} largest examples: it is "
         f"{'close to' if close else 'not'} what the loss says.",

@@ -68,7 +68,8 @@ def train_against_test(table: pd.DataFrame, parts: pd.DataFrame) -> Figure:
             axes.step(
                 values, np.arange(1, len(values) + 1) / len(values), label=f"{part} (n = {len(values)})", color=colour
             )
-        if (table[row["score"]] > 0).any():
+        positive = table.loc[table[row["score"]] > 0, row["score"]]
+        if positive.max() > 10 * positive.min():
             axes.set_xscale("log")
         axes.set_xlabel(labels[row["score"]])
         axes.set_title(f"AUROC {row['auroc']:.3f} (95%: {row['low']:.3f} to {row['high']:.3f})")

@@ -138,6 +138,7 @@ def _prepared(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
         raise adapt.AdaptError(f"--out {options.out}: cannot be made a folder")
     root = Path(options.root).expanduser() if options.root else None
     found = adapt.load_data(options.data, size=options.size, root=root)
+    found = adapt.trained_on(options.model, found, profile=options.profile)
     examples = found.train if options.part == "train" else found.test
     examples = examples.sample(options.images)
     model = adapt.load_model(

@@ -73,7 +73,7 @@ def train_against_test(table: pd.DataFrame, parts: pd.DataFrame) -> Figure:
             axes.set_xscale("log")
         axes.set_xlabel(labels[row["score"]])
         axes.set_title(f"AUROC {row['auroc']:.3f} (95%: {row['low']:.3f} to {row['high']:.3f})")
-        axes.legend(loc="lower right")
+        axes.legend(loc="upper left")
     figure.axes[0].set_ylabel("share of the examples below")
     return figure
 

@@ -26,6 +26,10 @@ def network():
 def narrow():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 2), nn.Linear(2, 3), nn.Linear(3, 5)).eval()
 
+def many():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 40)).eval()
+
 def with_dropout():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 3), AlwaysOn())
 
@@ -94,6 +98,15 @@ def test_score(here: Path, wrt: str) -> None:
     before = {file: file.stat().st_mtime_ns for file in (here / "scores").glob("*.parquet")}
     assert cli.main([*command, "--out", "scores"]) == 0  # goes on: nothing is left to do
     assert before == {file: file.stat().st_mtime_ns for file in (here / "scores").glob("*.parquet")}
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "files"), [("narrow", "", 1), ("many", "", 3), ("many", "--closed-form", 1)]
+)
+def test_files_are_small_where_an_example_takes_many_passes(here: Path, name: str, option: str, files: int) -> None:
+    command = ["score", "--model", f"own_model:{name}", "--data", "data.npz", "--batch-size", "4", "--out", "scores"]
+    assert cli.main([*command, *option.split()]) == 0
+    assert len(list((here / "scores").glob("part-*.parquet"))) == files and len(influence.read_scores("scores")) == 17
 
 
 def test_closed_form_is_what_the_metric_tensor_says(here: Path) -> None:

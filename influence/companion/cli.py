@@ -15,6 +15,9 @@ from typing import Any
 from . import manifest, paths, run
 from .notebook import NotebookError
 
+# Of 64 examples with 10 classes: seconds to minutes of work in a file.
+_MOST_BATCHES = 8
+
 _ABOUT = """\
 Sensitivity (Shu & Zhu 2019) and stability (Zheng et al. 2016) of classifiers.
 
@@ -116,7 +119,7 @@ def _score(options: argparse.Namespace) -> int:
             estimator=_estimator(options),
             use_labels=not options.predicted,
             closed_form=options.check if options.closed_form else None,
-            batches_per_shard=options.batches_per_file,
+            batches_per_shard=_batches_per_file(options, found["classes"]),
             chunk_size=options.chunk_size,
             progress=sys.stderr.isatty(),
         )
@@ -157,6 +160,14 @@ def _prepared(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     loader = DataLoader(examples, batch_size=options.batch_size, collate_fn=_collate)
     shape = tuple(examples[0][0].shape)
     return model, loader, {"examples": len(examples), "shape": shape, "classes": classes}
+
+
+def _batches_per_file(options: argparse.Namespace, classes: int) -> int:
+    """What is lost at most when a run is interrupted: minutes, whatever the number of backward passes."""
+    given: int | None = options.batches_per_file
+    if given:
+        return given
+    return _MOST_BATCHES if options.closed_form else max(1, min(_MOST_BATCHES, 10 * _MOST_BATCHES // classes))
 
 
 def _collate(rows: list[tuple[Any, Any]]) -> tuple[Any, Any]:
@@ -266,7 +277,9 @@ def _add_score(commands: Any, plain: type[argparse.HelpFormatter]) -> None:
     score.add_argument(
         "--batch-size", type=_positive, default=64, metavar="N", help="examples in a batch (default: 64)"
     )
-    score.add_argument("--batches-per-file", type=_positive, default=8, metavar="N", help="default: 8")
+    score.add_argument(
+        "--batches-per-file", type=_positive, metavar="N", help="default: 8, fewer for more than 10 classes"
+    )
     score.add_argument("--chunk-size", type=_positive, metavar="N", help="examples computed at once (default: chosen)")
     score.add_argument("--root", metavar="DIR", help="folder of torchvision's sets (default: INFLUENCE_DATA)")
     score.add_argument("--profile", default="smoke", help="of companion:NAME (default: smoke)")

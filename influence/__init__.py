@@ -5,6 +5,7 @@ Stability (Zheng et al. 2016, arXiv 1604.04326): ``stability_loss``, ``embedding
 ``gaussian_perturbation`` and, for a training loop, ``StabilityObjective``.
 """
 
+from influence.areas import patch_influence
 from influence.measures import Exact, Influence, Regularised, Released, first_order_influence
 from influence.metric import MetricTensor, metric_tensor
 from influence.pixels import Patches
@@ -28,6 +29,7 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "Regularised",
     "Released",
     "first_order_influence",
+    "patch_influence",
     # whole data sets
     "read_scores",
     "refine",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from influence.checks import require_labels
 from influence.kernels.backend import using
-from influence.kernels.cholesky import Factor, pivoted_cholesky
+from influence.kernels.cholesky import Factor, factor_of_jacobian, pivoted_cholesky
 from influence.kernels.jacobi import small_svd
 from influence.kernels.pivots import WIDE, Pivots, decide
 from influence.kernels.projection import weighted_projection
@@ -173,7 +173,7 @@ def first_order_influence(
         contrast=metric.contrast_gram().flatten(0, 1),
         log_probs=metric.log_probs.repeat_interleave(blocks, dim=0),
         labels=labels.repeat_interleave(blocks),
-        log_ceiling=_log_ceiling(metric.log_probs, labels).repeat_interleave(blocks),
+        log_ceiling=log_ceiling(metric.log_probs, labels).repeat_interleave(blocks),
         dtype=metric.dtype,
     )
     rtol = estimator.rtol if isinstance(estimator, Exact) else None
@@ -188,7 +188,7 @@ def first_order_influence(
     shape = (examples, blocks)
     return Influence(
         fi=fi.view(shape),
-        ceiling=_log_ceiling(metric.log_probs, labels).exp(),
+        ceiling=log_ceiling(metric.log_probs, labels).exp(),
         alignment=exact.alignment.view(shape),
         rank=rank.view(shape),
         near_cut=near.view(shape),
@@ -199,7 +199,10 @@ def first_order_influence(
 
 @dataclass(frozen=True)
 class _Problems:
-    """M = N B problems in class space: ``contrast`` (M, K, K), ``log_probs`` (M, K), ``labels`` (M,)."""
+    """M = N B problems in class space: ``log_probs`` (M, K), ``labels`` (M,), and ``contrast``.
+
+    The latter holds the Grams (M, K, K), or the Jacobians (M, K, p) themselves.
+    """
 
     contrast: Tensor
     log_probs: Tensor
@@ -221,7 +224,7 @@ class _ExactValues:
     near: Tensor
 
 
-def _log_ceiling(log_probs: Tensor, labels: Tensor) -> Tensor:
+def log_ceiling(log_probs: Tensor, labels: Tensor) -> Tensor:
     """log((1 - P_y) / P_y) from the other classes, so that 1 - P_y keeps its digits where P_y is near 1."""
     others = log_probs.scatter(1, labels[:, None], -torch.inf)
     return others.logsumexp(dim=1) - log_probs.gather(1, labels[:, None]).squeeze(1)
@@ -229,26 +232,55 @@ def _log_ceiling(log_probs: Tensor, labels: Tensor) -> Tensor:
 
 def _exact(problems: _Problems, rtol: float) -> _ExactValues:
     """Rank first; the closed form at full rank; a factor for what is left."""
-    classes = problems.log_probs.shape[1]
-    decided: Pivots | Factor
-    if classes > WIDE:
+    full = problems.log_probs.shape[1] - 1
+    if full + 1 > WIDE:
         # A large factor decides as well, and is not made twice.
-        decided = factor = pivoted_cholesky(problems.contrast, rtol=rtol, max_rank=classes - 1)
-        fi = torch.where(decided.rank == classes - 1, problems.log_ceiling.exp(), 0.0)
-    else:
-        decided, fi = decide(problems.contrast, problems.log_ceiling, rtol=rtol, max_rank=classes - 1)
-        factor = None
-    full = decided.rank == classes - 1
+        return _of_factor(problems, pivoted_cholesky(problems.contrast, rtol=rtol, max_rank=full), rtol)
+    decided, fi = decide(problems.contrast, problems.log_ceiling, rtol=rtol, max_rank=full)
+
+    def rows(partial: Tensor) -> Tensor:
+        return pivoted_cholesky(problems.contrast[partial], rtol=rtol, max_rank=full).rows
+
+    return _completed(problems, decided, fi, rows, rtol)
+
+
+def exact_of_jacobians(
+    jacobian: Tensor, log_probs: Tensor, labels: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Exact FI from the contrast Jacobians themselves, for perturbations of few values and many classes.
+
+    Args:
+        jacobian: ``(M, K, p)`` float64, of the contrasts with any one class, whose row is zero.
+        log_probs: ``(M, K)`` float64.
+        labels: ``(M,)`` int64.
+        dtype: The precision in which the Jacobian was computed.
+
+    Returns:
+        FI, alignment, rank and near_cut as in ``Influence``, each ``(M,)``.
+    """
+    classes = jacobian.shape[1]
+    rtol = default_rtol(dtype, classes=classes)
+    problems = _Problems(jacobian, log_probs, labels, log_ceiling(log_probs, labels), dtype)
+    found = _of_factor(problems, factor_of_jacobian(jacobian, rtol=rtol, max_rank=classes - 1), rtol)
+    return found.fi, found.alignment, found.rank, found.near
+
+
+def _of_factor(problems: _Problems, factor: Factor, rtol: float) -> _ExactValues:
+    full = factor.rank == problems.log_probs.shape[1] - 1
+    fi = torch.where(full, problems.log_ceiling.exp(), 0.0)
+    return _completed(problems, factor, fi, lambda partial: factor.rows[partial], rtol)
+
+
+def _completed(
+    problems: _Problems, decided: Pivots | Factor, fi: Tensor, rows: Callable[[Tensor], Tensor], rtol: float
+) -> _ExactValues:
+    """Fill in the problems that are neither empty nor of full rank, from the factor that ``rows`` gives of them."""
+    full = decided.rank == problems.log_probs.shape[1] - 1
     alignment = full.to(fi.dtype)
     partial = (~full & (decided.rank > 0)).nonzero().squeeze(1)
     if len(partial):
-        left = problems[partial]
-        if factor is None:
-            rows = pivoted_cholesky(left.contrast, rtol=rtol, max_rank=classes - 1).rows
-        else:
-            rows = factor.rows[partial]
         cut = (rtol * decided.largest[partial])[:, None]
-        fi[partial], alignment[partial] = _reach(left, rows, cut)
+        fi[partial], alignment[partial] = _reach(problems[partial], rows(partial), cut)
     near = (decided.smallest < rtol * _PIVOT_BAND) | (decided.refused * _PIVOT_BAND > rtol)
     return _ExactValues(fi=fi, alignment=alignment, rank=decided.rank, near=near & (decided.largest > 0))
 

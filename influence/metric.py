@@ -172,7 +172,7 @@ def metric_tensor(
                 [2]])
     """
     perturbs_input = isinstance(wrt, Patches) or (isinstance(wrt, str) and wrt == "input")
-    _require_input(model, x, floating=perturbs_input)
+    require_input(model, x, floating=perturbs_input)
     if chunk_size is not None and (isinstance(chunk_size, bool) or chunk_size < 1):
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}. Use None for the default.")
     if perturbs_input:
@@ -205,7 +205,7 @@ def _of_the_input(model: nn.Module, x: Tensor, patches: Patches | None) -> Compu
     def compute(x: Tensor) -> Part:
         with differentiable(model, []):
             log_probs, gram, dtype = input_grams(model, x, patches)
-        return log_probs, gram, _coarser(dtype, x.dtype)
+        return log_probs, gram, coarser(dtype, x.dtype)
 
     def size(x: Tensor) -> int:
         values = max(1, x[0].numel())
@@ -227,12 +227,13 @@ def _of_the_parameters(model: nn.Module, wrt: str | Sequence[str]) -> Computatio
 
     def compute(x: Tensor) -> Part:
         log_probs, gram, dtype = engine(x)
-        return log_probs, gram, _coarser(dtype, *engine.dtypes)
+        return log_probs, gram, coarser(dtype, *engine.dtypes)
 
     return dims, compute, engine.chunk_size
 
 
-def _require_input(model: nn.Module, x: Tensor, *, floating: bool) -> None:
+def require_input(model: nn.Module, x: Tensor, *, floating: bool) -> None:
+    """Refuse what is no model or no batch of finite inputs; raises as ``metric_tensor`` says."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     if not isinstance(x, Tensor):
@@ -287,7 +288,8 @@ def _parameter_blocks(
     return groups, parameters
 
 
-def _coarser(*dtypes: torch.dtype) -> torch.dtype:
+def coarser(*dtypes: torch.dtype) -> torch.dtype:
+    """The least precise of floating types."""
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from influence.contrasts import Classes, forward
 from influence.kernels.projected import products
 from influence.last_layer import NarrowLayer
-from influence.memory import is_out_of_memory
+from influence.memory import free_bytes, is_out_of_memory
 
 # Examples and input values in one backward pass that keep a processor busy, and passes for which it is worth while to
 # go forward again with copies of the examples.
@@ -103,6 +103,36 @@ class Patches:
             blocks.append(sums.T[:, full])
         return torch.stack(blocks).view(examples, -1, classes, classes)
 
+    def entries(self, shape: Sequence[int], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """For each size the flat places in an image ``(C, H, W)`` of its patches' entries, and which lie inside.
+
+        Returns:
+            ``(B, p)`` int64 and ``(B, p)`` bool for each size; the blocks are in the order of ``blocks``.
+        """
+        channels, height, width = shape
+        found = []
+        for k in self.sizes:
+            rows, row_inside = _window(k, height, self.stride, device)
+            columns, column_inside = _window(k, width, self.stride, device)
+            flat = rows[:, None, :, None] * width + columns[None, :, None, :]
+            inside = row_inside[:, None, :, None] & column_inside[None, :, None, :]
+            first = torch.arange(channels, device=device) * (height * width)
+            if self.per_channel:
+                places = (first[:, None, None, None] + flat.flatten(2)[None]).flatten(0, 2)
+                within = inside.flatten(2)[None].expand(channels, -1, -1, -1).flatten(0, 2)
+            else:
+                places = (first[:, None] + flat.flatten(2)[:, :, None]).flatten(0, 1).flatten(1)
+                within = inside.flatten(2)[:, :, None].expand(-1, -1, channels, -1).flatten(0, 1).flatten(1)
+            found.append((places, within))
+        return found
+
+
+def _window(size: int, side: int, stride: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Places along a side that each window covers, kept inside, and which of them are; both ``(centres, size)``."""
+    centres = torch.arange(0, side, stride, device=device)
+    places = centres[:, None] + torch.arange(-((size - 1) // 2), size // 2 + 1, device=device)
+    return places.clamp(0, side - 1), (places >= 0) & (places < side)
+
 
 def _covered(size: int, side: int, stride: int) -> list[tuple[int, int]]:
     """Centres along a side, each with the pixels that its patch covers."""
@@ -135,6 +165,49 @@ def input_grams(model: nn.Module, x: Tensor, patches: Patches | None) -> tuple[T
     Returns:
         log P ``(N, K)``, the Grams ``(N, B, K, K)`` and the dtype of the logits.
     """
+    classes, narrow, jacobian = _of_few_or_all(model, x)
+    if patches is not None:
+        _require_room(patches, x, classes)
+        gram = patches.grams(_spread(jacobian, narrow, classes))
+    else:
+        gram = products(jacobian.flatten(2))
+        gram = (gram if narrow is None else narrow.spread(gram, narrow.contrasts(classes)))[:, None]
+    return classes.log_probs, classes.embed(gram), classes.dtype
+
+
+def _require_room(patches: Patches, x: Tensor, classes: Classes) -> None:
+    """Refuse Grams that cannot be had even for one example.
+
+    Raises:
+        ValueError: If they need more memory than is free.
+    """
+    blocks, count = len(patches.blocks(x.shape[1:])), classes.order.shape[1]
+    # They are made, put at their classes and kept.
+    needed, free = 3 * 8 * blocks * count**2, free_bytes(x.device)
+    if needed > free:
+        raise ValueError(
+            f"the Grams of {blocks:,} patches with K = {count:,} classes need {needed / 2**30:,.0f} GiB for an "
+            f"example, {free / 2**30:,.0f} are free. influence.patch_influence gives FI without them; a larger stride makes "
+            "them fewer."
+        )
+
+
+def contrast_jacobian(model: nn.Module, x: Tensor) -> tuple[Classes, Tensor]:
+    """Jacobian of the K - 1 contrasts with the predicted class.
+
+    Args:
+        model: The model.
+        x: ``(N, ...)``.
+
+    Returns:
+        What the logits say, and the Jacobian ``(N, K - 1, ...)``, its rows in the order of ``Classes.order``.
+    """
+    classes, narrow, jacobian = _of_few_or_all(model, x)
+    return classes, _spread(jacobian, narrow, classes)
+
+
+def _of_few_or_all(model: nn.Module, x: Tensor) -> tuple[Classes, NarrowLayer | None, Tensor]:
+    """Jacobian ``(N, m, ...)`` of what a narrow last layer sees, if there is one, else of the contrasts."""
     leaf, logits = _recorded(model, x)
     classes = Classes.of(logits)
     narrow = NarrowLayer.of(logits)
@@ -149,15 +222,15 @@ def input_grams(model: nn.Module, x: Tensor, patches: Patches | None) -> tuple[T
                 raise
     if jacobian is None:
         jacobian = _jacobian(leaf, logits, classes, 1)
-    if patches is not None:
-        if narrow is not None:
-            contrasts = narrow.contrasts(classes).to(jacobian.dtype)
-            jacobian = (contrasts @ jacobian.flatten(2)).unflatten(2, x.shape[1:])
-        gram = patches.grams(jacobian)
-    else:
-        gram = products(jacobian.flatten(2))
-        gram = (gram if narrow is None else narrow.spread(gram, narrow.contrasts(classes)))[:, None]
-    return classes.log_probs, classes.embed(gram), classes.dtype
+    return classes, narrow, jacobian
+
+
+def _spread(jacobian: Tensor, narrow: NarrowLayer | None, classes: Classes) -> Tensor:
+    """Jacobian of the contrasts."""
+    if narrow is None:
+        return jacobian
+    contrasts = narrow.contrasts(classes).to(jacobian.dtype)
+    return (contrasts @ jacobian.flatten(2)).unflatten(2, jacobian.shape[2:])
 
 
 def _recorded(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

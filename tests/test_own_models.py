@@ -307,14 +307,17 @@ def test_large_images_in_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -
     pd.testing.assert_frame_equal(adapt_robustness.robustness(subject, **options, images=8), curves)
 
 
-def test_patches_of_too_many_classes_are_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patches_of_many_classes_are_those_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = _subject((3, 16, 16), 5)
     scores = adapt_examples.scores(subject, images=4)
-    assert adapt_maps.maps(subject, scores, images=1)["patch"][0].shape == (16, 16)
+    by_gram = adapt_maps.maps(subject, scores, images=1)["patch"][0]
     monkeypatch.setattr(adapt_maps, "_MOST_PRODUCTS", 10 * 768 - 1)
+    assert by_gram.shape == (16, 16)
+    np.testing.assert_allclose(adapt_maps.maps(subject, scores, images=1)["patch"][0], by_gram, rtol=1e-6)
+    monkeypatch.setattr(adapt_maps, "_MOST_FACTORS", 3 * 8 * 8)
     areas = adapt_maps.maps(subject, scores, images=1)
-    assert areas["patch"][0] is None
-    assert "10 pairs of classes for each of 16 x 16 x 3 values" in adapt_words._areas(subject, areas)
+    np.testing.assert_allclose(areas["patch"][0], by_gram[::2, ::2], rtol=1e-6)
+    assert "of all 3 x 3 patches reach 99% of it" in adapt_words._areas(areas)
 
 
 def test_normalised_images_are_not_distorted() -> None:

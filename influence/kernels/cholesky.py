@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,15 +42,42 @@ def pivoted_cholesky(gram: Tensor, *, rtol: float, max_rank: int | None = None) 
     Returns:
         The factor.
     """
-    batch, classes, _ = gram.shape
+    classes = gram.shape[1]
     steps = classes if max_rank is None else min(max_rank, classes)
-    example = torch.arange(batch, device=gram.device)
-    diagonal = gram.diagonal(dim1=-2, dim2=-1).clone()
+    example = torch.arange(len(gram), device=gram.device)
+    return _factor(gram.diagonal(dim1=-2, dim2=-1).clone(), lambda index: gram[example, index], rtol, steps)
+
+
+def factor_of_jacobian(jacobian: Tensor, *, rtol: float, max_rank: int | None = None) -> Factor:
+    """Factor ``jacobian @ jacobian^T`` without forming it, where there are many classes and few values.
+
+    Args:
+        jacobian: ``(M, K, p)`` float64.
+        rtol: As for ``pivoted_cholesky``.
+        max_rank: As for ``pivoted_cholesky``.
+
+    Returns:
+        The factor.
+    """
+    batch, classes, values = jacobian.shape
+    steps = min(values, classes if max_rank is None else max_rank)
+    example = torch.arange(batch, device=jacobian.device)
+
+    def column(index: Tensor) -> Tensor:
+        return (jacobian @ jacobian[example, index, :, None]).squeeze(-1)
+
+    return _factor(jacobian.square().sum(dim=-1), column, rtol, steps)
+
+
+def _factor(diagonal: Tensor, column_of: Callable[[Tensor], Tensor], rtol: float, steps: int) -> Factor:
+    """The steps, from the diagonal ``(M, K)`` of the Grams and what gives one column ``(M, K)`` of each."""
+    batch, classes = diagonal.shape
+    example = torch.arange(batch, device=diagonal.device)
     largest = diagonal.amax(dim=-1).clamp(min=0)
-    rows = gram.new_zeros(batch, classes, steps)
-    rank = torch.zeros(batch, dtype=torch.int64, device=gram.device)
-    smallest = gram.new_full((batch,), torch.inf)
-    refused = gram.new_zeros(batch)
+    rows = diagonal.new_zeros(batch, classes, steps)
+    rank = torch.zeros(batch, dtype=torch.int64, device=diagonal.device)
+    smallest = diagonal.new_full((batch,), torch.inf)
+    refused = diagonal.new_zeros(batch)
     going = largest > 0
     for step in range(steps):
         pivot, index = diagonal.max(dim=-1)
@@ -62,7 +90,7 @@ def pivoted_cholesky(gram: Tensor, *, rtol: float, max_rank: int | None = None) 
             break
         smallest = torch.where(kept, relative, smallest)
         rank += kept
-        column = gram[example, index]
+        column = column_of(index)
         column = column - (rows[:, :, :step] @ rows[example, index, :step, None]).squeeze(-1)
         column = column / torch.where(kept, pivot, 1.0).sqrt()[:, None]
         column = torch.where(kept[:, None], column, 0.0)

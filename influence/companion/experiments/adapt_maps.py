@@ -12,9 +12,10 @@ import influence
 from .adapt import Subject, input_trace, log_probs_of, odds, picture
 
 # Float64 numbers, 2 GiB with what is alive beside them: products of two gradients, one for each pair of classes and
-# value of the image, and the Grams of all patches.
+# value of the image, and the Grams of all patches. Beyond the first each patch has a factorisation of its own.
 _MOST_PRODUCTS = 2**26
 _MOST_IN_GRAMS = 2**24
+_MOST_FACTORS = 2**12
 
 
 def maps(subject: Subject, table: pd.DataFrame, *, images: int, size: int = 3) -> pd.DataFrame:
@@ -23,8 +24,7 @@ def maps(subject: Subject, table: pd.DataFrame, *, images: int, size: int = 3) -
     Returns:
         One row per image: example, label_name, predicted_name, ceiling (of the predicted class), pixels (H, W, C),
         trace (H, W; summed over channels), single (H, W; FI of one value, the largest of its channels), patch (FI of a
-        `size` x `size` patch on a grid of rows and columns, the largest of the channels; None where the
-        pairs of classes are too many for the memory of a small machine: K (K - 1) / 2 x C H W > 2^26).
+        `size` x `size` patch on a grid of rows and columns, the largest of the channels).
     """
     if not subject.image:
         return pd.DataFrame()
@@ -54,14 +54,19 @@ def maps(subject: Subject, table: pd.DataFrame, *, images: int, size: int = 3) -
     return pd.DataFrame(rows)
 
 
-def _patch_map(subject: Subject, x: Tensor, size: int) -> np.ndarray | None:
-    if subject.classes * (subject.classes - 1) // 2 * x[0].numel() > _MOST_PRODUCTS:
-        return None
+def _patch_map(subject: Subject, x: Tensor, size: int) -> np.ndarray:
     _, channels, height, width = x.shape
+    classes = subject.classes
+    many = classes * (classes - 1) // 2 * x[0].numel() > _MOST_PRODUCTS
+    weight, most = (1, _MOST_FACTORS) if many else (classes**2, _MOST_IN_GRAMS)
     stride = 1
-    while channels * -(-height // stride) * -(-width // stride) * subject.classes**2 > _MOST_IN_GRAMS:
+    while channels * -(-height // stride) * -(-width // stride) * weight > most:
         stride += 1
-    metric = influence.metric_tensor(subject.model, x, wrt=influence.Patches(size=size, stride=stride))
-    fi = influence.first_order_influence(metric).fi[0]
-    found: np.ndarray = fi.view(channels, -(-height // stride), -(-width // stride)).amax(0).cpu().numpy()
+    patches = influence.Patches(size=size, stride=stride)
+    if many:
+        result = influence.patch_influence(subject.model, x, patches=patches)
+    else:
+        result = influence.first_order_influence(influence.metric_tensor(subject.model, x, wrt=patches))
+    fi = result.fi[0].view(channels, -(-height // stride), -(-width // stride))
+    found: np.ndarray = fi.amax(0).cpu().numpy()
     return found

@@ -24,7 +24,7 @@ def in_words(subject: Subject, *, scores: pd.DataFrame, tables: dict[str, pd.Dat
     lines = [*_warnings(subject, scores), *_suspicious(subject, scores, tables["beyond"]), _layers(tables["layers"])]
     lines += [_parts(row) for row in tables["parts"].to_dict("records")]
     if len(tables["maps"]):
-        lines.append(_areas(subject, tables["maps"]))
+        lines.append(_areas(tables["maps"]))
     if len(tables["curves"]):
         lines.append(_curves(tables["curves"]))
     elif subject.image:
@@ -118,19 +118,13 @@ def _parts(row: dict[Any, Any]) -> str:
     )
 
 
-def _areas(subject: Subject, areas: pd.DataFrame) -> str:
+def _areas(areas: pd.DataFrame) -> str:
     rows = areas.to_dict("records")
     single = np.array([row["single"].max() / row["ceiling"] for row in rows])
     text = (
         f"**Vulnerable areas.** On the {len(rows)} least sure test images, the best single value reaches "
         f"{single.min():.0%} to {single.max():.0%} of the ceiling"
     )
-    if areas["patch"].isna().any():
-        height, width, channels = rows[0]["pixels"].shape
-        return text + (
-            f"; maps of patches are left out: {subject.classes * (subject.classes - 1) // 2:,} pairs of classes for "
-            f"each of {height} x {width} x {channels} values do not fit the memory of a small machine."
-        )
     size = int(areas["size"].iloc[0])
     reached = float(np.mean(np.concatenate([(row["patch"] / row["ceiling"]).ravel() for row in rows]) > 0.99))
     flat = "a flat map, which says what the loss says" if reached > 0.9 else "a map that says more than the loss"

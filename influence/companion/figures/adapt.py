@@ -82,27 +82,16 @@ def maps(areas: pd.DataFrame) -> Figure:
     """Each image beside its trace, its FI of single values, and its FI of patches, both as shares of the ceiling."""
     if not len(areas):
         return Figure(figsize=(style.WIDTH, 0.5))
-    patches = areas["patch"].notna().all()
-    columns = 4 if patches else 3
     figure = Figure(figsize=(style.WIDTH, 1.9 * len(areas)))
-    grid = figure.subplots(len(areas), columns, squeeze=False)
+    grid = figure.subplots(len(areas), 4, squeeze=False)
     for line, (_, row) in zip(grid, areas.iterrows(), strict=True):
         line[0].imshow(row["pixels"].squeeze(), cmap="gray", vmin=0, vmax=1)
         line[0].set_ylabel(
             f"#{row['example']}: {_short(row['label_name'])}\nseen as {_short(row['predicted_name'])}", fontsize=7
         )
         shown = [(row["trace"] / max(row["trace"].max(), 1e-300), "trace / its largest")]
-        single = row["single"] / row["ceiling"]
-        if (largest := single.max()) < _FAINT:
-            single, title = (
-                single / max(largest, 1e-300),
-                f"FI of one value / its largest\n({largest:.1%} of the ceiling)",
-            )
-        else:
-            title = "FI of one value / ceiling"
-        shown += [(single, title)]
-        if patches:
-            shown.append((row["patch"] / row["ceiling"], f"FI of {row['size']} x {row['size']} / ceiling"))
+        for kind, name in (("single", "one value"), ("patch", f"{row['size']} x {row['size']}")):
+            shown.append(_share(row[kind] / row["ceiling"], f"FI of {name}"))
         for axes, (values, title) in zip(line[1:], shown, strict=True):
             image = axes.imshow(values, cmap="nipy_spectral", vmin=0, vmax=1)
             axes.set_title(title, fontsize=7)
@@ -111,6 +100,14 @@ def maps(areas: pd.DataFrame) -> Figure:
             axes.set_yticks([])
         figure.colorbar(image, ax=line[-1], fraction=0.046)
     return figure
+
+
+def _share(values: np.ndarray, name: str) -> tuple[np.ndarray, str]:
+    """Shares of the ceiling as they are, or of their largest where that is too faint to see."""
+    largest = float(values.max())
+    if largest >= _FAINT:
+        return values, f"{name} / ceiling"
+    return values / max(largest, 1e-300), f"{name} / its largest\n({largest:.1%} of the ceiling)"
 
 
 def robustness(curves: pd.DataFrame) -> Figure:

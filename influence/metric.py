@@ -146,7 +146,7 @@ def metric_tensor(
         model: Maps ``x`` to logits ``(N, K)``, or to an object with such ``.logits``.
         x: ``(N, ...)`` inputs; floating for ``wrt="input"`` and ``Patches``.
         wrt: What is perturbed. ``"input"``: all values of the input, one block. ``Patches``: one block for each patch
-            of an image. ``"parameters"``: all parameters, one block. ``"layers"``: one block for each module that owns
+            of an image; for many classes see ``patch_influence``. ``"parameters"``: all parameters, one block. ``"layers"``: one block for each module that owns
             parameters, in ``named_modules()`` order, holding those it owns itself. A list of module names: one block
             for each, holding all parameters inside it. Parameters count whether or not they require a gradient; one
             used in two places is one parameter.
@@ -161,8 +161,8 @@ def metric_tensor(
         TypeError: For an ``x`` that is not a tensor (or not floating, where it is perturbed), an output that is not
             floating logits, or a ``wrt`` of another type.
         ValueError: For an empty or non-finite ``x``, an output that is not finite or not ``(N, K)`` with K >= 2, an
-            unknown ``wrt`` or module name, a module without parameters, patches of what is no image, a chunk size
-            below 1, or an unknown backend.
+            unknown ``wrt`` or module name, a module without parameters, patches of what is no image or whose
+            Grams do not fit, a chunk size below 1, or an unknown backend.
         RuntimeError: For a model with BatchNorm or Dropout in training mode, or logits that carry no gradient.
 
     Example:

@@ -187,8 +187,8 @@ def _require_room(patches: Patches, x: Tensor, classes: Classes) -> None:
     if needed > free:
         raise ValueError(
             f"the Grams of {blocks:,} patches with K = {count:,} classes need {needed / 2**30:,.0f} GiB for an "
-            f"example, {free / 2**30:,.0f} are free. influence.patch_influence gives FI without them; a larger stride makes "
-            "them fewer."
+            f"example, {free / 2**30:,.0f} are free. influence.patch_influence gives FI without them; a larger stride "
+            "makes them fewer."
         )
 
 

@@ -146,10 +146,10 @@ def metric_tensor(
         model: Maps ``x`` to logits ``(N, K)``, or to an object with such ``.logits``.
         x: ``(N, ...)`` inputs; floating for ``wrt="input"`` and ``Patches``.
         wrt: What is perturbed. ``"input"``: all values of the input, one block. ``Patches``: one block for each patch
-            of an image; for many classes see ``patch_influence``. ``"parameters"``: all parameters, one block. ``"layers"``: one block for each module that owns
-            parameters, in ``named_modules()`` order, holding those it owns itself. A list of module names: one block
-            for each, holding all parameters inside it. Parameters count whether or not they require a gradient; one
-            used in two places is one parameter.
+            of an image; for many classes see ``patch_influence``. ``"parameters"``: all parameters, one block.
+            ``"layers"``: one block for each module that owns parameters, in ``named_modules()`` order, holding those it
+            owns itself. A list of module names: one block for each, holding all parameters inside it. Parameters count
+            whether or not they require a gradient; one used in two places is one parameter.
         chunk_size: Examples computed at once. None: from the memory that is free, and half of it again each time that
             was too much.
         backend: Kernels for the products of gradients: "auto", "torch" or "triton", see ``kernels.backend.using``.

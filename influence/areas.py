@@ -51,9 +51,9 @@ def patch_influence(
     require_input(model, x, floating=True)
     blocks = patches.blocks(x.shape[1:])
     require_deterministic(model)
-    with torch.no_grad():
-        logits = require_logits(model(x[:1].clone()), examples=1)
     if labels is not None:
+        with torch.no_grad():
+            logits = require_logits(model(x[:1].clone()), examples=1)
         labels = require_labels(labels, examples=len(x), classes=logits.shape[1], device=logits.device)
     parts = []
     for n in range(len(x)):

@@ -165,9 +165,11 @@ def input_grams(model: nn.Module, x: Tensor, patches: Patches | None) -> tuple[T
     Returns:
         log P ``(N, K)``, the Grams ``(N, B, K, K)`` and the dtype of the logits.
     """
-    classes, narrow, jacobian = _of_few_or_all(model, x)
+    leaf, logits = _recorded(model, x)
     if patches is not None:
-        _require_room(patches, x, classes)
+        _require_room(patches, leaf, classes=logits.shape[1])
+    classes, narrow, jacobian = _of_few_or_all(model, leaf, logits)
+    if patches is not None:
         gram = patches.grams(_spread(jacobian, narrow, classes))
     else:
         gram = products(jacobian.flatten(2))
@@ -175,18 +177,20 @@ def input_grams(model: nn.Module, x: Tensor, patches: Patches | None) -> tuple[T
     return classes.log_probs, classes.embed(gram), classes.dtype
 
 
-def _require_room(patches: Patches, x: Tensor, classes: Classes) -> None:
-    """Refuse Grams that cannot be had even for one example.
+def _require_room(patches: Patches, x: Tensor, *, classes: int) -> None:
+    """Before any backward pass, refuse Grams that cannot be had even for one example.
 
     Raises:
         ValueError: If they need more memory than is free.
     """
-    blocks, count = len(patches.blocks(x.shape[1:])), classes.order.shape[1]
+    _, channels, height, width = x.shape
+    centres = len(range(0, height, patches.stride)) * len(range(0, width, patches.stride))
+    blocks = len(patches.sizes) * (channels if patches.per_channel else 1) * centres
     # They are made, put at their classes and kept.
-    needed, free = 3 * 8 * blocks * count**2, free_bytes(x.device)
+    needed, free = 3 * 8 * blocks * classes**2, free_bytes(x.device)
     if needed > free:
         raise ValueError(
-            f"the Grams of {blocks:,} patches with K = {count:,} classes need {needed / 2**30:,.0f} GiB for an "
+            f"the Grams of {blocks:,} patches with K = {classes:,} classes need {needed / 2**30:,.0f} GiB for an "
             f"example, {free / 2**30:,.0f} are free. influence.patch_influence gives FI without them; a larger stride "
             "makes them fewer."
         )
@@ -202,13 +206,13 @@ def contrast_jacobian(model: nn.Module, x: Tensor) -> tuple[Classes, Tensor]:
     Returns:
         What the logits say, and the Jacobian ``(N, K - 1, ...)``, its rows in the order of ``Classes.order``.
     """
-    classes, narrow, jacobian = _of_few_or_all(model, x)
+    classes, narrow, jacobian = _of_few_or_all(model, *_recorded(model, x))
     return classes, _spread(jacobian, narrow, classes)
 
 
-def _of_few_or_all(model: nn.Module, x: Tensor) -> tuple[Classes, NarrowLayer | None, Tensor]:
+def _of_few_or_all(model: nn.Module, leaf: Tensor, logits: Tensor) -> tuple[Classes, NarrowLayer | None, Tensor]:
     """Jacobian ``(N, m, ...)`` of what a narrow last layer sees, if there is one, else of the contrasts."""
-    leaf, logits = _recorded(model, x)
+    x = leaf.detach()
     classes = Classes.of(logits)
     narrow = NarrowLayer.of(logits)
     rows = logits.shape[1] - 1 if narrow is None else narrow.width

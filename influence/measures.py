@@ -93,8 +93,8 @@ class Influence:
             the estimator. 0 where the perturbation moves nothing.
         rank: ``(N, B)`` int64, the directions used: the rank of G; for ``Released`` the singular values above its cut.
         near_cut: ``(N, B)`` bool, whether rounding may have moved a direction across the cut (of the Jacobian, each row
-            by a few hundred eps of its precision, or of the float64 Gram); compute these examples in float64 where it
-            matters.
+            by a few hundred eps of its precision, or of the float64 Gram), or made all that separates FI from its
+            ceiling; compute these examples in float64 where it matters.
         labels: ``(N,)`` int64, y.
         blocks: B names.
     """
@@ -280,13 +280,17 @@ def _completed(
     partial = (~full & (decided.rank > 0)).nonzero().squeeze(1)
     if len(partial):
         cut = (rtol * decided.largest[partial])[:, None]
-        fi[partial], alignment[partial] = _reach(problems[partial], rows(partial), cut)
+        fi[partial], alignment[partial], noise = _reach(problems[partial], rows(partial), cut)
     near = (decided.smallest < rtol * _PIVOT_BAND) | (decided.refused * _PIVOT_BAND > rtol)
+    if len(partial):
+        near[partial] |= noise
     return _ExactValues(fi=fi, alignment=alignment, rank=decided.rank, near=near & (decided.largest > 0))
 
 
-def _reach(problems: _Problems, rows: Tensor, cut: Tensor, *, penalty: float = 0.0) -> tuple[Tensor, Tensor]:
+def _reach(problems: _Problems, rows: Tensor, cut: Tensor, *, penalty: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     r"""FI and FI / ceiling below full rank, or under a penalty, from a factor of the contrast Gram.
+
+    Also whether P_y / (1 - P_y) + sin^2 is no more than rounding of the Jacobian may put there.
 
     With t_k = (c_k - c_y) . u for a direction u of omega and Q_k = P_k / (1 - P_y) the distribution over the other
     classes, let cos^2 be the share of sum_k Q_k 1^2 that t explains in a least squares fit of the constant 1, and
@@ -308,13 +312,15 @@ def _reach(problems: _Problems, rows: Tensor, cut: Tensor, *, penalty: float = 0
         log_weights = torch.cat([log_weights, (math.log(penalty) - log_rest).expand(-1, width)], dim=1)
         target = torch.nn.functional.pad(target, (0, width))
         limit = torch.cat([limit, limit.new_full((count, width), classes * _GRAM_EPS)], dim=1)
-    explained, unexplained = weighted_projection(contrast, log_weights, target, limit)
+    explained, unexplained, sensitivity = weighted_projection(contrast, log_weights, target, limit)
     explained = explained.clamp(max=1.0)
     odds = (-problems.log_ceiling).exp()
     fi = explained / (odds + unexplained)
+    rounding = _JACOBIAN_ROUNDING * torch.finfo(problems.dtype).eps
+    noise = rounding**2 * sensitivity > odds + unexplained
     # Two forms of fi / ceiling: neither multiplies by a ceiling that may have overflowed.
     sure = explained / (1 + problems.log_ceiling.clamp(max=0).exp() * unexplained)
-    return fi, torch.where(problems.log_ceiling <= 0, sure, fi * odds)
+    return fi, torch.where(problems.log_ceiling <= 0, sure, fi * odds), noise
 
 
 def _factor(problems: _Problems) -> Factor:

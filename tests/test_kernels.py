@@ -51,7 +51,7 @@ def test_projection_equals_least_squares() -> None:
     rows = torch.randn(7, 9, 3, generator=generator(), dtype=torch.float64)
     weights = torch.rand(7, 9, generator=generator(1), dtype=torch.float64)
     target = torch.randn(7, 9, generator=generator(2), dtype=torch.float64)
-    explained, unexplained = weighted_projection(rows, weights.log(), target, torch.full((7, 1), 1e-20).double())
+    explained, unexplained, _ = weighted_projection(rows, weights.log(), target, torch.full((7, 1), 1e-20).double())
     for i in range(7):
         root = weights[i].sqrt()
         fit = torch.linalg.lstsq(root[:, None] * rows[i], (root * target[i])[:, None]).solution

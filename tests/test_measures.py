@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -121,6 +121,7 @@ def test_below_full_rank_against_many_digits(seed: int, spread: float, width: in
 
 @settings(max_examples=25, deadline=None)
 @given(seed=SEEDS, copies=st.integers(1, 3), spread=st.sampled_from([3.0, 30.0]))
+@example(seed=33217, copies=3, spread=30.0)  # P_y = 4e-42 beside a copy of probability 3e-6
 def test_classes_that_move_together_need_no_direction_of_their_own(seed: int, copies: int, spread: float) -> None:
     """Rows that repeat each other up to rounding must not be told apart by a large probability."""
     classes = 7
@@ -130,6 +131,22 @@ def test_classes_that_move_together_need_no_direction_of_their_own(seed: int, co
     result = influence.first_order_influence(metric_of(logits, jacobian), [classes - 1])
     value, _ = truth.influence_in_many_digits(logits[0].tolist(), jacobian[0], classes - 1)
     assert result.fi.item() == pytest.approx(value, rel=1e-6 if spread < 10 else 1e-4, abs=0)
+
+
+@pytest.mark.parametrize("log_prob", [-10.0, -90.0])
+@pytest.mark.parametrize("classes", [6, 140])
+def test_copies_up_to_rounding_of_the_jacobian_are_marked(log_prob: float, classes: int) -> None:
+    """What a float32 Jacobian leaves between two copies says nothing of FI, once P_y is below its square."""
+    logits, jacobian = gauss(1, classes), gauss(1, classes, 3, seed=1)
+    jacobian[0, 1:-1] = jacobian[0, 0]
+    logits[0, -1] = log_prob
+    copied = influence.first_order_influence(metric_of(logits, jacobian), [classes - 1])
+    assert copied.alignment.item() == pytest.approx(1.0, rel=1e-4)
+    jacobian *= 1 + 1e-6 * gauss(*jacobian.shape, seed=2)
+    rounded = influence.first_order_influence(metric_of(logits, jacobian, torch.float32), [classes - 1])
+    assert rounded.rank.item() == copied.rank.item() == 1
+    assert rounded.near_cut.item() == (log_prob == -90.0)
+    assert (rounded.alignment.item() > 0.999) == (log_prob == -10.0)
 
 
 def test_one_parameter() -> None:

@@ -9,9 +9,13 @@ from torch import Tensor
 _WIDE = 64
 # Share of a squared length below which it is computed anew.
 _LOST = 1e-6
+# The algebra here moves a row by up to this many eps, relative to the lengths it is made of.
+_ROUNDING = 16.0
 
 
-def weighted_projection(rows: Tensor, log_weights: Tensor, target: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
+def weighted_projection(
+    rows: Tensor, log_weights: Tensor, target: Tensor, cut: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     r"""Fit ``target`` by a linear function of ``rows`` and return the explained and the unexplained sum of squares.
 
     For weights w and rows c_i the two parts of sum_i w_i t_i^2 under the best linear fit t_i ~ c_i . u. Probabilities
@@ -24,6 +28,10 @@ def weighted_projection(rows: Tensor, log_weights: Tensor, target: Tensor, cut: 
     conditioned systems: explained = g^T (I + E^T E)^{-1} g, unexplained = h^T (I + E E^T)^{-1} h. Neither is formed
     as one minus the other, so the small one keeps its digits.
 
+    What a row of the rest misses of its target, t_2 - C_2 C_1^{-1} t_1, is the end of a subtraction. Where it is no
+    more than rounding leaves of one it counts as zero: times the weight of a row that repeats another it would
+    otherwise pass for a miss beside weights of 1e-30.
+
     Args:
         rows: ``(M, Q, r)`` float64.
         log_weights: ``(M, Q)`` logarithms of the weights; minus infinity leaves a row out.
@@ -32,12 +40,14 @@ def weighted_projection(rows: Tensor, log_weights: Tensor, target: Tensor, cut: 
             pivots so far. Without it, rounding noise times a large weight would pass for a direction.
 
     Returns:
-        explained ``(M,)`` and unexplained ``(M,)``.
+        explained ``(M,)``, unexplained ``(M,)``, and sensitivity ``(M,)``: moving each row by delta, relative to its
+        length, may add about delta^2 sensitivity to the unexplained part.
     """
     batch, _, width = rows.shape
     weight_root = (0.5 * log_weights).exp()
     if width == 0:
-        return rows.new_zeros(batch), (weight_root * target).square().sum(dim=-1)
+        nothing = rows.new_zeros(batch)
+        return nothing, (weight_root * target).square().sum(dim=-1), nothing
     example = torch.arange(batch, device=rows.device)
     spent = torch.isneginf(log_weights)
     eliminate = _eliminate_once if width > _WIDE else _eliminate
@@ -53,16 +63,27 @@ def weighted_projection(rows: Tensor, log_weights: Tensor, target: Tensor, cut: 
     scaled = torch.where(coefficients == 0, 0.0, coefficients * (0.5 * gap).clamp(max=600.0).exp())
     pivot_target = torch.where(used, target[example[:, None], pivots], 0.0)
     rest_root = torch.where(spent, 0.0, weight_root)
-    rest = rest_root * (target - (coefficients @ pivot_target[..., None]).squeeze(-1))
+    miss = target - (coefficients @ pivot_target[..., None]).squeeze(-1)
+    moved = _moved(rows, first, coefficients, pivots, pivot_target)
+    miss = torch.where(miss.abs() <= _ROUNDING * torch.finfo(rows.dtype).eps * (moved + target.abs()), 0.0, miss)
+    rest = rest_root * miss
     hit = (0.5 * pivot_log).exp() * pivot_target + (scaled.mT @ (rest_root * target)[..., None]).squeeze(-1)
 
     system = torch.linalg.cholesky(torch.eye(width, dtype=rows.dtype, device=rows.device) + scaled.mT @ scaled)
     right = torch.stack([hit, (scaled.mT @ rest[..., None]).squeeze(-1)], dim=-1)
     solved = torch.cholesky_solve(right, system)
     explained = (hit * solved[..., 0]).sum(dim=-1)
-    miss = rest - (scaled @ solved[..., 1:]).squeeze(-1)
-    unexplained = miss.square().sum(dim=-1) + (scaled.mT @ miss[..., None]).squeeze(-1).square().sum(dim=-1)
-    return explained, unexplained
+    left = rest - (scaled @ solved[..., 1:]).squeeze(-1)
+    unexplained = left.square().sum(dim=-1) + (scaled.mT @ left[..., None]).squeeze(-1).square().sum(dim=-1)
+    return explained, unexplained, (rest_root * moved).square().sum(dim=-1)
+
+
+def _moved(rows: Tensor, first: Tensor, coefficients: Tensor, pivots: Tensor, pivot_target: Tensor) -> Tensor:
+    """How far the fit of the pivots' targets moves at each row ``(M, Q)``, as rows move relative to their length."""
+    slope = torch.linalg.solve_triangular(first, pivot_target[..., None], upper=False).squeeze(-1)
+    length = rows.square().sum(dim=-1).sqrt()
+    made_of = length + (coefficients.abs() @ length.gather(1, pivots)[..., None]).squeeze(-1)
+    return made_of * slope.square().sum(dim=-1, keepdim=True).sqrt()
 
 
 # lower (M, Q, r), pivots (M, r), whether a step has one (M, r), and the rows that are spent (M, Q).

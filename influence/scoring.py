@@ -16,7 +16,6 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
-from tqdm.auto import tqdm
 
 from influence.checks import require_deterministic, require_labels, require_logits
 from influence.last_layer import head
@@ -24,6 +23,7 @@ from influence.measures import Estimator, Exact, Influence, Released, first_orde
 from influence.memory import in_chunks
 from influence.metric import metric_tensor
 from influence.pixels import Patches
+from influence.progress import progress_bar
 
 Wrt = str | Sequence[str] | Patches
 _RUN = "_run.json"
@@ -125,7 +125,9 @@ def score(
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     shortcut: Callable[[Tensor, Tensor | None, int], pd.DataFrame] | None = None
-    bar = tqdm(desc=f"scores {rank + 1}/{world}" if world > 1 else "scores", unit="example", disable=not progress)
+    bar = progress_bar(
+        desc=f"scores {rank + 1}/{world}" if world > 1 else "scores", unit="example", disable=not progress
+    )
     with bar:
         rows: list[pd.DataFrame] = []
         for shard, start, batch, last in _batches(loader, batches_per_shard, mine):

@@ -67,6 +67,17 @@ def test_log_has_output_and_traceback(first: tuple[Workspace, int, str]) -> None
     assert "\x1b" not in log
 
 
+def test_progress_bars_are_silent(workspace: Workspace) -> None:
+    loop = "from influence.progress import progress_bar\n\nfor _ in progress_bar(range(2)):\n    pass"
+    workspace.notebook("sensitivity/slow", body=f"{BODY}\n{loop}")
+    assert workspace.run() == 0
+    executed = nbformat.read(workspace.root / "build/notebooks/smoke/sensitivity/slow.ipynb", as_version=4)
+    cell = next(c for c in executed.cells if "progress_bar" in c.source)
+    assert [output.output_type for output in cell.outputs] == ["display_data"]
+    assert "image/png" in cell.outputs[0].data  # the figure
+    assert "widgets" not in executed.metadata
+
+
 def test_second_run_changes_nothing(first: tuple[Workspace, int, str], capsys: pytest.CaptureFixture[str]) -> None:
     workspace = first[0]
     before, executed = workspace.contents(), workspace.root / "build/notebooks/smoke/sensitivity/good.ipynb"

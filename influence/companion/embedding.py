@@ -11,9 +11,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 import influence
+from influence.progress import progress_bar
 
 from . import cache, inception, training
 from .data import Dataset, Split
@@ -94,7 +94,7 @@ def finetune(
         optimizer = torch.optim.Adam(model.parameters(), lr=arm.learning_rate)
         noise = torch.Generator(device).manual_seed(training.mixed_seed(recipe.seed, 10_000))
         losses = []
-        steps = tqdm(range(arm.steps), desc=f"{arm.objective} {recipe.seed}", unit="step", leave=False)
+        steps = progress_bar(range(arm.steps), desc=f"{arm.objective} {recipe.seed}", unit="step", leave=False)
         for step, batch in zip(steps, _triplets(dataset.train, recipe, 20_000), strict=False):
             x = pixels(batch, device)
             noisy = influence.gaussian_perturbation(x, sigma=arm.sigma * 255, generator=noise, clip=(0, 255))
@@ -124,7 +124,7 @@ def _train(
         optimizer.load_state_dict(state["optimizer"])
     model.train()
     start = time.perf_counter() - state["seconds"]
-    steps = tqdm(range(recipe.steps), desc=name.rsplit("-", 1)[0], unit="step", leave=False)
+    steps = progress_bar(range(recipe.steps), desc=name.rsplit("-", 1)[0], unit="step", leave=False)
     for step, batch in zip(steps, _triplets(dataset.train, recipe, 0), strict=False):
         if step < state["step"]:
             continue

@@ -14,8 +14,6 @@ from typing import Any
 
 from . import cache
 
-_WIDGET = "application/vnd.jupyter.widget-view+json"
-
 
 def execute(source: Path, target: Path, *, parameters: Mapping[str, Any], limit: float, log: Path) -> None:
     """Execute a notebook in its own folder, with the interpreter that runs this.
@@ -69,12 +67,11 @@ def execute(source: Path, target: Path, *, parameters: Mapping[str, Any], limit:
 
 
 def refresh(source: Path, executed_path: Path) -> None:
-    """Write the outputs of a run back into the notebook, without times, progress bars and traces of the runner."""
+    """Write the outputs of a run back into the notebook, without times and traces of the runner."""
     import nbformat
 
     executed = nbformat.read(executed_path, as_version=4)
     executed.metadata.pop("papermill", None)
-    executed.metadata.pop("widgets", None)  # the state of the progress bars, hundreds of kB of it
     executed.metadata.get("language_info", {}).pop("version", None)
     executed.metadata["kernelspec"] = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
     executed.cells = [c for c in executed.cells if "injected-parameters" not in c.metadata.get("tags", [])]
@@ -87,7 +84,6 @@ def refresh(source: Path, executed_path: Path) -> None:
         if cell.cell_type == "code":
             count += 1
             cell.execution_count = count
-            cell.outputs = [output for output in cell.outputs if _WIDGET not in output.get("data", {})]
             for output in cell.outputs:
                 if "execution_count" in output:
                     output.execution_count = count

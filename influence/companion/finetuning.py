@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 import influence
+from influence.progress import progress_bar
 
 from . import cache, distortions, models, training
 from .data import Dataset, Split
@@ -91,7 +91,7 @@ def _continue(
     noise = torch.Generator(device).manual_seed(training.mixed_seed(recipe.seed, 10_000))
     history: list[dict[str, float]] = []
     steps = _endless(train, arm.batch_size, recipe.seed)
-    for step in tqdm(range(arm.steps), desc=f"{arm.objective} {recipe.seed}", unit="step", leave=False):
+    for step in progress_bar(range(arm.steps), desc=f"{arm.objective} {recipe.seed}", unit="step", leave=False):
         images, labels = next(steps)
         x, y = pixels(images, device), labels.to(device)
         # Drawn by every arm, so that step n of each sees the same images and the same noise.

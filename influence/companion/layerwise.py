@@ -9,9 +9,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 import influence
+from influence.progress import progress_bar
 
 from . import training
 from .data import Split
@@ -27,7 +27,7 @@ def score_layers(model: nn.Module, split: Split, *, epsilon: float, device: torc
     places = positions(split.labels.numpy())
     frames, done = [], 0
     pieces = zip(split.images.split(_CHUNK), split.labels.split(_CHUNK), split.index.split(_CHUNK), strict=True)
-    for images, labels, index in tqdm(list(pieces), desc="FI of the layers", unit="batch", leave=False):
+    for images, labels, index in progress_bar(list(pieces), desc="FI of the layers", unit="batch", leave=False):
         layers = influence.metric_tensor(model, training.pixels(images, device), wrt="layers")
         metric = with_all(layers)
         y = labels.to(device)

@@ -6,9 +6,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 import influence
+from influence.progress import progress_bar
 
 from . import training
 from .data import Split
@@ -36,7 +36,7 @@ def intervene(
     """Change the entries that each ranking puts first; `experiments.vulnerability.intervention` says how."""
     generator = torch.Generator().manual_seed(seed)
     frames = []
-    for images, index in tqdm(
+    for images, index in progress_bar(
         list(zip(split.images.split(_CHUNK), split.index.split(_CHUNK), strict=True)), desc="intervention", leave=False
     ):
         x = training.pixels(images, device)

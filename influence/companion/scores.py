@@ -12,9 +12,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 import influence
+from influence.progress import progress_bar
 
 from . import training
 from .data import Split
@@ -90,7 +90,7 @@ def all_scores(
     kinds = {"": split.labels} if given is None else dict(given)
     rows = torch.arange(len(split))
     parts = []
-    for chunk in tqdm(rows.split(_CHUNK), desc="scores", unit="batch", leave=False):
+    for chunk in progress_bar(rows.split(_CHUNK), desc="scores", unit="batch", leave=False):
         x = training.pixels(split.images[chunk], device)
         image = influence.metric_tensor(model, x, wrt="input")
         parameters = None if "grand" in without else influence.metric_tensor(model, x, wrt="parameters")
@@ -199,7 +199,9 @@ def predicted_class_scores(model: nn.Module, split: Split, epsilon: float, devic
     """FI of the whole image for f = -log P(y_pred), exact and released, and the losses, for each image of a split."""
     parts = []
     pieces = zip(split.images.split(_CHUNK), split.labels.split(_CHUNK), split.index.split(_CHUNK), strict=True)
-    for images, labels, index in tqdm(list(pieces), desc="FI of the predicted class", unit="batch", leave=False):
+    for images, labels, index in progress_bar(
+        list(pieces), desc="FI of the predicted class", unit="batch", leave=False
+    ):
         metric = influence.metric_tensor(model, training.pixels(images, device), wrt="input")
         exact = influence.first_order_influence(metric)
         released = influence.first_order_influence(metric, estimator=influence.Released(epsilon=epsilon))

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+
+from influence.progress import progress_bar
 
 from . import cache, models, paths
 from .data import Dataset, Split
@@ -109,7 +110,7 @@ def _train(recipe: Recipe, dataset: Dataset, model: nn.Module, device: torch.dev
         state = torch.load(state_file, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    bar = tqdm(schedule, desc=name.rsplit("-", 1)[0], unit="epoch", initial=state["epoch"], leave=False)
+    bar = progress_bar(schedule, desc=name.rsplit("-", 1)[0], unit="epoch", initial=state["epoch"], leave=False)
     for epoch, (phase, rate) in enumerate(schedule):
         if epoch < state["epoch"]:
             continue

@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
+
+from influence.progress import progress_bar
 
 from .. import cache, distortions, finetuning, recipes, training
 from ..data import Split
@@ -50,7 +51,7 @@ def networks(
 ) -> Iterator[tuple[int, str, training.Trained]]:
     """The classifiers of a comparison, one after the other: seed, name of the arm, network; `task` names the bar."""
     pairs = [(seed, name) for seed in seeds for name in chosen]
-    for seed, name in tqdm(pairs, desc=task, unit="network", leave=False):
+    for seed, name in progress_bar(pairs, desc=task, unit="network", leave=False):
         yield seed, name, network(run, dataset_name, model, chosen[name], seed=seed)
 
 

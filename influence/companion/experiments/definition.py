@@ -7,7 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+
+from influence.progress import progress_bar
 
 
 def influence_by_definition(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
@@ -28,7 +29,7 @@ def influence_by_definition(model: nn.Module, x: Tensor, labels: Tensor) -> Tens
     """
     network = copy.deepcopy(model).double()
     values = []
-    for example, label in tqdm(
+    for example, label in progress_bar(
         zip(x.double(), labels.tolist(), strict=True), total=len(x), desc="definition", unit="image", leave=False
     ):
         leaf = example[None].clone().requires_grad_()

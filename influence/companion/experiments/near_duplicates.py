@@ -10,7 +10,8 @@ import pandas as pd
 import torch
 from sklearn.metrics import average_precision_score, precision_recall_curve
 from torch import Tensor
-from tqdm.auto import tqdm
+
+from influence.progress import progress_bar
 
 from .. import cache, data, distortions, embedding, paths, training
 from ..embedding import EmbeddingArm, EmbeddingRecipe
@@ -47,7 +48,7 @@ def embeddings(
 ) -> Iterator[tuple[int, str, training.Trained]]:
     """The embeddings of a comparison, one after the other: seed, name of the arm, network."""
     pairs = [(seed, name) for seed in seeds for name in chosen]
-    for seed, name in tqdm(pairs, desc="embeddings", unit="network", leave=False):
+    for seed, name in progress_bar(pairs, desc="embeddings", unit="network", leave=False):
         recipe = EmbeddingRecipe(seed=seed, steps=train_steps)
         yield seed, name, embedding.finetune(recipe, chosen[name], photos, device=run.device)
 

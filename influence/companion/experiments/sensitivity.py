@@ -9,9 +9,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 import influence
+from influence.progress import progress_bar
 
 from .. import cache, training
 from ..data import Split
@@ -128,7 +128,7 @@ def score_images(
     """Exact and released FI of the whole image for every image of a split, f = -log P(y_true)."""
     parts = []
     chunks = list(zip(split.images.split(_CHUNK), split.labels.split(_CHUNK), split.index.split(_CHUNK), strict=True))
-    for pictures, labels, index in tqdm(chunks, desc="FI of the image", unit="batch", leave=False):
+    for pictures, labels, index in progress_bar(chunks, desc="FI of the image", unit="batch", leave=False):
         metric = influence.metric_tensor(model, training.pixels(pictures, device), wrt="input")
         exact = influence.first_order_influence(metric, labels.to(device))
         released = influence.first_order_influence(

@@ -143,7 +143,10 @@ def score(
             if last:
                 table = pd.concat(rows, ignore_index=True)
                 rows = []
-                _atomically(_file(folder, shard), partial(table.to_parquet, index=False))
+                target = _file(folder, shard)
+                for left in folder.glob(f".{target.name}.*"):  # by a run that was killed while it wrote
+                    left.unlink(missing_ok=True)
+                _atomically(target, partial(table.to_parquet, index=False))
     return folder
 
 
@@ -393,13 +396,14 @@ def _claim(folder: Path, key: dict[str, Any]) -> None:
     """Refuse a folder of other scores, mark an empty one as ours."""
     text = json.dumps(key, indent=1, sort_keys=True)
     mark = folder / _RUN
-    if mark.exists() and mark.read_text() != text:
+    if not mark.exists():
+        _atomically(mark, lambda part: part.write_text(text))
+    if mark.read_text() != text:
         before = json.loads(mark.read_text())
         changed = [name for name in key if before.get(name) != key[name]]
         raise ValueError(
             f"{folder} holds scores of another run, with other {', '.join(changed)}. Choose another path or delete it."
         )
-    _atomically(mark, lambda part: part.write_text(text))
 
 
 def _atomically(path: Path, write: Callable[[Path], object]) -> None:

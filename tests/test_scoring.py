@@ -16,21 +16,32 @@ from torch.utils.data import DataLoader, TensorDataset
 import influence
 
 WORKER = """
-import os, signal, sys
+import os, signal, sys, time
+from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from test_scoring import data, network
 import influence, influence.scoring as scoring
 
-if os.environ.get("KILLED", "no") == os.environ.get("RANK"):
-    write = scoring._atomically
-    def once(path, writer):
-        write(path, writer)
-        if path.suffix == ".parquet":
-            os.kill(os.getpid(), signal.SIGKILL)
-    scoring._atomically = once
-influence.score(network(), data(), sys.argv[1], wrt="layers", batches_per_shard=2, progress=False)
+write, folder = scoring._atomically, Path(sys.argv[1])
+
+def killed(path, writer):
+    write(path, writer)
+    if path.suffix == ".parquet":
+        while not any(folder.glob(".part-000002.parquet.*")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def stopped(path, writer):
+    def half(part):
+        part.write_bytes(b"PAR1")
+        time.sleep(300)  # until torchrun stops this process, as the other one died
+    write(path, half if path.name == "part-000002.parquet" else writer)
+
+if "DYING" in os.environ:
+    scoring._atomically = killed if os.environ["RANK"] == "1" else stopped
+influence.score(network(), data(), folder, wrt="layers", batches_per_shard=2, progress=False)
 """
 
 
@@ -142,10 +153,9 @@ def test_two_processes_one_of_them_killed(tmp_path: Path) -> None:
     assert run([sys.executable]) == 0
     whole = contents(tmp_path / "one")
     assert len(whole) == 6
-    assert run(launch, KILLED="1") != 0
-    part = contents(tmp_path / "two")
-    assert "part-000001.parquet" in part
-    assert "part-000003.parquet" not in part  # of the process that was killed
+    assert run(launch, DYING="1") != 0
+    part = [name.rpartition(".parquet")[0] for name in contents(tmp_path / "two") if "part" in name]
+    assert part == [".part-000002", "part-000000", "part-000001"]
     assert run(launch) == 0
     assert contents(tmp_path / "two") == whole
 

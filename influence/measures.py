@@ -277,12 +277,11 @@ def _completed(
     """Fill in the problems that are neither empty nor of full rank, from the factor that ``rows`` gives of them."""
     full = decided.rank == problems.log_probs.shape[1] - 1
     alignment = full.to(fi.dtype)
+    near = (decided.smallest < rtol * _PIVOT_BAND) | (decided.refused * _PIVOT_BAND > rtol)
     partial = (~full & (decided.rank > 0)).nonzero().squeeze(1)
     if len(partial):
         cut = (rtol * decided.largest[partial])[:, None]
         fi[partial], alignment[partial], noise = _reach(problems[partial], rows(partial), cut)
-    near = (decided.smallest < rtol * _PIVOT_BAND) | (decided.refused * _PIVOT_BAND > rtol)
-    if len(partial):
         near[partial] |= noise
     return _ExactValues(fi=fi, alignment=alignment, rank=decided.rank, near=near & (decided.largest > 0))
 

@@ -78,6 +78,12 @@ class Patches:
             )
         return result
 
+    def count(self, shape: Sequence[int]) -> int:
+        """How many patches an image ``(C, H, W)`` has: the length of ``blocks``, without the names."""
+        channels, height, width = shape
+        centres = len(range(0, height, self.stride)) * len(range(0, width, self.stride))
+        return len(self.sizes) * (channels if self.per_channel else 1) * centres
+
     def grams(self, jacobian: Tensor) -> Tensor:
         """Gram of each patch by box filters over the pixels' own Grams.
 
@@ -183,9 +189,7 @@ def _require_room(patches: Patches, x: Tensor, *, classes: int) -> None:
     Raises:
         ValueError: If they need more memory than is free.
     """
-    _, channels, height, width = x.shape
-    centres = len(range(0, height, patches.stride)) * len(range(0, width, patches.stride))
-    blocks = len(patches.sizes) * (channels if patches.per_channel else 1) * centres
+    blocks = patches.count(x.shape[1:])
     # They are made, put at their classes and kept.
     needed, free = 3 * 8 * blocks * classes**2, free_bytes(x.device)
     if needed > free:

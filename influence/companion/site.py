@@ -69,7 +69,7 @@ def notebook_page(book: Notebook, source: Path, folder: Path, *, note: str = "")
     content = nbformat.read(source, as_version=4)
     for cell in content.cells:
         if cell.cell_type == "code":
-            # Progress bars, which would need a kernel.
+            # A widget, such as a bar of the reader's own, would need a kernel.
             cell.outputs = [o for o in cell.outputs if _WIDGET not in o.get("data", {})]
     body, _ = _Exporter(template_name="basic").from_notebook_node(content)
     up = "../" * (book.stem.count("/") + 1)

@@ -10,6 +10,7 @@ from influence.measures import Exact, Influence, Regularised, Released, first_or
 from influence.metric import MetricTensor, metric_tensor
 from influence.pixels import Patches
 from influence.scoring import read_scores, refine, score
+from influence.sensitivity import trace, worst_direction
 from influence.stability import (
     StabilityObjective,
     embedding_stability_loss,
@@ -23,6 +24,8 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "MetricTensor",
     "Patches",
     "metric_tensor",
+    "trace",
+    "worst_direction",
     # the influence measure and its estimators
     "Exact",
     "Influence",

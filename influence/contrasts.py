@@ -4,11 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from influence.checks import require_logits
+
+
+class LogitRows(Protocol):
+    """m linear combinations of the logits of each of N examples; the gradients of each make a row of a Jacobian."""
+
+    @property
+    def log_probs(self) -> Tensor:
+        """``(N, K)`` float64, log P."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits."""
+
+    @property
+    def count(self) -> int:
+        """How many, m."""
+
+    def __getitem__(self, example: int) -> LogitRows:
+        """Those of one example."""
+
+    def seeds(self, dtype: torch.dtype) -> Tensor:
+        """The combinations, ``(m, N, K)``: what a backward pass starts from."""
+
+    def embed(self, small: Tensor) -> Tensor:
+        """The form in which ``(N, B, m, m)`` Grams are handed out."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +58,11 @@ class Classes:
         classes = logits.shape[1]
         steps = torch.arange(1, classes + 1, device=logits.device)
         return cls(log_probs, (log_probs.argmax(dim=1, keepdim=True) + steps) % classes, logits.dtype)
+
+    @property
+    def count(self) -> int:
+        """The K - 1 contrasts."""
+        return self.order.shape[1] - 1
 
     def __getitem__(self, example: int) -> Classes:
         chosen = slice(example, example + 1)

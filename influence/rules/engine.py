@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from influence.contrasts import Classes, forward
+from influence.contrasts import Classes, LogitRows, forward
 from influence.kernels.projected import products
 from influence.kernels.tolerances import REVERSE
 from influence.last_layer import NarrowLayer
@@ -46,7 +46,9 @@ class Plan:
         outer: Layout of each site that can be trusted.
         refused: Parameters that take the autograd path, with the reason.
         gathered: Tables looked up the same way for all examples, as positions are: no example meets them there.
-        bytes_per_example: Memory that an example takes.
+        bytes_per_example: Memory that an example's activations take.
+        bytes_per_pass: Memory that its gradients take, for each class.
+        passes: Backward passes for the contrasts of all classes.
         seen: Graphs that the plan has been used for.
     """
 
@@ -54,6 +56,8 @@ class Plan:
     refused: dict[str, str] = field(default_factory=dict)
     gathered: set[str] = field(default_factory=set)
     bytes_per_example: int = 0
+    bytes_per_pass: int = 0
+    passes: int = 1
     seen: set[Signature] = field(default_factory=set)
 
     def refuse(self, site: Site, reason: str) -> None:
@@ -133,29 +137,35 @@ class ParameterGrams:
             plan = self._make_plan(x[:1])
         return plan
 
-    def chunk_size(self, x: Tensor) -> int:
-        """How many of these examples to compute at once."""
+    def chunk_size(self, x: Tensor, passes: int | None = None) -> int:
+        """How many of these examples to compute at once, for so many passes; None: as the classes need."""
         plan = self.prepare(x)
-        return 1 if self._one_by_one else chunk_size(plan.bytes_per_example, x.device)
+        needed = plan.bytes_per_example + plan.bytes_per_pass * (plan.passes if passes is None else passes)
+        return 1 if self._one_by_one else chunk_size(needed, x.device)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
+    def __call__(
+        self, x: Tensor, rows: Callable[[Tensor], LogitRows] = Classes.of
+    ) -> tuple[Tensor, Tensor, torch.dtype]:
         """Compute a chunk.
 
         Args:
             x: ``(N, ...)``.
+            rows: Chooses, from logits ``(N, K)``, the m linear combinations of them whose gradients make the Gram: the
+                contrasts with the predicted class, unless something else is given.
 
         Returns:
-            log P ``(N, K)``, the contrast Grams ``(N, B, K, K)`` and the dtype of the logits.
+            log P ``(N, K)``, the contrast Grams ``(N, B, K, K)``, or ``(N, B, m, m)`` for other rows, and the dtype of
+            the logits.
         """
         plan = self.prepare(x)
         with differentiable(self._model, list(self._parameters.values())):
-            return self._chunk(x, plan)
+            return self._chunk(x, plan, rows)
 
-    def _chunk(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor, torch.dtype]:
+    def _chunk(self, x: Tensor, plan: Plan, rows: Callable[[Tensor], LogitRows]) -> tuple[Tensor, Tensor, torch.dtype]:
         logits = forward(self._model, x)
-        classes = Classes.of(logits)
-        examples, contrasts = len(x), logits.shape[1] - 1
-        gram = logits.new_zeros(examples, self._blocks, contrasts, contrasts, dtype=torch.float64)
+        classes = rows(logits)
+        examples, count = len(x), classes.count
+        gram = logits.new_zeros(examples, self._blocks, count, count, dtype=torch.float64)
         if len(plan.refused) < len(self._parameters):
             graph = self._read(logits, plan)
             signature = _signature(graph)
@@ -163,7 +173,7 @@ class ParameterGrams:
                 # The model computes otherwise than when the plan was made.
                 _PLANS.pop(self._model, None)
                 self._plan = None
-                return self._chunk(x, self.prepare(x))
+                return self._chunk(x, self.prepare(x), rows)
             plan.seen.add(signature)
             # What the graph of this chunk has in another way than the probe's is not trusted here.
             sites = {node: site for node, site in graph.sites.items() if self._layout(site, plan, examples)}
@@ -197,10 +207,12 @@ class ParameterGrams:
                 self._by_autograd(x[n : n + 1], names, classes[n], gram[n])
         return classes.log_probs, classes.embed(gram), classes.dtype
 
-    def _back(self, graph: Graph, logits: Tensor, classes: Classes, gram: Tensor, collect: Callable[..., None]) -> None:
+    def _back(
+        self, graph: Graph, logits: Tensor, classes: LogitRows, gram: Tensor, collect: Callable[..., None]
+    ) -> None:
         """Send the classes through the last layer, and its features, where they are fewer, through all before it."""
-        narrow = NarrowLayer.of(logits)
-        if narrow is None:
+        narrow = NarrowLayer.of(logits) if isinstance(classes, Classes) else None
+        if narrow is None or not isinstance(classes, Classes):
             reverse(graph, classes.seeds(logits.dtype), collect)
             return
         last = {node: site for node, site in graph.sites.items() if node is graph.root[0]}
@@ -227,7 +239,7 @@ class ParameterGrams:
 
         return read_graph(logits, self._parameters, has_rule)
 
-    def _by_autograd(self, x: Tensor, names: list[str], classes: Classes, gram: Tensor) -> None:
+    def _by_autograd(self, x: Tensor, names: list[str], classes: LogitRows, gram: Tensor) -> None:
         """Add the Grams of some parameters of one example, ``(B, m, m)``, by autograd, class by class."""
         leaves = [self._parameters[name] for name in names]
         logits = forward(self._model, x)
@@ -257,7 +269,9 @@ class ParameterGrams:
         plan = Plan(gathered=set(gathered))
         graph = self._read(logits, plan)
         plan.refused.update(graph.refused)
-        plan.bytes_per_example = _footprint(graph, logits, len(x))
+        plan.bytes_per_example, plan.bytes_per_pass = _footprint(graph, logits, len(x))
+        narrow = NarrowLayer.of(logits)
+        plan.passes = logits.shape[1] - 1 if narrow is None else narrow.width
         sites = list(graph.sites.values())
         if not sites:
             return plan
@@ -391,11 +405,10 @@ def _options(site: Site, examples: int) -> list[int]:
     return candidates(shape[:1], examples)
 
 
-def _footprint(graph: Graph, logits: Tensor, examples: int) -> int:
-    """Bytes an example takes: its activations, and a few of the largest gradients for all classes."""
+def _footprint(graph: Graph, logits: Tensor, examples: int) -> tuple[int, int]:
+    """Bytes an example takes: its activations, and for each pass a few of the largest gradients."""
     sizes = [math.prod(shape_of(node, 0)) for node in leading(graph)[0] if node._input_metadata]
     if not sizes:
-        return 0
-    narrow = NarrowLayer.of(logits)
-    passes = logits.shape[1] - 1 if narrow is None else narrow.width
-    return (sum(sizes) + 8 * max(sizes) * passes) * logits.element_size() // examples
+        return 0, 0
+    width = logits.element_size()
+    return sum(sizes) * width // examples, 8 * max(sizes) * width // examples

@@ -28,7 +28,7 @@ class Subject:
 
     Attributes:
         model: takes the examples as they are stored, bytes as 0..255.
-        material: training and test examples.
+        material: its examples.
         classes: K.
         device: where the model is.
         image: whether an example is an image ``(C, H, W)``.
@@ -87,8 +87,8 @@ def load(
     )
     network = adapt.prepare(network, material.train, scale=1.0 if own else scale, mean=mean, std=std)
     classes = adapt.check(network, material.train)
-    adapt.check(network, material.test)
-    run.add_input(dataset, cache.fingerprint([material.train.labels.tolist(), material.test.labels.tolist()]))
+    adapt.check(network, material.measured)
+    run.add_input(dataset, cache.fingerprint([part.labels.tolist() for part in material.parts.values()]))
     shape = material.train[0][0].shape
     image = len(shape) == 3 and shape[0] in (1, 3)
     return Subject(network, material, classes, adapt.device_of(network), image, f"{model}, {dataset}")

@@ -27,7 +27,7 @@ def layers(subject: Subject, *, images: int, relative: float = 0.01, seed: int =
         One row per layer, in the order of the network: layer, kind, parameters (their number), divergence (nats, mean
         over examples), share (of the sum over layers), alignment (mean FI / ceiling; NaN where K > 64), examples.
     """
-    examples = subject.material.test.sample(images, seed=seed)
+    examples = subject.material.measured.sample(images, seed=seed)
     modules = dict(subject.model.named_modules())
     owned = {name: list(module.parameters(recurse=False)) for name, module in modules.items()}
     owned = {name: parameters for name, parameters in owned.items() if parameters}

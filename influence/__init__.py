@@ -1,6 +1,9 @@
 """Metric tensor, influence measure and stability training of deep classifiers.
 
-Sensitivity (Shu & Zhu 2019, arXiv 1901.07152): ``metric_tensor`` then ``first_order_influence``.
+Sensitivity (Shu & Zhu 2019, arXiv 1901.07152): ``metric_tensor`` then ``first_order_influence``. Influence is that of a
+small perturbation of an input or of parameters on one prediction; it is not the influence of a training example on a
+model, which the influence functions of Koh & Liang (2017) estimate. How far a perturbation moves the output: ``trace``,
+``worst_direction``.
 Stability (Zheng et al. 2016, arXiv 1604.04326): ``stability_loss``, ``embedding_stability_loss``, ``triplet_loss``,
 ``gaussian_perturbation`` and, for a training loop, ``StabilityObjective``.
 """

@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 import torch
 
-from influence.companion import data, experiments, figures, finetuning, training
+from influence.companion import data, experiments, figures
+from influence.companion.zoo import finetuning, training
 from influence.companion.experiments import arms, stability, sweep
-from influence.companion.finetuning import Arm
+from influence.companion.zoo.finetuning import Arm
 
 TINY = training.Recipe("resnet50", width=0.125, train_per_class=8, phases=((1, 1e-3),), batch_size=40, dropout=0.0)
 ONE = {"steps": 1, "learning_rate": 1e-2}

@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 import torch
 
-from influence.companion import data, embedding, experiments, figures, inception, training
-from influence.companion.embedding import EmbeddingArm, EmbeddingRecipe
+from influence.companion import data, experiments, figures
+from influence.companion.zoo import embedding, inception, training
+from influence.companion.zoo.embedding import EmbeddingArm, EmbeddingRecipe
 from influence.companion.experiments import near_duplicates, ranking
 
 ARM = "stability 1"

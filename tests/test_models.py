@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import influence
-from influence.companion import models
+from influence.companion.zoo import models
 from influence.companion.experiments.definition import influence_by_definition
 from truth import released
 

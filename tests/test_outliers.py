@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from influence.companion import data, outliers, pretrained
+from influence.companion import data, outliers
+from influence.companion.zoo import pretrained
 
 
 @pytest.fixture(scope="module")

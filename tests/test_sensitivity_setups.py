@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import influence
-from influence.companion import data, experiments, figures, layerwise, pixelwise, pretrained
+from influence.companion import data, experiments, figures, layerwise, pixelwise
+from influence.companion.zoo import pretrained
 from influence.companion.experiments.keyed import bound
 from truth import influence as brute_force
 from truth import input_jacobian

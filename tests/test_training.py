@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from influence.companion import data, finetuning, recipes, training
+from influence.companion import data
+from influence.companion.zoo import finetuning, recipes, training
 
 TINY = training.Recipe("resnet50", 0.05, 20, ((1, 3e-3), (2, 1e-3)), batch_size=64, dropout=0.1, seed=4)
 
@@ -74,8 +75,9 @@ def test_training_learns_and_keeps_the_best_validation_accuracy(cache: Path) -> 
 
 KILLED = """
 import os, signal
-from influence.companion import data, training
-from influence.companion.training import Recipe
+from influence.companion import data
+from influence.companion.zoo import training
+from influence.companion.zoo.training import Recipe
 epoch, count = training.train_epoch, 0
 
 def dying(*arguments):

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from influence.checks import require_logits
 
-from . import paths, recipes, training
+from . import paths
+from .zoo import recipes, training
 from .material import AdaptError, Examples, Material, load_data
 
 __all__ = ["AdaptError", "Examples", "Material", "Prepared", "call", "check", "load_data", "load_model"]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import influence
 from influence.progress import progress_bar
 
-from . import training
+from .zoo import training
 from .data import Split
 
 SIZES = (1, 3, 5, 7)

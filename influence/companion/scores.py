@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import influence
 from influence.progress import progress_bar
 
-from . import training
+from .zoo import training
 from .data import Split
 
 # name -> what it is. The order is that of tables and legends.

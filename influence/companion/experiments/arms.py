@@ -11,10 +11,11 @@ import torch
 
 from influence.progress import progress_bar
 
-from .. import cache, distortions, finetuning, recipes, training
+from .. import cache, distortions
+from ..zoo import finetuning, recipes, training
 from ..data import Split
 from ..evaluation import mean_interval
-from ..finetuning import Arm
+from ..zoo.finetuning import Arm
 from ..results import Run
 from .common import dataset
 

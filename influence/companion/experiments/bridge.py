@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import influence
 
-from .. import training
+from ..zoo import training
 from ..results import Run
 from .common import classifier, dataset
 from .definition import influence_by_definition

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from functools import cache
 
-from .. import data, paths, recipes, training
+from .. import data, paths
+from ..zoo import recipes, training
 from ..results import Run
 
 

@@ -8,7 +8,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .. import cache, outliers, paths, pretrained, scores
+from .. import cache, outliers, paths, scores
+from ..zoo import pretrained
 from ..data import DataError, Split
 from ..detection import detection
 from ..results import Run

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import influence
 
-from .. import cache, training
+from .. import cache
+from ..zoo import training
 from ..detection import bootstrap_interval
 from ..layerwise import score_layers
 from ..results import Run

@@ -12,7 +12,8 @@ from torch import nn
 
 import influence
 
-from .. import cache, scores, training
+from .. import cache, scores
+from ..zoo import training
 from ..detection import agreement
 from ..layerwise import layer_noise_scores
 from ..results import Run

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from influence.progress import progress_bar
 
-from .. import cache, data, distortions, embedding, paths, training
-from ..embedding import EmbeddingArm, EmbeddingRecipe
+from .. import cache, data, distortions, paths
+from ..zoo import embedding, training
+from ..zoo.embedding import EmbeddingArm, EmbeddingRecipe
 from ..evaluation import mean_interval
 from ..results import Run
 from .arms import CONTROL

@@ -9,7 +9,8 @@ import pandas as pd
 import torch
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from .. import cache, continuation, outliers, recipes, scores, training
+from .. import cache, continuation, outliers, scores
+from ..zoo import recipes, training
 from ..detection import detection
 from ..results import Run
 from .common import classifier, dataset, training_images

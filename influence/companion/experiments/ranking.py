@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .. import cache, data, distortions, training
-from ..embedding import EmbeddingArm
+from .. import cache, data, distortions
+from ..zoo import training
+from ..zoo.embedding import EmbeddingArm
 from ..evaluation import mean_interval
 from ..results import Run
 from . import arms

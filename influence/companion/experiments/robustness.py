@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .. import attacks, cache, smoothing, training
+from .. import attacks, cache, smoothing
+from ..zoo import training
 from ..data import Split
 from ..evaluation import mean_interval
-from ..finetuning import Arm
+from ..zoo.finetuning import Arm
 from ..results import Run
 from . import arms
 from .common import dataset

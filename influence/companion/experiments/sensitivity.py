@@ -13,7 +13,8 @@ from torch.nn import functional as F
 import influence
 from influence.progress import progress_bar
 
-from .. import cache, training
+from .. import cache
+from ..zoo import training
 from ..data import Split
 from ..detection import agreement
 from ..evaluation import expected_calibration_error, mean_interval, rank_agreement

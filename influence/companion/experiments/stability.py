@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ..evaluation import mean_interval
-from ..finetuning import Arm
+from ..zoo.finetuning import Arm
 from ..results import Run
 from . import arms as comparison
 from .arms import ORIGINAL, standard

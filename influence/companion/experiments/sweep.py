@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import pandas as pd
 
-from ..finetuning import Arm
+from ..zoo.finetuning import Arm
 from ..results import Run
 from . import arms
 from .arms import ORIGINAL

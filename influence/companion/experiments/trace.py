@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 import influence
 
-from .. import cache, training
+from .. import cache
+from ..zoo import training
 from ..data import Split
 from ..evaluation import mean_interval
-from ..finetuning import Arm
+from ..zoo.finetuning import Arm
 from ..results import Run
 from . import arms
 from .bridge import divergence

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import data
+from .. import data
 
 
 def network(*, epochs: int = 12, seed: int = 0) -> nn.Module:

@@ -15,8 +15,9 @@ from torch import Tensor
 import influence
 from influence.progress import progress_bar
 
-from . import cache, inception, training
-from .data import Dataset, Split
+from .. import cache
+from . import inception, training
+from ..data import Dataset, Split
 from .inception import Embedding
 from .training import Trained, pixels
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data import DataError
+from ..data import DataError
 
 # Their input normalisation, for pixels in 0..1.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -42,7 +42,8 @@ class CifarResNet(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, *, initialise: bool = False) -> None:
+        """Build the network; `initialise` draws the convolutions as He et al. (2015), else they await stored weights."""
         super().__init__()
         blocks = (depth - 2) // 6
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
@@ -54,6 +55,10 @@ class CifarResNet(nn.Module):
             c = c_out
         self.layer1, self.layer2, self.layer3 = stages
         self.linear = nn.Linear(64, 10)
+        if initialise:
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         self.register_buffer("mean", 255 * torch.tensor(_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)
 

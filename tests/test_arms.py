@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from influence.companion import data, experiments, figures
-from influence.companion.zoo import finetuning, training
 from influence.companion.experiments import arms, stability, sweep
+from influence.companion.zoo import finetuning, training
 from influence.companion.zoo.finetuning import Arm
 
 TINY = training.Recipe("resnet50", width=0.125, train_per_class=8, phases=((1, 1e-3),), batch_size=40, dropout=0.0)

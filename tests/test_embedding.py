@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from influence.companion import data, experiments, figures
+from influence.companion.experiments import near_duplicates, ranking
 from influence.companion.zoo import embedding, inception, training
 from influence.companion.zoo.embedding import EmbeddingArm, EmbeddingRecipe
-from influence.companion.experiments import near_duplicates, ranking
 
 ARM = "stability 1"
 TINY = EmbeddingRecipe(steps=60, triplets=8, dimensions=8)

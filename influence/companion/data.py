@@ -78,14 +78,6 @@ class Split:
         rows = torch.as_tensor(np.asarray(positions, dtype=np.int64))
         return Split(self.images[rows], self.labels[rows], self.index[rows])
 
-    def per_class(self, count: int | None) -> Split:
-        """The first `count` images of each class in stored order (all of them when None)."""
-        if count is None:
-            return self
-        labels = self.labels.numpy()
-        rows = np.concatenate([np.flatnonzero(labels == k)[:count] for k in np.unique(labels)])
-        return self.take(np.sort(rows))
-
     def sample(self, count: int | None, *, seed: int = 0) -> Split:
         """A random sample of at most `count` images without replacement, in stored order."""
         if count is None or count >= len(self):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 
 from .. import data, paths
-from ..zoo import recipes, training
 from ..results import Run
+from ..zoo import recipes, training
 
 
 def dataset(run: Run, name: str) -> data.Dataset:
@@ -21,12 +21,6 @@ def classifier(run: Run, dataset_name: str, model: str, *, seed: int) -> trainin
     return training.fit(
         recipes.recipe(run.profile, dataset_name, model, seed=seed), dataset(run, dataset_name), device=run.device
     )
-
-
-def training_images(run: Run, dataset_name: str, model: str) -> data.Split:
-    """The images that `classifier` was trained on."""
-    limit = recipes.recipe(run.profile, dataset_name, model).train_per_class
-    return dataset(run, dataset_name).train.per_class(limit)
 
 
 @cache

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import cache, outliers, paths, scores
-from ..zoo import pretrained
 from ..data import DataError, Split
 from ..detection import detection
 from ..results import Run
+from ..zoo import pretrained
 from .common import classifier, dataset
 from .keyed import bound
 

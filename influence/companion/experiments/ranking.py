@@ -9,10 +9,10 @@ import pandas as pd
 import torch
 
 from .. import cache, data, distortions
-from ..zoo import training
-from ..zoo.embedding import EmbeddingArm
 from ..evaluation import mean_interval
 from ..results import Run
+from ..zoo import training
+from ..zoo.embedding import EmbeddingArm
 from . import arms
 from .near_duplicates import embed, embeddings, photographs
 

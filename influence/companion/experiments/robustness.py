@@ -9,11 +9,11 @@ import pandas as pd
 import torch
 
 from .. import attacks, cache, smoothing
-from ..zoo import training
 from ..data import Split
 from ..evaluation import mean_interval
-from ..zoo.finetuning import Arm
 from ..results import Run
+from ..zoo import training
+from ..zoo.finetuning import Arm
 from . import arms
 from .common import dataset
 

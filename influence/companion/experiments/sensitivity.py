@@ -14,13 +14,13 @@ import influence
 from influence.progress import progress_bar
 
 from .. import cache
-from ..zoo import training
 from ..data import Split
 from ..detection import agreement
 from ..evaluation import expected_calibration_error, mean_interval, rank_agreement
 from ..results import Run
 from ..scores import positions
-from .common import classifier, dataset, training_images
+from ..zoo import training
+from .common import classifier, dataset
 from .definition import influence_by_definition
 from .keyed import bound
 
@@ -41,7 +41,7 @@ def accuracy(run: Run, datasets: Sequence[str], models: Sequence[str], seeds: Se
         for model in models:
             for seed in seeds:
                 trained = classifier(run, name, model, seed=seed)
-                parts = {"train": training_images(run, name, model)}
+                parts = {"train": dataset(run, name).train}
                 parts |= {"validation": dataset(run, name).valid, "test": dataset(run, name).test}
                 for part, split in parts.items():
                     logits = training.predict(trained.model, split.images, device=run.device).double()
@@ -111,7 +111,7 @@ def outlier_ranking(
     for name in datasets:
         for model in models:
             trained = classifier(run, name, model, seed=seed)
-            split = training_images(run, name, model).sample(images, seed=seed)
+            split = dataset(run, name).train.sample(images, seed=seed)
             key = {"model": trained.key, "data": dataset(run, name).digest, "seed": seed, "images": images}
             frames.append(
                 cache.table(
@@ -167,7 +167,7 @@ def ceiling_check(run: Run, datasets: Sequence[str], models: Sequence[str], *, s
     for name in datasets:
         for model in models:
             network = copy.deepcopy(classifier(run, name, model, seed=seed).model).double()
-            split = training_images(run, name, model).sample(images, seed=seed)
+            split = dataset(run, name).train.sample(images, seed=seed)
             x, labels = training.pixels(split.images, run.device).double(), split.labels.to(run.device)
             with torch.no_grad():
                 log_p = F.log_softmax(network(x), dim=1)

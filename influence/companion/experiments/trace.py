@@ -14,11 +14,11 @@ from torch.nn import functional as F
 import influence
 
 from .. import cache
-from ..zoo import training
 from ..data import Split
 from ..evaluation import mean_interval
-from ..zoo.finetuning import Arm
 from ..results import Run
+from ..zoo import training
+from ..zoo.finetuning import Arm
 from . import arms
 from .bridge import divergence
 from .common import dataset

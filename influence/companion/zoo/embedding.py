@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import influence
-from influence.progress import progress_bar
 
 from .. import cache
-from . import inception, training
 from ..data import Dataset, Split
+from . import inception, training
 from .inception import Embedding
-from .training import Trained, pixels
+from .training import Record, Trained, pixels
 
-_SAVE_EVERY = 50  # steps
+_EPOCH = 50  # steps after which the state is kept
 
 
 @dataclass(frozen=True)
@@ -69,80 +68,49 @@ class EmbeddingArm:
 
 def fit(recipe: EmbeddingRecipe, dataset: Dataset, *, device: torch.device | str = "cpu") -> Trained:
     """Train the embedding of `recipe` on triplets, or load it; interrupted, it goes on from the last saved step."""
-    key = cache.fingerprint({"recipe": asdict(recipe), "data": dataset.digest, "code": code()})
-    name = f"{dataset.name}-embedding-{recipe.seed}-{key[:16]}"
+    key = cache.fingerprint({"recipe": asdict(recipe), "data": dataset.digest})
     model = inception.small_embedding(
         dataset.shape, dimensions=recipe.dimensions, width=recipe.width, seed=recipe.seed
     ).to(device)
-    record = training.stored(name, model, device)
-    if record is None:
-        record = _train(recipe, dataset, model, torch.device(device), name)
-    return Trained(model.eval(), key, *record)
+    make = partial(_train, model, recipe, None, dataset.train)
+    name = f"{dataset.name}-embedding-{recipe.seed}-{key[:16]}"
+    return Trained(model, key, *training.made_once(name, model, make, recipe=recipe))
 
 
 def finetune(
     recipe: EmbeddingRecipe, arm: EmbeddingArm, dataset: Dataset, *, device: torch.device | str = "cpu"
 ) -> Trained:
-    """Continue the embedding of `recipe` with the objective of `arm` for a fixed number of steps."""
+    """Continue the embedding of `recipe` with the objective of `arm` for a fixed number of steps; made once."""
     base = fit(recipe, dataset, device=device)
-    key = cache.fingerprint({"base": base.key, "arm": asdict(arm), "code": code()})
+    assert isinstance(base.model, Embedding)
+    key = cache.fingerprint({"base": base.key, "arm": asdict(arm)})
+    make = partial(_train, base.model, recipe, arm, dataset.train)
     name = f"{dataset.name}-embedding-{recipe.seed}-{arm.objective}-{key[:16]}"
-    model = base.model
-    assert isinstance(model, Embedding)
-    record = training.stored(name, model, device)
-    if record is None:
-        start = time.perf_counter()
-        optimizer = torch.optim.Adam(model.parameters(), lr=arm.learning_rate)
-        noise = torch.Generator(device).manual_seed(training.mixed_seed(recipe.seed, 10_000))
-        losses = []
-        steps = progress_bar(range(arm.steps), desc=f"{arm.objective} {recipe.seed}", unit="step", leave=False)
-        for step, batch in zip(steps, _triplets(dataset.train, recipe, 20_000), strict=False):
-            x = pixels(batch, device)
-            noisy = influence.gaussian_perturbation(x, sigma=arm.sigma * 255, generator=noise, clip=(0, 255))
-            losses.append({"step": step + 1, "loss": _update(optimizer, _loss(recipe, arm, model, x, noisy))})
-        record = losses, time.perf_counter() - start
-        training.store(name, model, record, {"recipe": asdict(recipe), "arm": asdict(arm), "data": dataset.digest})
-    return Trained(model.eval(), key, *record)
+    return Trained(base.model, key, *training.made_once(name, base.model, make, recipe=arm))
 
 
-def code() -> str:
-    """Hash of the code that decides a trained embedding."""
-    return cache.source_hash(inception, __name__)
+def _train(model: Embedding, recipe: EmbeddingRecipe, arm: EmbeddingArm | None, train: Split, resume: Path) -> Record:
+    """By the hinge alone, in training mode, or with the objective of an arm."""
+    rate = recipe.learning_rate if arm is None else arm.learning_rate
+    return training.train(
+        model,
+        Triplets(train, recipe.triplets),
+        partial(_loss, recipe, arm),
+        torch.optim.Adam(model.parameters(), lr=rate),
+        steps=recipe.steps if arm is None else arm.steps,
+        rate=lambda _: rate,
+        seed=(recipe.seed, 3 if arm is None else 4),
+        title=f"{'embedding' if arm is None else arm.objective} {recipe.seed}",
+        training_mode=arm is None,
+        resume=resume,
+    )
 
 
-# -- what one call does -----------------------------------------------------------------------------------------------
-
-
-def _train(
-    recipe: EmbeddingRecipe, dataset: Dataset, model: Embedding, device: torch.device, name: str
-) -> training.Record:
-    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate)
-    file = training.folder() / f"{name}.resume.pt"
-    state: dict[str, Any] = {"step": 0, "history": [], "seconds": 0.0}
-    if file.exists():
-        state = torch.load(file, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    model.train()
-    start = time.perf_counter() - state["seconds"]
-    steps = progress_bar(range(recipe.steps), desc=name.rsplit("-", 1)[0], unit="step", leave=False)
-    for step, batch in zip(steps, _triplets(dataset.train, recipe, 0), strict=False):
-        if step < state["step"]:
-            continue
-        loss = _update(optimizer, _hinge(recipe, model(pixels(batch, device))))
-        state["history"].append({"step": step + 1, "loss": loss})
-        if (step + 1) % _SAVE_EVERY == 0:
-            state |= {"step": step + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            state["seconds"] = time.perf_counter() - start
-            cache.atomic_write(file, partial(torch.save, state))
-    model.eval()
-    record = state["history"], time.perf_counter() - start
-    training.store(name, model, record, {"recipe": asdict(recipe), "data": dataset.digest})
-    file.unlink(missing_ok=True)
-    return record
-
-
-def _loss(recipe: EmbeddingRecipe, arm: EmbeddingArm, model: Embedding, x: Tensor, noisy: Tensor) -> Tensor:
+def _loss(recipe: EmbeddingRecipe, arm: EmbeddingArm | None, model: torch.nn.Module, batch: Tensor) -> Tensor:
+    x = pixels(batch, next(model.parameters()).device)
+    if arm is None:
+        return _hinge(recipe, model(x))
+    noisy = influence.gaussian_perturbation(x, sigma=arm.sigma * 255, clip=(0, 255))
     if arm.objective != "stability":
         return _hinge(recipe, model(x if arm.objective == "control" else noisy))
     clean, perturbed = model(torch.cat([x, noisy])).chunk(2)
@@ -154,21 +122,25 @@ def _hinge(recipe: EmbeddingRecipe, z: Tensor) -> Tensor:
     return influence.triplet_loss(query, positive, negative, margin=recipe.margin)
 
 
-def _update(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return float(loss.detach())
-
-
-def _triplets(train: Split, recipe: EmbeddingRecipe, stream: int) -> Iterator[Tensor]:
+@dataclass(frozen=True)
+class Triplets:
     """Batches (3 n, C, H, W): n queries, then for each another image of its class, then one of another class."""
-    labels = train.labels.numpy()
-    generator = np.random.default_rng(training.mixed_seed(recipe.seed, stream))
-    members = {k: np.flatnonzero(labels == k) for k in np.unique(labels)}
-    others = {k: np.flatnonzero(labels != k) for k in members}
-    while True:
-        query = generator.integers(len(labels), size=recipe.triplets)
-        positive = [generator.choice(members[labels[q]][members[labels[q]] != q]) for q in query]
-        negative = [generator.choice(others[labels[q]]) for q in query]
-        yield train.images[torch.as_tensor(np.concatenate([query, positive, negative]))]
+
+    split: Split
+    count: int
+
+    def __len__(self) -> int:
+        """Batches after which the state is kept; there is no end to triplets."""
+        return _EPOCH
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Raw uint8 images of each batch."""
+        labels = self.split.labels.numpy()
+        generator = np.random.default_rng(int(torch.randint(2**62, ())))
+        members = {k: np.flatnonzero(labels == k) for k in np.unique(labels)}
+        others = {k: np.flatnonzero(labels != k) for k in members}
+        for _ in range(_EPOCH):
+            query = generator.integers(len(labels), size=self.count)
+            positive = [generator.choice(members[labels[q]][members[labels[q]] != q]) for q in query]
+            negative = [generator.choice(others[labels[q]]) for q in query]
+            yield self.split.images[torch.as_tensor(np.concatenate([query, positive, negative]))]

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from filelock import FileLock
+from tabulate import tabulate
 from torch import nn
 
 from .. import cache, paths
@@ -61,7 +61,9 @@ def _checked(name: str, row: Row) -> Path:
     """The file of the weights, its checksum verified."""
     file = paths.ZOO / f"{name}.safetensors"
     if not file.exists():
-        raise TrainingError(f"{name}: {file} is missing: restore it with git checkout, or run `influence zoo train {name}`")
+        raise TrainingError(
+            f"{name}: {file} is missing: restore it with git checkout, or run `influence zoo train {name}`"
+        )
     if _sha256(file) != row["sha256"]:
         raise TrainingError(f"{name}: {file} has another checksum than the ledger: restore it with git checkout")
     return file
@@ -85,7 +87,7 @@ def train(name: str, *, device: torch.device | str = "cpu", data_dir: Path | Non
     key = training.identity(recipe, dataset)
     row = ledger().get(name)
     if row is not None and row["key"] == key:
-        return f"{name}: trained already, {_accuracies(row)}"
+        return f"{_said(recipe, row)}, trained already"
     weights = (paths.ZOO if recipe.published else training.folder()) / f"{name}.safetensors"
     resume, made_by = paths.ZOO / f"{name}.resume.pt", training.provenance()
     with training.alone(training.folder() / f"{name}.lock", name):
@@ -102,7 +104,6 @@ def train(name: str, *, device: torch.device | str = "cpu", data_dir: Path | Non
             "epochs": recipe.epochs,
             "seconds": round(seconds, 1),
             "accuracy": {part: training.accuracy(model, split, device=device) for part, split in parts.items()},
-            "gate": recipe.gate,
             "sha256": _sha256(weights),
             "bytes": weights.stat().st_size,
             "command": f"influence zoo train {name}",
@@ -112,7 +113,7 @@ def train(name: str, *, device: torch.device | str = "cpu", data_dir: Path | Non
         cache.atomic_write(paths.ZOO / f"{name}.csv", lambda file: file.write_text(table, encoding="utf-8"))
         _enter(name, row)
         resume.unlink(missing_ok=True)
-    return f"{name}: {_accuracies(row)}, {seconds / 3600:.2f} h, {'gate met' if not missed(row) else missed(row)}"
+    return _said(recipe, row)
 
 
 def _enter(name: str, row: Row) -> None:
@@ -123,14 +124,76 @@ def _enter(name: str, row: Row) -> None:
         cache.atomic_write(paths.ZOO / "ledger.json", lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def _accuracies(row: Row) -> str:
-    return ", ".join(f"{part} {100 * value:.2f}%" for part, value in row["accuracy"].items())
+def listing() -> str:
+    """Every network of the zoo as a table: recipe, data, epochs, hours, accuracies, gate."""
+    rows, lines = ledger(), []
+    for recipe in recipes.everything():
+        row = rows.get(recipe.name)
+        accuracy = {part: f"{100 * row['accuracy'][part]:.2f}" if row else "" for part in ("train", "valid", "test")}
+        lines.append(
+            {
+                "network": recipe.name,
+                "architecture": f"{recipe.architecture} x {recipe.width:g}",
+                "data": f"{recipe.data} {recipe.labels or ''} {recipe.fold or ''}".strip(),
+                "epochs": recipe.epochs,
+                "hours": f"{row['seconds'] / 3600:.2f}" if row else "",
+                **accuracy,
+                "gate": ", ".join(f"{part} {100 * least:g}" for part, least in recipe.gate.items()) or "none",
+                "state": _state(recipe, row),
+            }
+        )
+    return tabulate(lines, headers="keys", disable_numparse=True)
 
 
-def missed(row: Row) -> str:
-    """Which gates the accuracies of a row miss, in words; empty for none."""
+def _state(recipe: Recipe, row: Row | None) -> str:
+    if row is None:
+        return "in training" if (paths.ZOO / f"{recipe.name}.resume.pt").exists() else "not trained"
+    if missed(recipe, row):
+        return "below its gate"
+    return "published" if row["published"] else "not published: too large"
+
+
+def check(
+    names: Sequence[str] = (), *, device: torch.device | str = "cpu", data_dir: Path | None = None
+) -> Iterator[str]:
+    """Measure each published network anew on its test images; yields what is wrong, one line each, nothing when well.
+
+    Raises:
+        RecipeError: no such network.
+        DataError: the data of one are not there.
+    """
+    rows = ledger()
+    for name in names or [name for name, row in rows.items() if row["published"]]:
+        recipe = recipes.named(name)
+        if name not in rows:
+            yield f"{name}: not trained yet: influence zoo train {name}"
+            continue
+        row, dataset = rows[name], recipe.dataset(data_dir)
+        if row["key"] != training.identity(recipe, dataset):
+            yield f"{name}: the ledger's is of another recipe or of other data: influence zoo train {name}"
+            continue
+        model = recipe.build(dataset).to(device)
+        try:
+            training.load_weights(_checked(name, row), model)
+        except TrainingError as error:
+            yield str(error)
+            continue
+        found, stored = training.accuracy(model, dataset.test, device=device), row["accuracy"]["test"]
+        if abs(found - stored) > _TOLERANCE:
+            yield f"{name}: test accuracy {100 * found:.2f}%, the ledger has {100 * stored:.2f}%"
+        elif missed(recipe, row):
+            yield f"{name}: {missed(recipe, row)}"
+
+
+def missed(recipe: Recipe, row: Row) -> str:
+    """Which gates of the recipe the accuracies of a row miss, in words; empty for none."""
     return ", ".join(
         f"{part} {100 * row['accuracy'][part]:.2f}% below its gate of {100 * least:g}%"
-        for part, least in row["gate"].items()
+        for part, least in recipe.gate.items()
         if row["accuracy"][part] < least
     )
+
+
+def _said(recipe: Recipe, row: Row) -> str:
+    accuracies = ", ".join(f"{part} {100 * value:.2f}%" for part, value in row["accuracy"].items())
+    return f"{recipe.name}: {accuracies}, {row['seconds'] / 3600:.2f} h, {missed(recipe, row) or 'gate met'}"

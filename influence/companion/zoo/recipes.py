@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache as remember
 from pathlib import Path
@@ -46,7 +46,7 @@ class Recipe:
         dropout: probability of dropping an activation.
         normalise: take mean and standard deviation of the training images out of the pixels, inside the network.
         batch_size: images a step.
-        weight_decay: coefficient of the weights in their own gradient; with Adam of the convolutions alone, as released.
+        weight_decay: coefficient of the weights in their own gradient; with Adam of convolutions alone, as released.
         augment: crop and flip.
         precision: "float32", or "bfloat16" where the processor has instructions for it.
         labels: of `outliers.HUMAN_LABELS`; None for those of the data set.
@@ -94,7 +94,7 @@ class Recipe:
                 raise RecipeError(f"{self.name}: expected one of {', '.join(allowed)}, got {value!r}")
 
     def decides(self) -> dict[str, Any]:
-        """The values that decide the weights, without those at their default: a new kind of value changes no identity."""
+        """The values that decide the weights, but for those at their default: a new field changes no identity."""
         values = {key: value for key, value in asdict(self).items() if key not in _DECIDES_NOTHING}
         return {key: value for key, value in values.items() if value != _DEFAULTS[key]}
 
@@ -113,17 +113,11 @@ class Recipe:
         return next(rate for end, (_, rate) in zip(ends, self.phases, strict=True) if done < end / self.epochs)
 
     def optimize(self, model: nn.Module) -> torch.optim.Optimizer:
-        """An optimiser of those parameters that require a gradient."""
+        """The optimiser of those parameters that require a gradient."""
         if self.optimizer == "adam":
-            kernels: list[Tensor] = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
-        else:
-            kernels = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-        chosen = {id(weight) for weight in kernels}
-        rest = [p for p in model.parameters() if id(p) not in chosen and p.requires_grad]
-        kernels = [weight for weight in kernels if weight.requires_grad]
-        groups = [{"params": kernels, "weight_decay": self.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        if self.optimizer == "adam":
-            return torch.optim.Adam(groups, lr=self.rate(0), eps=1e-7)  # Keras' epsilon
+            return adam(model, self.rate(0), self.weight_decay)
+        weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+        groups = _groups(model, weights, self.weight_decay)
         return torch.optim.SGD(groups, lr=self.rate(0), momentum=0.9, nesterov=True)
 
     def build(self, dataset: Dataset) -> nn.Module:
@@ -137,6 +131,24 @@ class Recipe:
             DataError: it is missing or corrupt.
         """
         return _dataset(self.data, self.labels, self.fold, data_dir or paths.data_dir())
+
+
+def adam(model: nn.Module, rate: float, weight_decay: float) -> torch.optim.Adam:
+    """Adam with the L2 penalty of the released code on the kernels of convolutions, and Keras' epsilon.
+
+    Keras' regularizers.l2(1e-4) adds 1e-4 |w|^2 to the loss, hence a `weight_decay` of 2e-4.
+    """
+    kernels = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
+    return torch.optim.Adam(_groups(model, kernels, weight_decay), lr=rate, eps=1e-7)
+
+
+def _groups(model: nn.Module, decayed: Sequence[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    chosen = {id(weight) for weight in decayed}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if id(p) in chosen], "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) not in chosen], "weight_decay": 0.0},
+    ]
 
 
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Recipe)}
@@ -193,9 +205,7 @@ def _resnet20(recipe: Recipe, dataset: Dataset) -> nn.Module:
 
 @_seeded
 def _inception(recipe: Recipe, dataset: Dataset) -> nn.Module:
-    return SmallInception(
-        dataset.shape[0], min(dataset.shape[1:]), width=recipe.width, n_classes=len(dataset.classes)
-    )
+    return SmallInception(dataset.shape[0], min(dataset.shape[1:]), width=recipe.width, n_classes=len(dataset.classes))
 
 
 ARCHITECTURES = {"resnet50": _papers, "densenet121": _papers, "resnet20": _resnet20, "inception": _inception}
@@ -224,17 +234,16 @@ def named(name: str) -> Recipe:
     Raises:
         RecipeError: there is none of that name.
     """
-    stem, _, seed = name.rpartition("-")
-    rows = _rows()
-    if stem not in rows or not seed.isdecimal() or int(seed) not in rows[stem]["seeds"]:
-        raise RecipeError(f"unknown network {name!r}: `influence zoo` lists them all")
-    return _recipe(stem, rows[stem], int(seed))
+    for found in everything():
+        if found.name == name:
+            return found
+    raise RecipeError(f"unknown network {name!r}: `influence zoo` lists them all")
 
 
 def everything() -> Iterator[Recipe]:
-    """Every recipe with a gate or a place among the published networks, with each of its seeds."""
+    """The networks of the zoo, each recipe with each of its seeds: all but those that a profile trains by itself."""
     for stem, row in _rows().items():
-        if "gate" in row and not stem.startswith("released-"):
+        if stem.partition("-")[0] not in ("smoke", "released"):
             yield from (_recipe(stem, row, seed) for seed in row["seeds"])
 
 

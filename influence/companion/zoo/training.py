@@ -1,8 +1,8 @@
 """The one training loop of the companion, and how its classifiers are trained with it.
 
-`train` is the loop: batches, a loss, an optimiser and a schedule, resumable epoch by epoch. Everything that trains calls
-it: `fit` (the classifier of a recipe), `learn` (its continuation on added images), the arms of Zheng et al. (2016) in
-`finetuning`, the embeddings in `embedding`, and the continuation of the reader's own model.
+`train` is the loop: batches, a loss, an optimiser and a schedule, resumable epoch by epoch. Everything that trains
+calls it: `fit` (the classifier of a recipe), `learn` (it continued on added images), the arms of Zheng et al. (2016)
+in `finetuning`, the embeddings in `embedding`, and the continuation of the reader's own model.
 
 A trained network is known by its recipe and the digest of its data. Code is not a part of that: an edit of a docstring,
 or of a function, never trains a network again; the record beside the weights says which code made them.
@@ -10,6 +10,7 @@ or of a function, never trains a network again; the record beside the weights sa
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import itertools
 import json
@@ -170,9 +171,7 @@ def train(
     return state["history"], state["seconds"]
 
 
-def _resumed(
-    file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-) -> dict[str, Any]:
+def _resumed(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
         model.load_state_dict(state.pop("model"))
@@ -352,39 +351,33 @@ def learn(
         device: where to train.
     """
     trained = fit(recipe, dataset, device=device)
-    everything = dataset.train.with_(extra)
+    batches = Shuffled(dataset.train.with_(extra), recipe.batch_size, recipe.augment)
     found = []
     for phase, (epochs, rate) in enumerate(phases):
-        model = trained.model
         key = cache.fingerprint({"base": trained.key, "extra": extra.digest, "epochs": epochs, "rate": rate})
-        batches = Shuffled(everything, recipe.batch_size, recipe.augment)
-
-        def phase_of(
-            resume: Path, model: nn.Module = model, epochs: int = epochs, rate: float = rate, phase: int = phase
-        ) -> Record:
-            return train(
-                model,
-                batches,
-                cross_entropy,
-                recipe.optimize(model),
-                steps=epochs * len(batches),
-                rate=lambda _: rate,
-                seed=(recipe.seed, 1, phase),
-                title=f"{recipe.name} with {len(extra)} more",
-                precision=recipe.precision,
-                resume=resume,
-            )
-
-        record = made_once(f"{recipe.name}-learnt{phase + 1}-{key[:16]}", model, phase_of, recipe=recipe)
-        trained = Trained(_copied(model), key, *record)
+        model = copy.deepcopy(trained.model)
+        make = partial(_learn, model, recipe, batches, phase, epochs, rate)
+        record = made_once(f"{recipe.name}-learnt{phase + 1}-{key[:16]}", model, make, recipe=recipe)
+        trained = Trained(model, key, *record)
         found.append(trained)
     return found
 
 
-def _copied(model: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(model).eval()
+def _learn(
+    model: nn.Module, recipe: Recipe, batches: Batches, phase: int, epochs: int, rate: float, resume: Path
+) -> Record:
+    return train(
+        model,
+        batches,
+        cross_entropy,
+        recipe.optimize(model),
+        steps=epochs * len(batches),
+        rate=lambda _: rate,
+        seed=(recipe.seed, 1, phase),
+        title=f"{recipe.name} with more images",
+        precision=recipe.precision,
+        resume=resume,
+    )
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Networks that others trained, read from the reader's folder and never shipped with the companion.
 
-He et al.'s ResNet-20 and -56, the ResNet-32 that the group of Shu & Zhu trained for their follow-up mFI-PSO, on CIFAR-10
-and on MNIST, and a DenseNet-BC-40-12. All take raw pixels 0..255, and scale them as they were trained to.
+He et al.'s ResNet-20 and -56, the ResNet-32 that the group of Shu & Zhu trained for their follow-up mFI-PSO (on
+CIFAR-10 and on MNIST), and a DenseNet-BC-40-12. All take raw pixels 0..255, and scale them as they were trained to.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from torch import nn
 
 from .. import cache, paths
 from . import recipes, training
-from .recipes import Recipe
+from .recipes import Recipe, RecipeError
 from .training import Record, TrainingError
 
 _TOLERANCE = 0.001  # a tenth of a point: what a stored accuracy may differ by when it is measured anew
@@ -83,6 +83,8 @@ def train(name: str, *, device: torch.device | str = "cpu", data_dir: Path | Non
         TrainingError: another process is training it.
     """
     recipe = recipes.named(name)
+    if recipe not in recipes.everything():
+        raise RecipeError(f"{name} is no network of the zoo: a profile trains it where it needs it")
     dataset = recipe.dataset(data_dir)
     key = training.identity(recipe, dataset)
     row = ledger().get(name)

@@ -21,6 +21,7 @@ from .pretrained import CifarResNet
 
 # The profile of a run names the family of its networks.
 _FAMILIES = {"smoke": "smoke", "cpu": "paper", "paper": "released"}
+_ELSEWHERE = ("smoke", "released")  # trained where a profile needs them
 _DECIDES_NOTHING = ("name", "gate", "published")
 _RISE = 0.2  # of a one-cycle schedule
 
@@ -234,17 +235,17 @@ def named(name: str) -> Recipe:
     Raises:
         RecipeError: there is none of that name.
     """
-    for found in everything():
-        if found.name == name:
-            return found
+    stem, _, seed = name.rpartition("-")
+    row = _rows().get(stem)
+    if row is not None and seed.isdecimal() and int(seed) in row["seeds"]:
+        return _recipe(stem, row, int(seed))
     raise RecipeError(f"unknown network {name!r}: `influence zoo` lists them all")
 
 
 def everything() -> Iterator[Recipe]:
     """The networks of the zoo, each recipe with each of its seeds: all but those that a profile trains by itself."""
     for stem, row in _rows().items():
-        if stem.partition("-")[0] not in ("smoke", "released"):
-            yield from (_recipe(stem, row, seed) for seed in row["seeds"])
+        yield from (_recipe(stem, row, seed) for seed in row["seeds"] if stem.partition("-")[0] not in _ELSEWHERE)
 
 
 def _recipe(stem: str, row: dict[str, Any], seed: int) -> Recipe:

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import methods
-from influence.companion import models
+from influence.companion.zoo import models
 
 PEERS = ("backpack-for-pytorch", "opacus", "laplace-torch", "nngeometry", "torch", "triton")
 # Relative to the largest entry of a layer's Gram, in float64.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
-from influence.companion import models
+from influence.companion.zoo import models
 
 
 def image(size: int, channels: int = 3) -> Callable[[int], Tensor]:

@@ -9,11 +9,13 @@ import pandas as pd
 import pytest
 import torch
 
-from influence.companion import data, experiments, figures, finetuning, training
+from influence.companion import data, experiments, figures
 from influence.companion.experiments import arms, stability, sweep
-from influence.companion.finetuning import Arm
+from influence.companion.zoo import finetuning, training
+from influence.companion.zoo.finetuning import Arm
+from influence.companion.zoo.recipes import Recipe
 
-TINY = training.Recipe("resnet50", width=0.125, train_per_class=8, phases=((1, 1e-3),), batch_size=40, dropout=0.0)
+TINY = Recipe("tiny-0", "resnet50", "digits", 1, ((1, 1e-3),), width=0.125, batch_size=40)
 ONE = {"steps": 1, "learning_rate": 1e-2}
 
 
@@ -21,7 +23,8 @@ ONE = {"steps": 1, "learning_rate": 1e-2}
 def digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> data.Dataset:
     monkeypatch.setenv("INFLUENCE_CACHE", str(tmp_path))
     whole = data.load("digits")
-    return dataclasses.replace(whole, valid=whole.valid.sample(20), test=whole.test.sample(20))
+    few = {"train": whole.train.sample(80), "valid": whole.valid.sample(20), "test": whole.test.sample(20)}
+    return dataclasses.replace(whole, **few)
 
 
 def test_the_last_layer_alone_moves(digits: data.Dataset) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -82,56 +84,48 @@ def test_jpeg_table_pairs_by_seed() -> None:
     assert lines[r"stability, $\alpha$ = 1"] == pytest.approx([0.6, 0.65])
 
 
+def accuracies(networks: Sequence[str], values: Sequence[float]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {"dataset": "digits", "network": name, "seed": seed, "part": part, "n": 10, "accuracy": value, "loss": 0.1,
+         "calibration_error": (1 - value) / 2, "gate": 0.85 if part == "test" else np.nan}
+        for name in networks for part in ("train", "validation", "test") for seed, value in enumerate(values)
+    )  # fmt: skip
+
+
 def test_accuracy_table_and_its_figure() -> None:
-    values = [0.8, 0.9, 1.0]
-    runs = pd.DataFrame(
-        [
-            {
-                "dataset": "digits",
-                "model": m,
-                "seed": s,
-                "part": p,
-                "n": 10,
-                "accuracy": v,
-                "loss": 0.1,
-                "calibration_error": (1 - v) / 2,
-            }
-            for m in ("resnet50", "densenet121")
-            for p in ("train", "validation", "test")
-            for s, v in enumerate(values)
-        ]
-    )
+    runs = accuracies(["smoke-resnet50-digits", "group-resnet32-mnist"], [0.8, 0.9, 1.0])
     table = experiments.sensitivity.accuracy_table(runs)
     assert len(table) == 6 and table["accuracy"].to_numpy() == pytest.approx(0.9)
     assert (table["high"] == 1).all() and table["low"].to_numpy() == pytest.approx(
         0.9 - 4.302652729911275 * 0.1 / 3**0.5
     )
+    assert table["gate_met"].tolist() == [True, True, False] * 2  # one seed of three is below
     figure = figures.sensitivity.accuracy(table)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ResNet50", "DenseNet121"]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert sorted(legend) == ["gate (test)", "test", "train", "validation"]
     half = 4.302652729911275 * 0.05 / 3**0.5
     accuracy, calibration = (drawn_intervals(axes) for axes in figure.axes)
     assert accuracy == pytest.approx(np.tile([0.9 - 2 * half, 0.9, 1], (6, 1)))
     assert calibration == pytest.approx(np.tile([0, 0.05, 0.05 + half], (6, 1)))  # cut at 0: no error is negative
-    assert [axes.get_ylabel() for axes in figure.axes] == ["accuracy", "expected calibration error"]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["accuracy", "expected calibration error"]
+    rows = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert rows == ["ResNet50, smoke", "ResNet-32 (the group's)"]
 
 
 def drawn_intervals(axes: Axes) -> np.ndarray:
-    """Low end, point and high end of each error bar, ``(points, 3)``, network by network."""
+    """Low end, point and high end of each error bar, ``(points, 3)``, part by part."""
     rows = []
     for container in axes.containers:
         points, _, (bars,) = container.lines
-        ends = [segment[:, 1] for segment in bars.get_segments()]
-        rows += [(low, y, high) for y, (low, high) in zip(points.get_ydata(), ends, strict=True)]
+        ends = [segment[:, 0] for segment in bars.get_segments()]
+        rows += [(low, x, high) for x, (low, high) in zip(points.get_xdata(), ends, strict=True)]
     return np.array(rows)
 
 
 def test_one_seed_is_drawn_without_an_interval() -> None:
-    row = {"n": 10, "accuracy": 0.9, "loss": 0.1, "calibration_error": 0.05}
-    runs = pd.DataFrame([{"dataset": "digits", "model": "resnet50", "seed": 0, "part": "test", **row}])
-    figure = figures.sensitivity.accuracy(experiments.sensitivity.accuracy_table(runs))
+    figure = figures.sensitivity.accuracy(experiments.sensitivity.accuracy_table(accuracies(["resnet20"], [0.9])))
     accuracy, calibration = (drawn_intervals(axes) for axes in figure.axes)
-    assert (accuracy == 0.9).all() and (calibration == 0.05).all()
-    assert figure.axes[0].get_title() == "Digits: one seed, no interval"
+    assert (accuracy == 0.9).all() and calibration == pytest.approx(0.05)
 
 
 def test_outlier_figures_draw_every_image() -> None:

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import influence
-from influence.companion import models
 from influence.companion.experiments.definition import influence_by_definition
+from influence.companion.zoo import models
 from truth import released
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from influence.companion import data, outliers, pretrained
+from influence.companion import data, outliers
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +66,6 @@ def test_missing_files_say_what_to_do(tmp_path: Path) -> None:
         outliers.human_labels("worse_label", tmp_path)
     with pytest.raises(data.DataError, match="unknown labels"):
         outliers.human_labels("clean_label", tmp_path)
-    with pytest.raises(data.DataError, match=r"resnet20-\*.th"):
-        pretrained.load("resnet20", tmp_path)
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "resnet20-12345678.th").write_bytes(b"nothing")
-    with pytest.raises(data.DataError, match="is corrupt"):
-        pretrained.load("resnet20", tmp_path)
 
 
 def test_human_labels_of_cifar10(data_dir: Path) -> None:
@@ -80,13 +74,3 @@ def test_human_labels_of_cifar10(data_dir: Path) -> None:
     for kind, wrong in (("aggre_label", 0.0901), ("worse_label", 0.4021)):
         given, verified = outliers.human_labels(kind, data_dir)
         assert float((given != verified).double().mean()) == pytest.approx(wrong, abs=5e-4)
-
-
-def test_pretrained_network_is_as_good_as_stated(data_dir: Path) -> None:
-    if not list((data_dir / "checkpoints").glob("resnet20-*.th")):
-        pytest.skip("no checkpoints")
-    network, _ = pretrained.load("resnet20", data_dir)
-    test = data.load("cifar10", data_dir).test.sample(1000)
-    with torch.no_grad():
-        right = network(test.images.float()).argmax(1) == test.labels
-    assert 0.89 < float(right.double().mean()) < 0.945  # 91.73% on all 10,000

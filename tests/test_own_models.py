@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import influence
-from influence.companion import adapt, data, figures, material
+from influence.companion import adapt, figures, material
 from influence.companion.experiments import adapt as study
 from influence.companion.experiments import adapt_examples, adapt_layers, adapt_maps, adapt_robustness, adapt_words
 
@@ -355,20 +355,6 @@ def test_fine_tuning_leaves_the_model_and_what_is_frozen_alone() -> None:
         p.requires_grad_(False)
     with pytest.raises(ValueError, match="frozen"):
         adapt_robustness.stabilise(subject, alpha=1.0, sigma=0.04, steps=1, learning_rate=0.01)
-
-
-def test_training_examples_are_those_that_a_network_of_the_companion_saw() -> None:
-    labels = torch.arange(4000).flip(0) % 3
-    examples = material.Examples(labels, lambda number: torch.full((1,), number), range(4000))
-    found = material.Material("mnist", ("0", "1", "2"), examples, examples)
-    seen = adapt.trained_on("companion:resnet50", found, profile="cpu")
-    expected = data.Split(torch.arange(4000), labels, torch.arange(4000)).per_class(1000)
-    assert torch.equal(seen.train.stored(range(3000))[0].flatten(), expected.index)
-    assert torch.equal(seen.train.labels, expected.labels) and len(seen.test) == 4000
-    assert len(adapt.trained_on("torchvision:resnet18", found, profile="cpu").train) == 4000
-    assert len(adapt.trained_on("companion:resnet50", found, profile="paper").train) == 4000
-    with pytest.raises(adapt.AdaptError, match="no recipe for 'vgg'"):
-        adapt.trained_on("companion:vgg", found, profile="cpu")
 
 
 def test_image_folder(tmp_path: object) -> None:

@@ -85,7 +85,7 @@ def test_python_blocks_run(readme: str) -> None:
 def test_commands_of_the_shell_run(readme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`influence` runs as it is written (scores elsewhere); `./run_all.sh` has tests of its own."""
     lines = [line.partition("#")[0].strip() for block in _blocks(readme, "sh") for line in block.splitlines()]
-    monkeypatch.setattr("influence.companion.training.fit", lambda *_, **__: SimpleNamespace(model=_network()))
+    monkeypatch.setattr("influence.companion.zoo.training.fit", lambda *_, **__: SimpleNamespace(model=_network()))
     ran = 0
     for line in filter(None, lines):
         words = line.replace("build/scores", str(tmp_path / "scores")).split()

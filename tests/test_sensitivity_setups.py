@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 import influence
-from influence.companion import data, experiments, figures, layerwise, pixelwise, pretrained
+from influence.companion import data, experiments, figures, layerwise, pixelwise
 from influence.companion.experiments.keyed import bound
+from influence.companion.zoo import pretrained
 from truth import influence as brute_force
 from truth import input_jacobian
 

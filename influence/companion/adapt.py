@@ -8,7 +8,6 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 
 from influence.checks import require_logits
 
-from . import paths, recipes, training
+from . import paths
 from .material import AdaptError, Examples, Material, load_data
+from .zoo import recipes, training
 
 __all__ = ["AdaptError", "Examples", "Material", "Prepared", "call", "check", "load_data", "load_model"]
 
@@ -119,18 +119,6 @@ def load_model(
         hint = "no such file" if spec.endswith(_WEIGHTS) or os.sep in spec else f"expected {_FORMS}"
         raise AdaptError(f"model {spec!r}: {hint}")
     return made.to(device).eval()
-
-
-def trained_on(spec: str, material: Material, *, profile: str) -> Material:
-    """The data with the training examples that a network of the companion has seen; for any other model as they are."""
-    from . import data
-
-    prefix, _, name = spec.partition(":")
-    if prefix != "companion" or material.name not in data.NAMES:
-        return material
-    with _as_error():
-        count = recipes.recipe(profile, material.name, name).train_per_class
-    return material if count is None else replace(material, train=material.train.per_class(count))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

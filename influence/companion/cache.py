@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import subprocess
 import types
 import uuid
 import warnings
@@ -124,6 +125,18 @@ def table(name: str, key: Mapping[str, Any], compute: Callable[[], pd.DataFrame]
     frame = compute()
     atomic_write(path, lambda temporary: frame.to_parquet(temporary))
     return pd.read_parquet(path)
+
+
+@cache
+def commit() -> str | None:
+    """The commit of the checkout, "+" behind it where files differ from it; None where there is no git."""
+    try:
+        options: dict[str, Any] = {"cwd": paths.ROOT, "capture_output": True, "text": True, "check": True}
+        head = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **options).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed else "")
 
 
 @cache

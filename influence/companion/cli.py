@@ -27,6 +27,7 @@ Sensitivity (Shu & Zhu 2019) and stability (Zheng et al. 2016) of classifiers.
   influence run                       regenerate the artifacts of the papers (what run_all.sh calls)
   influence list                      name them
   influence check                     is every results file owned by a notebook?
+  influence zoo                       the trained networks: recipes, accuracies, gates; `zoo train`, `zoo check`
   influence score --model M --data D  influence of every example of your own data on your own model
   influence report                    all artifacts as one static site
 
@@ -69,6 +70,17 @@ examples:
   influence run --only sensitivity/fig_outlier_ranking
   influence run --profile cpu --data ~/data                 MNIST and CIFAR-10 in torchvision's layout
 """
+_ZOO = """\
+The trained networks that the artifacts rest on, in results/zoo: weights, histories and a ledger. `list` shows recipe,
+data, epochs, hours, accuracies and gate of each; `train` trains some by name, going on where a former call was
+interrupted; `check` measures the published ones anew and ends with 1 where a gate or a stored accuracy is missed.
+"""
+_ZOO_EXAMPLES = """\
+examples:
+  influence zoo
+  influence zoo train paper-resnet50-mnist-0 --data ~/data    with one thread: OMP_NUM_THREADS=1
+  influence zoo check
+"""
 _REPORT = """\
 Make one static site of the artifacts of a profile: a gallery with figure, table, the paper's value, ours and the
 verdict, and every notebook as it was executed. It needs no network to read and goes to build/site/PROFILE/.
@@ -88,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(words or ["--help"])
         if options.command in ("run", "list", "check"):
             return run.main(words, parser=_parser())
-        return _score(options) if options.command == "score" else _report(options)
+        return {"score": _score, "report": _report, "zoo": _zoo}[options.command](options)
     except (run.UsageError, NotebookError, manifest.ManifestError) as error:
         return _refuse(error)
     except KeyboardInterrupt:
@@ -169,10 +181,10 @@ def _part(options: argparse.Namespace, found: Material) -> tuple[Examples, Examp
     """All examples of the data or of their part, those of them that are scored, and words that say which part it is."""
     from . import adapt
 
-    parts = adapt.trained_on(options.model, found, profile=options.profile).parts
-    part = options.part or next(iter(parts))
-    if part in parts:
-        return found.parts[part], parts[part].sample(options.images), "" if part == "all" else f" of part {part!r}"
+    part = options.part or next(iter(found.parts))
+    if part in found.parts:
+        everything = found.parts[part]
+        return everything, everything.sample(options.images), "" if part == "all" else f" of part {part!r}"
     halves = found.train.hold_out()
     if halves is None:
         raise adapt.AdaptError(
@@ -241,6 +253,38 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+# -- zoo --------------------------------------------------------------------------------------------------------------
+
+
+def _zoo(options: argparse.Namespace) -> int:
+    from . import data
+    from .zoo import published, recipes, training
+
+    data_dir = Path(options.data).expanduser() if options.data else None
+    try:
+        if options.device:
+            run.check_device(options.device)
+        where: dict[str, Any] = {"device": options.device or "cpu", "data_dir": data_dir}
+        if options.action == "list":
+            print(published.listing())
+        elif options.action == "train":
+            if not options.names:
+                raise recipes.RecipeError("name the networks to train; `influence zoo` lists them all")
+            for name in [recipes.named(name).name for name in options.names]:
+                print(published.train(name, **where), flush=True)
+        else:
+            problems = 0
+            for line in published.check(options.names, **where):
+                problems += 1
+                print(line, flush=True)
+            if problems:
+                return 1
+            print("zoo: every published network meets its gate and the accuracy that its ledger has")
+        return 0
+    except (recipes.RecipeError, data.DataError, training.TrainingError, OSError) as error:
+        return _refuse(error)
+
+
 # -- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +294,13 @@ def _parser() -> run.Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run.add_commands(commands, epilog=_RUN_EXAMPLES)
     _add_score(commands, plain)
+    zoo = commands.add_parser(
+        "zoo", help="the trained networks", description=_ZOO, epilog=_ZOO_EXAMPLES, formatter_class=plain
+    )
+    zoo.add_argument("action", nargs="?", choices=("list", "train", "check"), default="list", help="default: list")
+    zoo.add_argument("names", nargs="*", metavar="NAME", help="of networks; for check: none for all")
+    zoo.add_argument("--data", metavar="DIR", help="folder of the data sets (default: INFLUENCE_DATA)")
+    zoo.add_argument("--device", help="cpu, cuda or cuda:N (default: cpu)")
     report = commands.add_parser(
         "report",
         help="all artifacts as one static site",

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,18 +49,34 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @cached_property
+    def digest(self) -> str:
+        """Sha256 over pixels, labels and positions."""
+        sha = hashlib.sha256()
+        self._hash_into(sha)
+        return sha.hexdigest()
+
+    def _hash_into(self, sha: Any) -> None:
+        for tensor in self.tensors():
+            sha.update(str(tuple(tensor.shape)).encode())
+            sha.update(tensor.contiguous().numpy().tobytes())
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, labels and index."""
+        return self.images, self.labels, self.index
+
+    def with_(self, other: Split) -> Split:
+        """The images of both, those of `other` last."""
+        return Split(*(torch.cat(pair) for pair in zip(self.tensors(), other.tensors(), strict=True)))
+
+    def where(self, chosen: Tensor) -> Split:
+        """The images for which `chosen`, (N,) bool, holds."""
+        return Split(*(tensor[chosen] for tensor in self.tensors()))
+
     def take(self, positions: Sequence[int] | np.ndarray) -> Split:
         """The images at `positions`, in that order."""
         rows = torch.as_tensor(np.asarray(positions, dtype=np.int64))
         return Split(self.images[rows], self.labels[rows], self.index[rows])
-
-    def per_class(self, count: int | None) -> Split:
-        """The first `count` images of each class in stored order (all of them when None)."""
-        if count is None:
-            return self
-        labels = self.labels.numpy()
-        rows = np.concatenate([np.flatnonzero(labels == k)[:count] for k in np.unique(labels)])
-        return self.take(np.sort(rows))
 
     def sample(self, count: int | None, *, seed: int = 0) -> Split:
         """A random sample of at most `count` images without replacement, in stored order."""
@@ -95,9 +112,7 @@ class Dataset:
         """Sha256 over pixels, labels and positions of the three parts; hashed once, since every key asks for it."""
         sha = hashlib.sha256()
         for part in (self.train, self.valid, self.test):
-            for tensor in (part.images, part.labels, part.index):
-                sha.update(str(tuple(tensor.shape)).encode())
-                sha.update(tensor.contiguous().numpy().tobytes())
+            part._hash_into(sha)
         return sha.hexdigest()
 
 

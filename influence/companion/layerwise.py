@@ -13,9 +13,9 @@ from torch.nn import functional as F
 import influence
 from influence.progress import progress_bar
 
-from . import training
 from .data import Split
 from .scores import positions
+from .zoo import training
 
 ALL = "all parameters"
 _CHUNK = 32

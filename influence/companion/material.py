@@ -66,11 +66,6 @@ class Examples(Dataset):
         chosen = [int(row) for row in rows]
         return Examples(self.labels[chosen], self.read, [self.numbers[row] for row in chosen])
 
-    def per_class(self, count: int) -> Examples:
-        """The first `count` of each class, in stored order."""
-        labels = self.labels.numpy()
-        return self.take(np.sort(np.concatenate([np.flatnonzero(labels == k)[:count] for k in np.unique(labels)])))
-
     def sample(self, count: int, *, seed: int = 0) -> Examples:
         """At most `count` of them, drawn without replacement, in stored order; 0 for all."""
         return self.take(sampled(len(self), count, seed=seed))

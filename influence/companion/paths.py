@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = Path(os.environ.get("INFLUENCE_ROOT") or PACKAGE.parent).resolve()
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = NOTEBOOKS / "profiles"
+ZOO = ROOT / "results" / "zoo"
 REFERENCE = ROOT / "results" / "reference"
 BUILD = ROOT / "build"
 

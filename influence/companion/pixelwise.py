@@ -10,8 +10,8 @@ from torch.nn import functional as F
 import influence
 from influence.progress import progress_bar
 
-from . import training
 from .data import Split
+from .zoo import training
 
 SIZES = (1, 3, 5, 7)
 _CHUNK = 8

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 import influence
 from influence.progress import progress_bar
 
-from . import training
 from .data import Split
+from .zoo import training
 
 # name -> what it is. The order is that of tables and legends.
 NAMES: dict[str, str] = {

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from .training import pixels
+from .zoo.training import pixels
 
 ABSTAIN = -1
 

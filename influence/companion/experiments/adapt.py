@@ -75,7 +75,7 @@ def load(
     std: Sequence[float] = (),
 ) -> Subject:
     """The model and the data that two words name, checked with two examples (`companion.adapt` says which words)."""
-    material = adapt.trained_on(model, load_data(dataset, size=size), profile=run.profile)
+    material = load_data(dataset, size=size)
     own = model.startswith("companion:")
     network = adapt.load_model(
         model,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
@@ -17,6 +16,8 @@ from torch.nn import functional as F
 import influence
 
 from .. import distortions
+from ..material import Examples
+from ..zoo import training
 from .adapt import Subject
 
 _BATCH = 64
@@ -44,24 +45,44 @@ def stabilise(
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("every parameter is frozen: set requires_grad on those that fine-tuning may change")
-    optimizer = torch.optim.Adam(trained, lr=learning_rate)
-    order = np.random.default_rng(seed)
-    noise = torch.Generator(device=subject.device).manual_seed(seed)
-    train = subject.material.train
     unit = pixel_range(subject)
     if unit is None:
         raise ValueError("fine-tuning needs images as bytes, or as floats in [0, 1] before normalisation")
-    for _ in range(steps):
-        x, labels = train.batch(order.choice(len(train), min(_BATCH, len(train)), replace=False))
-        x, labels = x.to(subject.device), labels.to(subject.device)
-        noisy = influence.gaussian_perturbation(x, sigma=sigma * unit, generator=noise, clip=(0, unit))
-        optimizer.zero_grad(set_to_none=True)
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Iterator[Tensor]:
+        x, labels = (part.to(subject.device) for part in batch)
+        noisy = influence.gaussian_perturbation(x, sigma=sigma * unit, clip=(0, unit))
         # Large images go through one after the other: the gradients of the parts add up to that of the batch.
         for part in torch.arange(len(x), device=x.device).split(subject.at_once(_BATCH)):
-            loss = _loss(model, x[part], noisy[part], labels[part], alpha)
-            (loss * (len(part) / len(x))).backward()
-        optimizer.step()
-    return model.eval()
+            yield _loss(model, x[part], noisy[part], labels[part], alpha) * (len(part) / len(x))
+
+    training.train(
+        model,
+        _Sampled(subject.material.train, steps),
+        loss,
+        torch.optim.Adam(trained, lr=learning_rate),
+        steps=steps,
+        rate=lambda _: learning_rate,
+        seed=(seed, 6),
+        title=f"stability {alpha:g}",
+        training_mode=False,
+    )
+    return model
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """Random batches of the reader's training examples, each drawn anew."""
+
+    examples: Examples
+    steps: int
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(self.steps):
+            yield self.examples.batch(torch.randperm(len(self.examples))[:_BATCH].tolist())
 
 
 def _loss(model: nn.Module, x: Tensor, noisy: Tensor, labels: Tensor, alpha: float) -> Tensor:

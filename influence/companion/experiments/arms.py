@@ -11,11 +11,12 @@ import torch
 
 from influence.progress import progress_bar
 
-from .. import cache, distortions, finetuning, recipes, training
+from .. import cache, distortions
 from ..data import Split
 from ..evaluation import mean_interval
-from ..finetuning import Arm
 from ..results import Run
+from ..zoo import finetuning, recipes, training
+from ..zoo.finetuning import Arm
 from .common import dataset
 
 ORIGINAL = distortions.ORIGINAL

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import influence
 
-from .. import training
 from ..results import Run
+from ..zoo import training
 from .common import classifier, dataset
 from .definition import influence_by_definition
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
-from .. import data, paths, recipes, training
+from torch import nn
+
+from .. import data, paths
 from ..results import Run
+from ..zoo import pretrained, recipes, training
 
 
 def dataset(run: Run, name: str) -> data.Dataset:
@@ -22,10 +26,47 @@ def classifier(run: Run, dataset_name: str, model: str, *, seed: int) -> trainin
     )
 
 
-def training_images(run: Run, dataset_name: str, model: str) -> data.Split:
-    """The images that `classifier` was trained on."""
-    limit = recipes.recipe(run.profile, dataset_name, model).train_per_class
-    return dataset(run, dataset_name).train.per_class(limit)
+@dataclass(frozen=True)
+class Network:
+    """A network by its name, and what it was trained and tested on.
+
+    Attributes:
+        model: in evaluation mode.
+        family: its name without the seed.
+        seed: of its training; 0 for one that others trained.
+        dataset: a name of `data.NAMES`.
+        parts: "train", "validation" (where something was held out) and "test".
+        gate: accuracies by part below which no verdict rests on it.
+    """
+
+    model: nn.Module
+    family: str
+    seed: int
+    dataset: str
+    parts: dict[str, data.Split]
+    gate: dict[str, float]
+
+
+def named(run: Run, name: str) -> Network:
+    """The network of a name in `recipes.yaml` with its seed, or of `pretrained.NAMES`.
+
+    Raises:
+        RecipeError: there is none of that name.
+        DataError: its data or its weights are not there.
+    """
+    if name in pretrained.NAMES:
+        model, digest = pretrained.load(name, paths.data_dir(), device=run.device)
+        run.add_input(name, digest)
+        source = pretrained.SOURCES[name]
+        whole = dataset(run, source.data)
+        parts = {"train": whole.train.with_(whole.valid), "test": whole.test}
+        return Network(model, name, 0, source.data, parts, {"test": source.test_accuracy - 0.0005})
+    recipe = recipes.named(name)
+    found = recipe.dataset()
+    run.add_input(recipe.data, found.digest)
+    parts = {"train": found.train, "validation": found.valid, "test": found.test}
+    model = training.fit(recipe, found, device=run.device).model
+    return Network(model, name.rpartition("-")[0], recipe.seed, recipe.data, parts, recipe.gate)
 
 
 @cache

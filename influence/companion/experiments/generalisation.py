@@ -11,7 +11,7 @@ from .. import cache
 from ..detection import two_sample
 from ..results import Run
 from ..scores import predicted_class_scores
-from .common import classifier, dataset, training_images
+from .common import classifier, dataset
 from .keyed import bound
 
 QUANTILES = (0.75, 0.80, 0.85, 0.90, 0.95, 0.98, 0.99, 1.0)
@@ -47,7 +47,7 @@ def predicted_influence(
         for model in models:
             trained = classifier(run, name, model, seed=seed)
             for part in ("train", "test"):
-                split = training_images(run, name, model) if part == "train" else dataset(run, name).test
+                split = dataset(run, name).train if part == "train" else dataset(run, name).test
                 key: dict[str, object] = {
                     "model": trained.key,
                     "data": dataset(run, name).digest,

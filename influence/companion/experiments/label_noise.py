@@ -8,10 +8,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .. import cache, outliers, paths, pretrained, scores
+from .. import cache, outliers, paths, scores
 from ..data import DataError, Split
 from ..detection import detection
 from ..results import Run
+from ..zoo import pretrained
 from .common import classifier, dataset
 from .keyed import bound
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 import influence
 
-from .. import cache, training
+from .. import cache
 from ..detection import bootstrap_interval
 from ..layerwise import score_layers
 from ..results import Run
-from .common import classifier, dataset, training_images
+from ..zoo import training
+from .common import classifier, dataset
 from .keyed import bound
 
 
@@ -43,7 +44,7 @@ def layer_influence(
     for name in datasets:
         for model in models:
             trained = classifier(run, name, model, seed=seed)
-            split = training_images(run, name, model).sample(images, seed=seed)
+            split = dataset(run, name).train.sample(images, seed=seed)
             key = {"model": trained.key, "data": dataset(run, name).digest, "seed": seed, "images": images}
             key |= {"epsilon": epsilon, "device": run.device.type}
             compute = bound(score_layers, trained.model, split, epsilon=epsilon, device=run.device)
@@ -102,7 +103,7 @@ def by_definition(run: Run, dataset_name: str, model: str, *, seed: int, images:
         One row per image and layer: layer, image, by_definition, ceiling, exact, rank.
     """
     network = copy.deepcopy(classifier(run, dataset_name, model, seed=seed).model).double()
-    split = training_images(run, dataset_name, model).sample(images, seed=seed)
+    split = dataset(run, dataset_name).train.sample(images, seed=seed)
     x = training.pixels(split.images, run.device).double()
     metric = influence.metric_tensor(network, x, wrt="layers")
     result = influence.first_order_influence(metric, split.labels.to(run.device))

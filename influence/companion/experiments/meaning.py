@@ -12,12 +12,13 @@ from torch import nn
 
 import influence
 
-from .. import cache, scores, training
+from .. import cache, scores
 from ..detection import agreement
 from ..layerwise import layer_noise_scores
 from ..results import Run
+from ..zoo import training
 from . import vulnerability
-from .common import classifier, dataset, training_images
+from .common import classifier, dataset
 from .keyed import bound
 
 
@@ -72,7 +73,7 @@ def sensitivity(
         released FI), value, rank.
     """
     trained = classifier(run, dataset_name, model, seed=seed)
-    train = training_images(run, dataset_name, model)
+    train = dataset(run, dataset_name).train
     split = train.sample(images, seed=seed)
     factors = {"0-255": 1.0, "0-1": 255.0, "standardised": float(train.images.double().std())}
     key = {"model": trained.key, "data": dataset(run, dataset_name).digest, "seed": seed, "images": images}
@@ -126,7 +127,7 @@ class Rescaled(nn.Module):
 def unit_check(run: Run, dataset_name: str, model: str, *, seed: int, images: int, factor: float = 255.0) -> float:
     """Largest relative difference of exact FI between raw pixels and a network that takes them in another unit."""
     network = copy.deepcopy(classifier(run, dataset_name, model, seed=seed).model).double()
-    split = training_images(run, dataset_name, model).sample(images, seed=seed)
+    split = dataset(run, dataset_name).train.sample(images, seed=seed)
     x, y = training.pixels(split.images, run.device).double(), split.labels.to(run.device)
     values = [
         influence.first_order_influence(influence.metric_tensor(net, pixels, wrt="input"), y).fi
@@ -150,7 +151,7 @@ def layer_noise(
         the same images of exact, released, alignment, trace.
     """
     trained = classifier(run, dataset_name, model, seed=seed)
-    split = training_images(run, dataset_name, model).sample(images, seed=seed)
+    split = dataset(run, dataset_name).train.sample(images, seed=seed)
     key = {"model": trained.key, "data": dataset(run, dataset_name).digest, "seed": seed, "images": images}
     key |= {"sigma": sigma, "draws": draws, "epsilon": epsilon, "device": run.device.type}
     compute = bound(layer_noise_scores, trained.model, split, sigma, draws, seed, epsilon, run.device)

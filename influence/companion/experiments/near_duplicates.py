@@ -13,10 +13,11 @@ from torch import Tensor
 
 from influence.progress import progress_bar
 
-from .. import cache, data, distortions, embedding, paths, training
-from ..embedding import EmbeddingArm, EmbeddingRecipe
+from .. import cache, data, distortions, paths
 from ..evaluation import mean_interval
 from ..results import Run
+from ..zoo import embedding, training
+from ..zoo.embedding import EmbeddingArm, EmbeddingRecipe
 from .arms import CONTROL
 
 POSITIVE, NEGATIVE = "near-duplicate", "negative"

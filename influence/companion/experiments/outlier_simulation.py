@@ -9,10 +9,11 @@ import pandas as pd
 import torch
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from .. import cache, continuation, outliers, recipes, scores, training
+from .. import cache, outliers, scores
 from ..detection import detection
 from ..results import Run
-from .common import classifier, dataset, training_images
+from ..zoo import recipes, training
+from .common import classifier, dataset
 from .keyed import bound
 
 STATES = ("before", "middle", "after")
@@ -48,7 +49,7 @@ def simulation(
         One row per model, state (`STATES`) and image: outlier (bool), weight (of the example, so that outliers have the
         paper's share of 1 in 21) and the columns of `scores.all_scores`.
     """
-    train = training_images(run, dataset_name, models[0])
+    train = dataset(run, dataset_name).train
     simulated = made_outliers(run, dataset_name, models, seed=seed, per_class=per_class, shift=shift)
     chosen = {False: train.sample(images, seed=seed), True: simulated.train.sample(made, seed=seed)}
     notes = {"models": list(models), "seed": seed, "per_class": per_class, "shift": shift}
@@ -56,14 +57,9 @@ def simulation(
     frames = []
     for model in models:
         before = classifier(run, dataset_name, model, seed=seed)
-        later = continuation.continue_with(
-            recipes.recipe(run.profile, dataset_name, model, seed=seed),
-            dataset(run, dataset_name),
-            simulated.train,
-            phases=schedule,
-            notes=notes,
-            device=run.device,
-        )
+        recipe = recipes.recipe(run.profile, dataset_name, model, seed=seed)
+        whole = dataset(run, dataset_name)
+        later = training.learn(recipe, whole, simulated.train, phases=schedule, device=run.device)
         for state, trained in zip(STATES, [before, *later], strict=True):
             key = {"model": trained.key, "notes": notes, "images": images, "made": made, "device": run.device.type}
             for outlier, split in chosen.items():
@@ -79,7 +75,7 @@ def made_outliers(
     run: Run, dataset_name: str, models: Sequence[str], *, seed: int, per_class: int, shift: int
 ) -> outliers.Outliers:
     """Overlaid images from those training images that every network classifies correctly."""
-    train = training_images(run, dataset_name, models[0])
+    train = dataset(run, dataset_name).train
     right = torch.ones(len(train), dtype=torch.bool)
     for model in models:
         network = classifier(run, dataset_name, model, seed=seed).model

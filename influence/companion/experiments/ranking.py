@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .. import cache, data, distortions, training
-from ..embedding import EmbeddingArm
+from .. import cache, data, distortions
 from ..evaluation import mean_interval
 from ..results import Run
+from ..zoo import training
+from ..zoo.embedding import EmbeddingArm
 from . import arms
 from .near_duplicates import embed, embeddings, photographs
 

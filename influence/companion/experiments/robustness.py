@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .. import attacks, cache, smoothing, training
+from .. import attacks, cache, smoothing
 from ..data import Split
 from ..evaluation import mean_interval
-from ..finetuning import Arm
 from ..results import Run
+from ..zoo import training
+from ..zoo.finetuning import Arm
 from . import arms
 from .common import dataset
 

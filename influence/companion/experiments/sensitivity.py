@@ -13,13 +13,14 @@ from torch.nn import functional as F
 import influence
 from influence.progress import progress_bar
 
-from .. import cache, training
+from .. import cache
 from ..data import Split
 from ..detection import agreement
 from ..evaluation import expected_calibration_error, mean_interval, rank_agreement
 from ..results import Run
 from ..scores import positions
-from .common import classifier, dataset, training_images
+from ..zoo import training
+from .common import classifier, dataset, named
 from .definition import influence_by_definition
 from .keyed import bound
 
@@ -29,24 +30,25 @@ _CHUNK = 64
 # -- table of accuracies ----------------------------------------------------------------------------------------------
 
 
-def accuracy(run: Run, datasets: Sequence[str], models: Sequence[str], seeds: Sequence[int]) -> pd.DataFrame:
+def accuracy(run: Run, networks: Sequence[str]) -> pd.DataFrame:
     """Accuracy, mean loss and calibration error of each network on its training, validation and test images.
 
+    Args:
+        run: the artifact.
+        networks: names of `recipes.yaml` with a seed, such as "paper-resnet50-mnist-0", and of `pretrained.NAMES`. The
+            latter were trained on all training images of their set: there is no validation part.
+
     Returns:
-        One row per data set, model, seed and part: n (images), accuracy, loss (mean -log P_y, nats), calibration_error.
+        One row per network and part: network, dataset, seed, part, n (images), accuracy, loss (mean -log P_y, nats),
+        calibration_error, gate (the accuracy below which no verdict rests on the network; NaN for none).
     """
     rows = []
-    for name in datasets:
-        for model in models:
-            for seed in seeds:
-                trained = classifier(run, name, model, seed=seed)
-                parts = {"train": training_images(run, name, model)}
-                parts |= {"validation": dataset(run, name).valid, "test": dataset(run, name).test}
-                for part, split in parts.items():
-                    logits = training.predict(trained.model, split.images, device=run.device).double()
-                    rows.append(
-                        {"dataset": name, "model": model, "seed": seed, "part": part, **_quality(logits, split)}
-                    )
+    for name in progress_bar(networks, desc="accuracies", unit="network", leave=False):
+        chosen = named(run, name)
+        for part, split in chosen.parts.items():
+            logits = training.predict(chosen.model, split.images, device=run.device).double()
+            about = {"network": chosen.family, "dataset": chosen.dataset, "seed": chosen.seed, "part": part}
+            rows.append({**about, **_quality(logits, split), "gate": chosen.gate.get(part, float("nan"))})
     return pd.DataFrame(rows)
 
 
@@ -63,13 +65,13 @@ def _quality(logits: Tensor, split: Split) -> dict[str, float]:
 def accuracy_table(runs: pd.DataFrame) -> pd.DataFrame:
     """Mean over seeds of `accuracy`'s rows, with the 95% t intervals over seeds, in fractions."""
     rows = []
-    for (name, model, part), group in runs.groupby(["dataset", "model", "part"], sort=False):
+    for (name, network, part), group in runs.groupby(["dataset", "network", "part"], sort=False):
         mean, low, high = mean_interval(group["accuracy"])
         error, error_low, error_high = mean_interval(group["calibration_error"])
         rows.append(
             {
                 "dataset": name,
-                "model": model,
+                "network": network,
                 "part": part,
                 "images": int(group["n"].iloc[0]),
                 "seeds": len(group),
@@ -80,6 +82,8 @@ def accuracy_table(runs: pd.DataFrame) -> pd.DataFrame:
                 "calibration_error": error,
                 "calibration_low": max(error_low, 0.0),
                 "calibration_high": min(error_high, 1.0),
+                "gate": group["gate"].iloc[0],
+                "gate_met": bool((group["accuracy"] >= group["gate"].fillna(0)).all()),
             }
         )
     return pd.DataFrame(rows)
@@ -110,7 +114,7 @@ def outlier_ranking(
     for name in datasets:
         for model in models:
             trained = classifier(run, name, model, seed=seed)
-            split = training_images(run, name, model).sample(images, seed=seed)
+            split = dataset(run, name).train.sample(images, seed=seed)
             key = {"model": trained.key, "data": dataset(run, name).digest, "seed": seed, "images": images}
             frames.append(
                 cache.table(
@@ -166,7 +170,7 @@ def ceiling_check(run: Run, datasets: Sequence[str], models: Sequence[str], *, s
     for name in datasets:
         for model in models:
             network = copy.deepcopy(classifier(run, name, model, seed=seed).model).double()
-            split = training_images(run, name, model).sample(images, seed=seed)
+            split = dataset(run, name).train.sample(images, seed=seed)
             x, labels = training.pixels(split.images, run.device).double(), split.labels.to(run.device)
             with torch.no_grad():
                 log_p = F.log_softmax(network(x), dim=1)

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from ..evaluation import mean_interval
-from ..finetuning import Arm
 from ..results import Run
+from ..zoo.finetuning import Arm
 from . import arms as comparison
 from .arms import ORIGINAL, standard
 

@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args
 
 import pandas as pd
 
-from ..finetuning import Arm
 from ..results import Run
+from ..zoo.finetuning import Arm
 from . import arms
 from .arms import ORIGINAL
 

@@ -13,11 +13,12 @@ from torch.nn import functional as F
 
 import influence
 
-from .. import cache, training
+from .. import cache
 from ..data import Split
 from ..evaluation import mean_interval
-from ..finetuning import Arm
 from ..results import Run
+from ..zoo import training
+from ..zoo.finetuning import Arm
 from . import arms
 from .bridge import divergence
 from .common import dataset

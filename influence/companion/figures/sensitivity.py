@@ -4,50 +4,55 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import style
 
+_PARTS = {"train": ("#999999", "o"), "validation": ("#56B4E9", "s"), "test": ("#0072B2", "D")}
+
 
 def accuracy(table: pd.DataFrame) -> Figure:
-    """Accuracy and calibration error of each network on its images, one row of panels per data set, with intervals."""
-    names = list(table["dataset"].unique())
-    figure = Figure(figsize=(style.WIDTH, 2.9 * len(names)))
-    for (left, right), name in zip(figure.subplots(len(names), 2, squeeze=False), names, strict=True):
+    """Accuracy and calibration error of each network on its images with its gate, one row of panels per data set."""
+    counts = table.groupby("dataset", sort=False)["network"].nunique()
+    height = 1.0 * len(counts) + 0.42 * counts.sum() + 0.4
+    figure = Figure(figsize=(style.WIDTH, height))
+    panels = figure.subplots(
+        len(counts), 2, squeeze=False, sharey="row", height_ratios=[1.5 + int(count) for count in counts]
+    )
+    for (left, right), name in zip(panels, counts.index, strict=True):
         group = table[table["dataset"] == name]
-        _by_part(left, group, value="accuracy", low="low", high="high")
-        _by_part(right, group, value="calibration_error", low="calibration_low", high="calibration_high")
-        left.set_ylabel("accuracy")
-        right.set_ylabel("expected calibration error")
-        right.set_ylim(bottom=0)  # no error: the confidences can be taken at their word
-        seeds = int(group["seeds"].min())
-        shown = f"mean and 95% interval, {seeds} seeds" if seeds > 1 else "one seed, no interval"
-        for axes in (left, right):
-            axes.set_title(f"{style.name(name)}: {shown}")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        _by_network(left, group, value="accuracy", low="low", high="high")
+        _by_network(right, group, value="calibration_error", low="calibration_low", high="calibration_high")
+        networks = list(group["network"].unique())
+        gates = group[(group["part"] == "test") & group["gate"].notna()]
+        rows = [networks.index(network) for network in gates["network"]]
+        left.plot(gates["gate"], rows, "|", color="#D55E00", markersize=14, markeredgewidth=2, label="gate (test)")
+        left.set_yticks(range(len(networks)), [style.network(network) for network in networks])
+        left.set_ylim(len(networks) - 0.5, -0.5)
+        left.set_xlabel("accuracy")
+        right.set_xlabel("expected calibration error")
+        right.set_xlim(left=0)  # no error: the confidences can be taken at their word
+        left.set_title(style.name(name), loc="left")
+        right.tick_params(labelleft=False)
+    handles: dict[str, Artist] = {}
+    for axes in panels[:, 0]:
+        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4)
     return figure
 
 
-def _by_part(axes: Axes, group: pd.DataFrame, *, value: str, low: str, high: str) -> None:
-    """One point per network and part, those of one part beside each other; no bar where there is one seed."""
-    parts = list(group["part"].unique())
-    for row, (model, ours) in enumerate(group.groupby("model", sort=False)):
+def _by_network(axes: Axes, group: pd.DataFrame, *, value: str, low: str, high: str) -> None:
+    """A row for each network, a point for each part with its interval over seeds; no bar where there is one seed."""
+    networks = list(group["network"].unique())
+    for place, (part, (colour, marker)) in enumerate(_PARTS.items()):
+        ours = group[group["part"] == part]
         bars = np.clip([ours[value] - ours[low], ours[high] - ours[value]], 0, 1)
         bars[:, ours["seeds"] == 1] = 0
-        axes.errorbar(
-            np.arange(len(parts)) + 0.18 * (row - 0.5),
-            ours[value],
-            bars,
-            fmt="os"[row % 2],
-            capsize=3,
-            color=style.COLOURS.get(str(model)),
-            label=style.name(str(model)),
-        )
-    axes.set_xticks(range(len(parts)), parts)
-    axes.set_xlabel("images")
-    axes.set_xlim(-0.5, len(parts) - 0.5)
-    axes.margins(y=0.15)
+        rows = np.array([networks.index(network) for network in ours["network"]]) + 0.2 * (place - 1)
+        axes.errorbar(ours[value], rows, xerr=bars, fmt=marker, markersize=4, capsize=2, color=colour, label=part)
+    axes.grid(axis="x", alpha=0.3)
 
 
 def manhattan(axes: Axes, position: pd.Series, score: pd.Series, label: pd.Series) -> None:

@@ -63,6 +63,10 @@ NAMES = {
     "random": "at random",
     "resnet20": "ResNet-20 (He)",
     "resnet56": "ResNet-56 (He)",
+    "group-resnet32-cifar10": "ResNet-32 (the group's)",
+    "group-resnet32-mnist": "ResNet-32 (the group's)",
+    "densenet-bc-40-12": "DenseNet-BC-40-12",
+    "inception": "small Inception",
     "aggre_label": "CIFAR-10N aggregate",
     "worse_label": "CIFAR-10N worst",
     "flipped": "synthetic flips",
@@ -105,6 +109,14 @@ def small_png(figure: Figure) -> bytes:
 def class_colours(n_classes: int) -> list[tuple[float, float, float]]:
     """One colour for each class of a Manhattan plot."""
     return list(sns.color_palette("tab10" if n_classes <= 10 else "husl", n_classes))
+
+
+def network(key: str) -> str:
+    """How readers know a network of the zoo, "family-model-dataset", or one that others trained."""
+    family, _, rest = key.partition("-")
+    if rest.startswith(("resnet", "densenet121", "inception")) and family != "group":
+        return f"{name(rest.partition('-')[0])}, {family}"
+    return name(key)
 
 
 def name(key: object) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import data
+from .. import data
+from . import training
+from .training import Shuffled
 
 
 def network(*, epochs: int = 12, seed: int = 0) -> nn.Module:
@@ -31,11 +33,21 @@ def network(*, epochs: int = 12, seed: int = 0) -> nn.Module:
             ("dense", nn.Linear(512, 10)),
         ):
             model.add_module(name, layer)
-        optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-        for _ in range(epochs):
-            for rows in torch.randperm(len(train)).split(64):
-                loss = F.cross_entropy(model(train.images[rows].float() / 255), train.labels[rows])
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-    return model.eval()
+    batches = Shuffled(train, 64)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(model(images.float() / 255), labels)
+
+    training.train(
+        model,
+        batches,
+        loss,
+        optimizer,
+        steps=epochs * len(batches),
+        rate=lambda _: 2e-3,
+        seed=(seed, 5),
+        title="a network of your own",
+    )
+    return model

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import influence
-from influence.progress import progress_bar
 
-from . import cache, distortions, models, training
-from .data import Dataset, Split
-from .training import Recipe, Trained, pixels
+from .. import cache, distortions
+from ..data import Dataset
+from . import models, training
+from .recipes import Recipe, adam
+from .training import Record, Shuffled, Trained, pixels
 
 NOISE = "noise"
 
@@ -66,51 +67,43 @@ class Arm:
 
 
 def finetune(recipe: Recipe, arm: Arm, dataset: Dataset, *, device: torch.device | str = "cpu") -> Trained:
-    """Continue the classifier of `recipe` with the objective of `arm` for a fixed number of steps."""
+    """The classifier of `recipe`, continued with the objective of `arm` for a fixed number of steps; made once."""
     base = training.fit(recipe, dataset, device=device)
-    made_by = {"base": base.key, "arm": asdict(arm), "code": cache.source_hash(__name__)}
-    if arm.perturbation != NOISE:
-        made_by["distortions"] = cache.source_hash(distortions)
-    key = cache.fingerprint(made_by)
-    name = f"{dataset.name}-{recipe.model}-{recipe.seed}-{arm.objective}-{key[:16]}"
-    record = training.stored(name, base.model, device)
-    if record is None:
-        record = _continue(recipe, arm, dataset, base.model, torch.device(device), name)
+    key = cache.fingerprint({"base": base.key, "arm": asdict(arm)})
+    make = partial(_continue, base.model, recipe, arm, dataset)
+    record = training.made_once(f"{recipe.name}-{arm.objective}-{key[:16]}", base.model, make, recipe=arm)
     return Trained(base.model.eval(), key, *record)
 
 
-def _continue(
-    recipe: Recipe, arm: Arm, dataset: Dataset, model: nn.Module, device: torch.device, name: str
-) -> training.Record:
-    start = time.perf_counter()
-    train = dataset.train.per_class(recipe.train_per_class)
+def _continue(model: nn.Module, recipe: Recipe, arm: Arm, dataset: Dataset, resume: Path) -> Record:
     if arm.layers == "last":
         model.requires_grad_(False)
         model.get_submodule(models.trainable_layers(model)[-1]).requires_grad_(True)
-    optimizer = training.adam(model, arm.learning_rate)
-    noise = torch.Generator(device).manual_seed(training.mixed_seed(recipe.seed, 10_000))
-    history: list[dict[str, float]] = []
-    steps = _endless(train, arm.batch_size, recipe.seed)
-    for step in progress_bar(range(arm.steps), desc=f"{arm.objective} {recipe.seed}", unit="step", leave=False):
-        images, labels = next(steps)
-        x, y = pixels(images, device), labels.to(device)
-        # Drawn by every arm, so that step n of each sees the same images and the same noise.
-        noisy = influence.gaussian_perturbation(x, sigma=arm.sigma * 255, generator=noise, clip=(0, 255))
-        if arm.perturbation != NOISE:
-            noisy = pixels(distortions.apply(arm.perturbation, images), device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            loss = _loss(arm, model, x, noisy, y)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        history.append({"step": step + 1, "loss": float(loss.detach())})
+    record = training.train(
+        model,
+        Shuffled(dataset.train, arm.batch_size),
+        partial(_loss, arm),
+        adam(model, arm.learning_rate, recipe.weight_decay),
+        steps=arm.steps,
+        rate=lambda _: arm.learning_rate,
+        seed=(recipe.seed, 2),
+        title=f"{arm.objective} {recipe.seed}",
+        training_mode=False,
+        precision=recipe.precision,
+        resume=resume,
+    )
     model.requires_grad_(True)
-    record = history, time.perf_counter() - start
-    training.store(name, model, record, {"recipe": asdict(recipe), "arm": asdict(arm), "data": dataset.digest})
     return record
 
 
-def _loss(arm: Arm, model: nn.Module, x: Tensor, noisy: Tensor, y: Tensor) -> Tensor:
+def _loss(arm: Arm, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    images, labels = batch
+    device = next(model.parameters()).device
+    x, y = pixels(images, device), labels.to(device)
+    # Drawn by every arm, so that step n of each sees the same images and the same noise.
+    noisy = influence.gaussian_perturbation(x, sigma=arm.sigma * 255, clip=(0, 255))
+    if arm.perturbation != NOISE:
+        noisy = pixels(distortions.apply(arm.perturbation, images), device)
     if arm.objective != "stability":
         return F.cross_entropy(model(x if arm.objective == "control" else noisy).float(), y)
     # In evaluation mode one pass over both is two passes: no statistic is taken over the batch.
@@ -123,10 +116,3 @@ def _loss(arm: Arm, model: nn.Module, x: Tensor, noisy: Tensor, y: Tensor) -> Te
         divergence=arm.divergence,
         stop_gradient=arm.stop_gradient,
     )
-
-
-def _endless(train: Split, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    epoch = 20_000  # far from the epochs of `fit`, so that the order differs from theirs
-    while True:
-        yield from training.batches(train, size, seed, epoch)
-        epoch += 1

@@ -28,16 +28,17 @@ class SmallInception(nn.Module):
 
     The blocks are torchvision's; only their convolutions are told to have `width` times the channels. A stem of 3x3
     convolutions halves the image until its side is at most 16, so that any image from 8x8 up fits. Takes raw pixels
-    0..255 and scales them to [-1, 1], as Inception does.
+    0..255 and scales them to [-1, 1], as Inception does. With `n_classes` it ends in a dense layer, else in features.
     """
 
-    def __init__(self, channels: int, side: int, *, width: float = 0.125) -> None:
+    def __init__(self, channels: int, side: int, *, width: float = 0.125, n_classes: int | None = None) -> None:
         """Build the network.
 
         Args:
             channels: C of the images.
             side: the smaller of H and W, at least 8.
             width: multiplies every channel count, a multiple of 1 / 16.
+            n_classes: K of the dense layer; None for none.
 
         Raises:
             ValueError: images too small, or a width that does not leave whole channels.
@@ -59,12 +60,14 @@ class SmallInception(nn.Module):
         self.reduction8 = InceptionD(768, conv_block=conv)
         self.block8 = InceptionE(1280, conv_block=conv)
         self.features = round(2048 * width)
+        self.head = nn.Identity() if n_classes is None else nn.Linear(self.features, n_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Raw pixels (N, C, H, W) to features (N, 2048 width), the mean over positions."""
+        """Raw pixels (N, C, H, W) to features (N, 2048 width), the mean over positions, or to logits (N, K)."""
         x = self.stem(x / 127.5 - 1)
         x = self.block17(self.reduction17(self.block35(x)))
-        return self.block8(self.reduction8(x)).mean(dim=(2, 3))
+        logits: Tensor = self.head(self.block8(self.reduction8(x)).mean(dim=(2, 3)))
+        return logits
 
 
 class Embedding(nn.Module):

@@ -1,0 +1,1 @@
+"""The networks of the companion: architectures, recipes, one training loop, published weights."""

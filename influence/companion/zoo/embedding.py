@@ -1,0 +1,146 @@
+"""Train an embedding on triplets, then continue it with the stability term of Zheng et al. (2016) or a control."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import influence
+
+from .. import cache
+from ..data import Dataset, Split
+from . import inception, training
+from .inception import Embedding
+from .training import Record, Trained, pixels
+
+_EPOCH = 50  # steps after which the state is kept
+
+
+@dataclass(frozen=True)
+class EmbeddingRecipe:
+    """Everything that decides a trained embedding, besides the data and the code.
+
+    Attributes:
+        dimensions: length of the embedding.
+        width: channel multiplier of the small Inception.
+        steps: of Adam.
+        triplets: of (query, image of its class, image of another class), a step.
+        learning_rate: of Adam.
+        margin: g of the hinge.
+        seed: of weights, triplets and noise.
+    """
+
+    dimensions: int = 32
+    width: float = 0.125
+    steps: int = 60
+    triplets: int = 24
+    learning_rate: float = 1e-3
+    margin: float = 0.2
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EmbeddingArm:
+    """One way of continuing an embedding; batch-normalisation statistics stay fixed, as for the classifiers.
+
+    Attributes:
+        objective: "control" (triplet loss), "augmentation" (triplet loss of noisy images) or "stability" (triplet loss
+            of clean images + alpha * mean distance between the embeddings of an image and of its noisy copy).
+        steps: of Adam.
+        learning_rate: of Adam.
+        sigma: standard deviation of the Gaussian noise on pixels in [0, 1].
+        alpha: weight of the stability loss.
+    """
+
+    objective: Literal["control", "augmentation", "stability"]
+    steps: int
+    learning_rate: float
+    sigma: float = 0.04
+    alpha: float = 0.0
+
+
+def fit(recipe: EmbeddingRecipe, dataset: Dataset, *, device: torch.device | str = "cpu") -> Trained:
+    """Train the embedding of `recipe` on triplets, or load it; interrupted, it goes on from the last saved step."""
+    key = cache.fingerprint({"recipe": asdict(recipe), "data": dataset.digest})
+    model = inception.small_embedding(
+        dataset.shape, dimensions=recipe.dimensions, width=recipe.width, seed=recipe.seed
+    ).to(device)
+    make = partial(_train, model, recipe, None, dataset.train)
+    name = f"{dataset.name}-embedding-{recipe.seed}-{key[:16]}"
+    return Trained(model, key, *training.made_once(name, model, make, recipe=recipe))
+
+
+def finetune(
+    recipe: EmbeddingRecipe, arm: EmbeddingArm, dataset: Dataset, *, device: torch.device | str = "cpu"
+) -> Trained:
+    """Continue the embedding of `recipe` with the objective of `arm` for a fixed number of steps; made once."""
+    base = fit(recipe, dataset, device=device)
+    assert isinstance(base.model, Embedding)
+    key = cache.fingerprint({"base": base.key, "arm": asdict(arm)})
+    make = partial(_train, base.model, recipe, arm, dataset.train)
+    name = f"{dataset.name}-embedding-{recipe.seed}-{arm.objective}-{key[:16]}"
+    return Trained(base.model, key, *training.made_once(name, base.model, make, recipe=arm))
+
+
+def _train(model: Embedding, recipe: EmbeddingRecipe, arm: EmbeddingArm | None, train: Split, resume: Path) -> Record:
+    """By the hinge alone, in training mode, or with the objective of an arm."""
+    rate = recipe.learning_rate if arm is None else arm.learning_rate
+    return training.train(
+        model,
+        Triplets(train, recipe.triplets),
+        partial(_loss, recipe, arm),
+        torch.optim.Adam(model.parameters(), lr=rate),
+        steps=recipe.steps if arm is None else arm.steps,
+        rate=lambda _: rate,
+        seed=(recipe.seed, 3 if arm is None else 4),
+        title=f"{'embedding' if arm is None else arm.objective} {recipe.seed}",
+        training_mode=arm is None,
+        resume=resume,
+    )
+
+
+def _loss(recipe: EmbeddingRecipe, arm: EmbeddingArm | None, model: torch.nn.Module, batch: Tensor) -> Tensor:
+    x = pixels(batch, next(model.parameters()).device)
+    if arm is None:
+        return _hinge(recipe, model(x))
+    noisy = influence.gaussian_perturbation(x, sigma=arm.sigma * 255, clip=(0, 255))
+    if arm.objective != "stability":
+        return _hinge(recipe, model(x if arm.objective == "control" else noisy))
+    clean, perturbed = model(torch.cat([x, noisy])).chunk(2)
+    return _hinge(recipe, clean) + arm.alpha * influence.embedding_stability_loss(clean, perturbed)
+
+
+def _hinge(recipe: EmbeddingRecipe, z: Tensor) -> Tensor:
+    query, positive, negative = z.chunk(3)
+    return influence.triplet_loss(query, positive, negative, margin=recipe.margin)
+
+
+@dataclass(frozen=True)
+class Triplets:
+    """Batches (3 n, C, H, W): n queries, then for each another image of its class, then one of another class."""
+
+    split: Split
+    count: int
+
+    def __len__(self) -> int:
+        """Batches after which the state is kept; there is no end to triplets."""
+        return _EPOCH
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Raw uint8 images of each batch."""
+        labels = self.split.labels.numpy()
+        generator = np.random.default_rng(int(torch.randint(2**62, ())))
+        members = {k: np.flatnonzero(labels == k) for k in np.unique(labels)}
+        others = {k: np.flatnonzero(labels != k) for k in members}
+        for _ in range(_EPOCH):
+            query = generator.integers(len(labels), size=self.count)
+            positive = [generator.choice(members[labels[q]][members[labels[q]] != q]) for q in query]
+            negative = [generator.choice(others[labels[q]]) for q in query]
+            yield self.split.images[torch.as_tensor(np.concatenate([query, positive, negative]))]

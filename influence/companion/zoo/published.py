@@ -1,0 +1,201 @@
+"""The published networks: `results/zoo` holds their weights, their histories and one ledger.
+
+The rounded network is the network: parameters are float16 on disk and used as float32. What is too large to publish has
+a row in the ledger all the same, with its checksum and the command that trains it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from filelock import FileLock
+from tabulate import tabulate
+from torch import nn
+
+from .. import cache, paths
+from . import recipes, training
+from .recipes import Recipe, RecipeError
+from .training import Record, TrainingError
+
+_TOLERANCE = 0.001  # a tenth of a point: what a stored accuracy may differ by when it is measured anew
+Row = dict[str, Any]
+
+
+def ledger() -> dict[str, Row]:
+    """One row for each network that was trained, by name.
+
+    Raises:
+        TrainingError: the ledger is damaged.
+    """
+    file = paths.ZOO / "ledger.json"
+    if not file.exists():
+        return {}
+    try:
+        rows: dict[str, Row] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TrainingError(f"{file}: damaged ({error}): restore it with git checkout") from None
+    return rows
+
+
+def load(key: str, model: nn.Module) -> Record | None:
+    """Put the weights of the published network with this key into `model`; None where there is none.
+
+    Raises:
+        TrainingError: the weights are damaged.
+    """
+    for name, row in ledger().items():
+        if row["key"] == key and row["published"]:
+            training.load_weights(_checked(name, row), model)
+            history = pd.read_csv(paths.ZOO / f"{name}.csv").to_dict("records")
+            return [{str(k): v for k, v in line.items()} for line in history], row["seconds"]
+    return None
+
+
+def _checked(name: str, row: Row) -> Path:
+    """The file of the weights, its checksum verified."""
+    file = paths.ZOO / f"{name}.safetensors"
+    if not file.exists():
+        raise TrainingError(
+            f"{name}: {file} is missing: restore it with git checkout, or run `influence zoo train {name}`"
+        )
+    if _sha256(file) != row["sha256"]:
+        raise TrainingError(f"{name}: {file} has another checksum than the ledger: restore it with git checkout")
+    return file
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def train(name: str, *, device: torch.device | str = "cpu", data_dir: Path | None = None) -> str:
+    """Train a network of the zoo, or go on with it, and write its files and its row; returns a line about it.
+
+    Raises:
+        RecipeError: no such network.
+        DataError: its data are not there.
+        TrainingError: another process is training it.
+    """
+    recipe = recipes.named(name)
+    if recipe not in recipes.everything():
+        raise RecipeError(f"{name} is no network of the zoo: a profile trains it where it needs it")
+    dataset = recipe.dataset(data_dir)
+    key = training.identity(recipe, dataset)
+    row = ledger().get(name)
+    if row is not None and row["key"] == key:
+        return f"{_said(recipe, row)}, trained already"
+    weights = (paths.ZOO if recipe.published else training.folder()) / f"{name}.safetensors"
+    resume, made_by = paths.ZOO / f"{name}.resume.pt", training.provenance()
+    with training.alone(training.folder() / f"{name}.lock", name):
+        model = recipe.build(dataset).to(device)
+        history, seconds = training.fit_into(model, recipe, dataset, resume)
+        training.save_weights(weights, model, half=True)
+        training.load_weights(weights, model)
+        parts = {"train": dataset.train, "valid": dataset.valid, "test": dataset.test}
+        row = {
+            "recipe": recipe.decides(),
+            "data": dataset.digest,
+            "key": key,
+            "published": recipe.published,
+            "epochs": recipe.epochs,
+            "seconds": round(seconds, 1),
+            "accuracy": {part: training.accuracy(model, split, device=device) for part, split in parts.items()},
+            "sha256": _sha256(weights),
+            "bytes": weights.stat().st_size,
+            "command": f"influence zoo train {name}",
+            **made_by,
+        }
+        table = pd.DataFrame(history).to_csv(index=False)
+        cache.atomic_write(paths.ZOO / f"{name}.csv", lambda file: file.write_text(table, encoding="utf-8"))
+        _enter(name, row)
+        resume.unlink(missing_ok=True)
+    return _said(recipe, row)
+
+
+def _enter(name: str, row: Row) -> None:
+    """Write one row; two trainings that end at once both stay in the ledger."""
+    with FileLock(training.folder() / "ledger.lock"):
+        rows = dict(sorted({**ledger(), name: row}.items()))
+        text = json.dumps(rows, indent=1) + "\n"
+        cache.atomic_write(paths.ZOO / "ledger.json", lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def listing() -> str:
+    """Every network of the zoo as a table: recipe, data, epochs, hours, accuracies, gate."""
+    rows, lines = ledger(), []
+    for recipe in recipes.everything():
+        row = rows.get(recipe.name)
+        accuracy = {part: f"{100 * row['accuracy'][part]:.2f}" if row else "" for part in ("train", "valid", "test")}
+        lines.append(
+            {
+                "network": recipe.name,
+                "architecture": f"{recipe.architecture} x {recipe.width:g}",
+                "data": f"{recipe.data} {recipe.labels or ''} {recipe.fold or ''}".strip(),
+                "epochs": recipe.epochs,
+                "hours": f"{row['seconds'] / 3600:.2f}" if row else "",
+                **accuracy,
+                "gate": ", ".join(f"{part} {100 * least:g}" for part, least in recipe.gate.items()) or "none",
+                "state": _state(recipe, row),
+            }
+        )
+    return tabulate(lines, headers="keys", disable_numparse=True)
+
+
+def _state(recipe: Recipe, row: Row | None) -> str:
+    if row is None:
+        return "in training" if (paths.ZOO / f"{recipe.name}.resume.pt").exists() else "not trained"
+    if missed(recipe, row):
+        return "below its gate"
+    return "published" if row["published"] else "not published: too large"
+
+
+def check(
+    names: Sequence[str] = (), *, device: torch.device | str = "cpu", data_dir: Path | None = None
+) -> Iterator[str]:
+    """Measure each published network anew on its test images; yields what is wrong, one line each, nothing when well.
+
+    Raises:
+        RecipeError: no such network.
+        DataError: the data of one are not there.
+    """
+    rows = ledger()
+    for name in names or [name for name, row in rows.items() if row["published"]]:
+        recipe = recipes.named(name)
+        if name not in rows:
+            yield f"{name}: not trained yet: influence zoo train {name}"
+            continue
+        row, dataset = rows[name], recipe.dataset(data_dir)
+        if row["key"] != training.identity(recipe, dataset):
+            yield f"{name}: the ledger's is of another recipe or of other data: influence zoo train {name}"
+            continue
+        model = recipe.build(dataset).to(device)
+        try:
+            training.load_weights(_checked(name, row), model)
+        except TrainingError as error:
+            yield str(error)
+            continue
+        found, stored = training.accuracy(model, dataset.test, device=device), row["accuracy"]["test"]
+        if abs(found - stored) > _TOLERANCE:
+            yield f"{name}: test accuracy {100 * found:.2f}%, the ledger has {100 * stored:.2f}%"
+        elif missed(recipe, row):
+            yield f"{name}: {missed(recipe, row)}"
+
+
+def missed(recipe: Recipe, row: Row) -> str:
+    """Which gates of the recipe the accuracies of a row miss, in words; empty for none."""
+    return ", ".join(
+        f"{part} {100 * row['accuracy'][part]:.2f}% below its gate of {100 * least:g}%"
+        for part, least in recipe.gate.items()
+        if row["accuracy"][part] < least
+    )
+
+
+def _said(recipe: Recipe, row: Row) -> str:
+    accuracies = ", ".join(f"{part} {100 * value:.2f}%" for part, value in row["accuracy"].items())
+    return f"{recipe.name}: {accuracies}, {row['seconds'] / 3600:.2f} h, {missed(recipe, row) or 'gate met'}"

@@ -1,0 +1,285 @@
+"""How each network is trained: `recipes.yaml`, read and checked."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache as remember
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from .. import paths
+from ..data import Dataset
+from . import models
+from .inception import SmallInception
+from .pretrained import CifarResNet
+
+# The profile of a run names the family of its networks.
+_FAMILIES = {"smoke": "smoke", "cpu": "paper", "paper": "released"}
+_ELSEWHERE = ("smoke", "released")  # trained where a profile needs them
+_DECIDES_NOTHING = ("name", "gate", "published")
+_RISE = 0.2  # of a one-cycle schedule
+
+
+class RecipeError(ValueError):
+    """No such recipe, or one that makes no sense; the message is one line for the reader."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a trained classifier, besides its data; `recipes.yaml` explains each value.
+
+    Attributes:
+        name: of the network: its name in `recipes.yaml`, "-" and the seed.
+        architecture: a name of `ARCHITECTURES`.
+        data: a name of `data.NAMES`.
+        epochs: over all training images.
+        phases: (epochs, learning rate), one after the other; empty with `one_cycle`.
+        one_cycle: peak of the learning rate; 0 with `phases`.
+        optimizer: "adam", or "sgd" with Nesterov's momentum of .9.
+        keep: "best" validation accuracy of the last phase, or the "last" epoch.
+        width: channel multiplier.
+        dropout: probability of dropping an activation.
+        normalise: take mean and standard deviation of the training images out of the pixels, inside the network.
+        batch_size: images a step.
+        weight_decay: coefficient of the weights in their own gradient; with Adam of convolutions alone, as released.
+        augment: crop and flip.
+        precision: "float32", or "bfloat16" where the processor has instructions for it.
+        labels: of `outliers.HUMAN_LABELS`; None for those of the data set.
+        fold: (i, n): every n-th training image from the i-th on is held out, for validation.
+        seed: of weights, order and all else that is drawn.
+        gate: accuracies by part ("train", "test") below which no verdict rests on the network.
+        published: whether its weights belong to `results/zoo`.
+    """
+
+    name: str
+    architecture: str
+    data: str
+    epochs: int
+    phases: tuple[tuple[int, float], ...] = ()
+    one_cycle: float = 0.0
+    optimizer: Literal["adam", "sgd"] = "adam"
+    keep: Literal["best", "last"] = "best"
+    width: float = 1.0
+    dropout: float = 0.0
+    normalise: bool = False
+    batch_size: int = 128
+    weight_decay: float = 2e-4
+    augment: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
+    labels: str | None = None
+    fold: tuple[int, int] | None = None
+    seed: int = 0
+    gate: dict[str, float] = field(default_factory=dict)
+    published: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained.
+
+        Raises:
+            RecipeError: with the value that is wrong.
+        """
+        if self.architecture not in ARCHITECTURES:
+            raise RecipeError(f"{self.name}: unknown architecture {self.architecture!r}: {', '.join(ARCHITECTURES)}")
+        if bool(self.phases) == bool(self.one_cycle):
+            raise RecipeError(f"{self.name}: needs phases or one_cycle, not both")
+        if self.phases and self.epochs != sum(epochs for epochs, _ in self.phases):
+            raise RecipeError(f"{self.name}: {self.epochs} epochs, but its phases have another sum")
+        for value, allowed in ((self.optimizer, ("adam", "sgd")), (self.keep, ("best", "last"))):
+            if value not in allowed:
+                raise RecipeError(f"{self.name}: expected one of {', '.join(allowed)}, got {value!r}")
+
+    def decides(self) -> dict[str, Any]:
+        """The values that decide the weights, but for those at their default: a new field changes no identity."""
+        values = {key: value for key, value in asdict(self).items() if key not in _DECIDES_NOTHING}
+        return {key: value for key, value in values.items() if value != _DEFAULTS[key]}
+
+    @property
+    def best_from(self) -> int | None:
+        """First epoch whose weights may be kept; None where the last ones are."""
+        if self.keep == "last":
+            return None
+        return self.epochs - self.phases[-1][0] if self.phases else 0
+
+    def rate(self, done: float) -> float:
+        """Learning rate where a share `done` of all steps is done."""
+        if self.one_cycle:
+            return self.one_cycle * (done / _RISE if done < _RISE else (1 - done) / (1 - _RISE))
+        ends = itertools.accumulate(epochs for epochs, _ in self.phases)
+        return next(rate for end, (_, rate) in zip(ends, self.phases, strict=True) if done < end / self.epochs)
+
+    def optimize(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimiser of those parameters that require a gradient."""
+        if self.optimizer == "adam":
+            return adam(model, self.rate(0), self.weight_decay)
+        weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+        groups = _groups(model, weights, self.weight_decay)
+        return torch.optim.SGD(groups, lr=self.rate(0), momentum=0.9, nesterov=True)
+
+    def build(self, dataset: Dataset) -> nn.Module:
+        """The network before training, in evaluation mode."""
+        return ARCHITECTURES[self.architecture](self, dataset).to(memory_format=torch.channels_last).eval()
+
+    def dataset(self, data_dir: Path | None = None) -> Dataset:
+        """What the network is trained, validated and tested on.
+
+        Raises:
+            DataError: it is missing or corrupt.
+        """
+        return _dataset(self.data, self.labels, self.fold, data_dir or paths.data_dir())
+
+
+def adam(model: nn.Module, rate: float, weight_decay: float) -> torch.optim.Adam:
+    """Adam with the L2 penalty of the released code on the kernels of convolutions, and Keras' epsilon.
+
+    Keras' regularizers.l2(1e-4) adds 1e-4 |w|^2 to the loss, hence a `weight_decay` of 2e-4.
+    """
+    kernels = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
+    return torch.optim.Adam(_groups(model, kernels, weight_decay), lr=rate, eps=1e-7)
+
+
+def _groups(model: nn.Module, decayed: Sequence[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    chosen = {id(weight) for weight in decayed}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if id(p) in chosen], "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) not in chosen], "weight_decay": 0.0},
+    ]
+
+
+_DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Recipe)}
+
+
+class Normalised(nn.Module):
+    """A network of pixels from which mean and standard deviation of each channel are taken out: (N, C, H, W) to (N, K).
+
+    They are buffers of the network, so that a perturbation of its input stays one of raw pixels.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, images: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        values = images.double()
+        self.register_buffer("mean", values.mean(dim=(0, 2, 3), keepdim=True).float()[0])
+        self.register_buffer("std", values.std(dim=(0, 2, 3), keepdim=True).float()[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of raw pixels."""
+        logits: Tensor = self.network((x - self.mean) / self.std)
+        return logits
+
+
+def _papers(recipe: Recipe, dataset: Dataset) -> nn.Module:
+    network = models.build(
+        recipe.architecture,
+        shape=dataset.shape,
+        n_classes=len(dataset.classes),
+        width=recipe.width,
+        dropout=recipe.dropout,
+        seed=recipe.seed,
+    )
+    return Normalised(network, dataset.train.images) if recipe.normalise else network
+
+
+def _seeded(build: Any) -> Any:
+    def seeded(recipe: Recipe, dataset: Dataset) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            network: nn.Module = build(recipe, dataset)
+            return network
+
+    return seeded
+
+
+@_seeded
+def _resnet20(recipe: Recipe, dataset: Dataset) -> nn.Module:
+    return CifarResNet(20, initialise=True)
+
+
+@_seeded
+def _inception(recipe: Recipe, dataset: Dataset) -> nn.Module:
+    return SmallInception(dataset.shape[0], min(dataset.shape[1:]), width=recipe.width, n_classes=len(dataset.classes))
+
+
+ARCHITECTURES = {"resnet50": _papers, "densenet121": _papers, "resnet20": _resnet20, "inception": _inception}
+
+
+# -- the file ---------------------------------------------------------------------------------------------------------
+
+
+def recipe(profile: str, dataset: str, model: str, *, seed: int = 0) -> Recipe:
+    """The recipe for a network on a data set in a profile.
+
+    Raises:
+        RecipeError: nothing is set down for that profile and data set.
+    """
+    stem = f"{_FAMILIES.get(profile)}-{model}-{dataset}"
+    rows = _rows()
+    if stem not in rows:
+        known = ", ".join(name for name in rows if name.startswith(f"{_FAMILIES.get(profile)}-")) or "none"
+        raise RecipeError(f"no recipe for {model!r} on {dataset!r} in profile {profile!r}; there are: {known}")
+    return _recipe(stem, rows[stem], seed)
+
+
+def named(name: str) -> Recipe:
+    """The recipe of a network such as "base-resnet20-cifar10-0".
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    stem, _, seed = name.rpartition("-")
+    row = _rows().get(stem)
+    if row is not None and seed.isdecimal() and int(seed) in row["seeds"]:
+        return _recipe(stem, row, int(seed))
+    raise RecipeError(f"unknown network {name!r}: `influence zoo` lists them all")
+
+
+def everything() -> Iterator[Recipe]:
+    """The networks of the zoo, each recipe with each of its seeds: all but those that a profile trains by itself."""
+    for stem, row in _rows().items():
+        yield from (_recipe(stem, row, seed) for seed in row["seeds"] if stem.partition("-")[0] not in _ELSEWHERE)
+
+
+def _recipe(stem: str, row: dict[str, Any], seed: int) -> Recipe:
+    values = {key: value for key, value in row.items() if key != "seeds"}
+    unknown = set(values) - {f.name for f in fields(Recipe)}
+    if unknown:
+        raise RecipeError(f"recipes.yaml: {stem} has unknown values {', '.join(sorted(unknown))}")
+    if "phases" in values:
+        values["phases"] = tuple((int(epochs), float(rate)) for epochs, rate in values["phases"])
+        values["epochs"] = sum(epochs for epochs, _ in values["phases"])
+    if values.get("fold"):
+        values["fold"] = tuple(values["fold"])
+    return Recipe(name=f"{stem}-{seed}", seed=seed, **values)
+
+
+@remember
+def _rows() -> dict[str, dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    return rows
+
+
+@remember
+def _dataset(name: str, labels: str | None, fold: tuple[int, int] | None, data_dir: Path | None) -> Dataset:
+    from .. import data, outliers
+
+    found = data.load(name, data_dir)
+    if labels is None and fold is None:
+        return found
+    whole = found.train.with_(found.valid)
+    if labels is not None:
+        given, _ = outliers.human_labels(labels, data_dir)
+        whole = replace(whole, labels=given[whole.index])
+    if fold is None:
+        held_out = torch.isin(whole.index, found.valid.index)
+    else:
+        held_out = whole.index % fold[1] == fold[0]
+    return replace(found, train=whole.where(~held_out), valid=whole.where(held_out))

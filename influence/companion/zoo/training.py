@@ -1,0 +1,464 @@
+"""The one training loop of the companion, and how its classifiers are trained with it.
+
+`train` is the loop: batches, a loss, an optimiser and a schedule, resumable epoch by epoch. Everything that trains
+calls it: `fit` (the classifier of a recipe), `learn` (it continued on added images), the arms of Zheng et al. (2016)
+in `finetuning`, the embeddings in `embedding`, and the continuation of the reader's own model.
+
+A trained network is known by its recipe and the digest of its data. Code is not a part of that: an edit of a docstring,
+or of a function, never trains a network again; the record beside the weights says which code made them.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache as remember
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from influence.progress import progress_bar
+
+from .. import cache, paths
+from ..data import Dataset, Split
+from .recipes import Recipe
+
+
+class Batches(Protocol):
+    """The batches of an epoch: drawn anew, from PyTorch's global generator, each time they are gone through."""
+
+    def __len__(self) -> int:
+        """Steps in an epoch."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches of one epoch."""
+
+
+# What a step minimises: one number, or numbers whose sum it is, each sent back before the next is computed, so that a
+# batch of large images need not fit at once.
+Loss = Callable[[nn.Module, Any], Tensor | Iterable[Tensor]]
+Record = tuple[list[dict[str, Any]], float]  # history, seconds
+
+
+class TrainingError(RuntimeError):
+    """A training that cannot begin or go on; the message is one line for the reader."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network in evaluation mode with the key of its checkpoint.
+
+    Attributes:
+        model: the network, on the device asked for.
+        key: sha256 of what made it.
+        history: one row per epoch.
+        seconds: the training took, when it was done.
+    """
+
+    model: nn.Module
+    key: str
+    history: list[dict[str, Any]]
+    seconds: float
+
+
+def train(
+    model: nn.Module,
+    batches: Batches,
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    *,
+    steps: int,
+    rate: Callable[[float], float],
+    seed: Sequence[int],
+    title: str,
+    training_mode: bool = True,
+    precision: str = "float32",
+    clip: float | None = None,
+    measure: Callable[[], dict[str, float]] | None = None,
+    best_from: int | None = None,
+    resume: Path | None = None,
+) -> Record:
+    """Train `model` in place.
+
+    Every epoch draws its randomness from a seed of its own, so that a training that was killed goes on from the last
+    finished epoch and ends with the same weights, bit for bit on one machine.
+
+    Args:
+        model: the network, on its device; ends in evaluation mode.
+        batches: of one epoch; the last epoch stops where `steps` are done.
+        loss: of the model on a batch.
+        optimizer: of the parameters to change.
+        steps: in all.
+        rate: learning rate as a function of the share of all steps done, in [0, 1).
+        seed: numbers that name this training's stream of randomness.
+        title: of the progress bar.
+        training_mode: False leaves batch-normalisation statistics as they are and drops nothing.
+        precision: "bfloat16" computes in bfloat16 (weights stay float32) where the processor has instructions for it.
+        clip: largest norm of the gradient; None for no limit.
+        measure: called after each epoch for more columns of the history, such as "valid_accuracy".
+        best_from: keep the weights of the best "valid_accuracy" among the epochs from this one on (0-based), instead of
+            the last ones.
+        resume: file in which the state is kept after each epoch; removed by whoever has stored the weights.
+
+    Returns:
+        History (epoch, steps, lr, loss, precision, and what `measure` returns) and seconds.
+
+    Raises:
+        TrainingError: the loss is not finite, or the resume file is not of this training.
+    """
+    _keep_freed_memory()
+    device = next(model.parameters()).device
+    epochs = math.ceil(steps / len(batches))
+    lowered = precision == "bfloat16" and computes_in_bfloat16(device.type)
+    state: dict[str, Any] = {"epoch": 0, "best": None, "best_accuracy": -1.0, "history": [], "seconds": 0.0}
+    if resume is not None and resume.exists():
+        state = _resumed(resume, model, optimizer, device)
+    bar = progress_bar(range(epochs), desc=title, unit="epoch", initial=state["epoch"], leave=False)
+    for epoch in range(state["epoch"], epochs):
+        start, done = time.perf_counter(), epoch * len(batches)
+        model.train(training_mode)
+        total = torch.zeros((), device=device)
+        with _seeded(*seed, epoch, device=device):
+            for step, batch in enumerate(itertools.islice(batches, steps - done), start=done):
+                for group in optimizer.param_groups:
+                    group["lr"] = rate(step / steps)
+                optimizer.zero_grad(set_to_none=True)
+                with torch.autocast(device.type, torch.bfloat16, enabled=lowered):
+                    terms = loss(model, batch)
+                    for term in [terms] if isinstance(terms, Tensor) else terms:
+                        term.backward()
+                        total += term.detach()
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(itertools.chain(*(g["params"] for g in optimizer.param_groups)), clip)
+                optimizer.step()
+        model.eval()
+        row = {"epoch": epoch + 1, "steps": step + 1, "lr": optimizer.param_groups[0]["lr"]}
+        row |= {"loss": float(total) / (step + 1 - done), "precision": "bfloat16" if lowered else "float32"}
+        if not math.isfinite(row["loss"]):
+            raise TrainingError(f"{title}: the loss of epoch {epoch + 1} is not finite: lower the learning rate")
+        row |= measure() if measure else {}
+        state["history"].append(row)
+        if best_from is not None and epoch >= best_from and row["valid_accuracy"] > state["best_accuracy"]:
+            state["best_accuracy"] = row["valid_accuracy"]
+            state["best"] = {key: value.clone() for key, value in model.state_dict().items()}
+        state["epoch"] = epoch + 1
+        state["seconds"] += time.perf_counter() - start
+        if resume is not None:
+            whole = state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            cache.atomic_write(resume, partial(torch.save, whole))
+        bar.update()
+        bar.set_postfix({key: f"{value:.4g}" for key, value in row.items() if isinstance(value, float)})
+    bar.close()
+    if state["best"] is not None:
+        model.load_state_dict(state["best"])
+    model.eval()
+    return state["history"], state["seconds"]
+
+
+def _resumed(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
+        model.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+    except Exception as error:  # pickle and zip have errors of their own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise TrainingError(f"{file}: no state of this training ({reason}): delete it to begin again") from None
+    return state
+
+
+@remember
+def computes_in_bfloat16(device: str) -> bool:
+    """Whether a device has instructions for products of bfloat16; elsewhere they are several times slower."""
+    if device != "cpu":
+        return True
+    checks = (getattr(torch.cpu, f"_is_{name}_supported", lambda: False) for name in ("avx512_bf16", "amx_tile"))
+    return any(bool(check()) for check in checks)
+
+
+@remember
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next step.
+
+    It returns every tensor of more than 32 MB to the system, and each new one then costs a page fault for every 4 kB:
+    a quarter of a training step of these networks.
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    most_mapped, trim_threshold, top_pad = -4, -1, -2
+    mallopt(most_mapped, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 2**26)
+
+
+@contextmanager
+def _seeded(*numbers: int, device: torch.device) -> Iterator[None]:
+    """Seed PyTorch and give the caller's random state back: resuming needs no stored state."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(mixed_seed(*numbers))
+        yield
+
+
+def mixed_seed(*numbers: int) -> int:
+    """A seed that differs for any other numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 2)
+
+
+# -- batches of images ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """Images and labels in a random order; with `augment` each cropped and flipped at random.
+
+    Attributes:
+        split: the images.
+        size: of a batch.
+        augment: reflect 4 pixels at each border, crop at random to the former size, flip half of the images.
+    """
+
+    split: Split
+    size: int
+    augment: bool = False
+
+    def __len__(self) -> int:
+        """Batches; a last one of a single image, of which batch normalisation cannot take statistics, is left out."""
+        return len(self.split) // self.size + (len(self.split) % self.size > 1)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images uint8, labels) of each batch."""
+        for rows in torch.randperm(len(self.split)).split(self.size)[: len(self)]:
+            images = self.split.images[rows]
+            yield cropped_and_flipped(images) if self.augment else images, self.split.labels[rows]
+
+
+def cropped_and_flipped(images: Tensor, *, by: int = 4) -> Tensor:
+    """Images (N, C, H, W), each moved by up to `by` pixels, its border reflected, and mirrored with probability 1/2."""
+    count, channels, height, width = images.shape
+
+    def moved(side: int) -> Tensor:
+        places = torch.arange(side) + torch.randint(-by, by + 1, (count, 1))
+        return side - 1 - (side - 1 - places.abs()).abs()
+
+    rows, columns = moved(height), moved(width)
+    columns = torch.where(torch.rand(count, 1) < 0.5, width - 1 - columns, columns)
+    example, channel = torch.arange(count).view(-1, 1, 1, 1), torch.arange(channels).view(1, -1, 1, 1)
+    return images[example, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def pixels(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Raw uint8 images as the float32 pixels 0..255 that the networks take, channels last."""
+    return images.to(device).float().contiguous(memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: Tensor, *, device: torch.device | str = "cpu", batch_size: int = 256) -> Tensor:
+    """Logits (N, K) float32 on the CPU for raw uint8 images (N, C, H, W)."""
+    return torch.cat([model(pixels(chunk, device)).float().cpu() for chunk in images.split(batch_size)])
+
+
+def accuracy(model: nn.Module, part: Split, *, device: torch.device | str = "cpu") -> float:
+    """Share of the images of `part` whose label has the largest logit."""
+    return float((predict(model, part.images, device=device).argmax(1) == part.labels).double().mean())
+
+
+def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean cross-entropy (nats) of raw uint8 images with their labels: the task loss."""
+    images, labels = batch
+    device = next(model.parameters()).device
+    return F.cross_entropy(model(pixels(images, device)).float(), labels.to(device))
+
+
+# -- classifiers ------------------------------------------------------------------------------------------------------
+
+
+def fit(recipe: Recipe, dataset: Dataset, *, device: torch.device | str = "cpu") -> Trained:
+    """The classifier of `recipe`: published with the results, or trained here before, else trained now.
+
+    Raises:
+        TrainingError: another process is training it, or stored weights are damaged.
+    """
+    from . import published
+
+    key = identity(recipe, dataset)
+    model = recipe.build(dataset).to(device)
+    record = published.load(key, model)
+    if record is None:
+        name = f"{recipe.name}-{key[:16]}"
+        record = made_once(name, model, partial(fit_into, model, recipe, dataset), recipe=recipe, half=True)
+    return Trained(model.eval(), key, *record)
+
+
+def identity(recipe: Recipe, dataset: Dataset) -> str:
+    """Sha256 of what decides a trained classifier: its recipe and the digest of its data."""
+    return cache.fingerprint({"recipe": recipe.decides(), "data": dataset.digest})
+
+
+def fit_into(model: nn.Module, recipe: Recipe, dataset: Dataset, resume: Path) -> Record:
+    """Train a fresh `model` by its recipe; the state of an interrupted training is in the file `resume`."""
+    device = next(model.parameters()).device
+    batches = Shuffled(dataset.train, recipe.batch_size, recipe.augment)
+    return train(
+        model,
+        batches,
+        cross_entropy,
+        recipe.optimize(model),
+        steps=recipe.epochs * len(batches),
+        rate=recipe.rate,
+        seed=(recipe.seed, 0),
+        title=recipe.name,
+        precision=recipe.precision,
+        measure=lambda: {"valid_accuracy": accuracy(model, dataset.valid, device=device)},
+        best_from=recipe.best_from,
+        resume=resume,
+    )
+
+
+def learn(
+    recipe: Recipe,
+    dataset: Dataset,
+    extra: Split,
+    *,
+    phases: Sequence[tuple[int, float]],
+    device: torch.device | str = "cpu",
+) -> list[Trained]:
+    """The classifier of `recipe` after each phase of learning its own images together with `extra` (Setup 0).
+
+    Args:
+        recipe: made the classifier, and gives batch size, optimiser and seed.
+        dataset: the recipe's.
+        extra: images to add, such as made outliers; their digest is a part of the key.
+        phases: (epochs, learning rate), one after the other.
+        device: where to train.
+    """
+    trained = fit(recipe, dataset, device=device)
+    batches = Shuffled(dataset.train.with_(extra), recipe.batch_size, recipe.augment)
+    found = []
+    for phase, (epochs, rate) in enumerate(phases):
+        key = cache.fingerprint({"base": trained.key, "extra": extra.digest, "epochs": epochs, "rate": rate})
+        model = copy.deepcopy(trained.model)
+        make = partial(_learn, model, recipe, batches, phase, epochs, rate)
+        record = made_once(f"{recipe.name}-learnt{phase + 1}-{key[:16]}", model, make, recipe=recipe)
+        trained = Trained(model, key, *record)
+        found.append(trained)
+    return found
+
+
+def _learn(
+    model: nn.Module, recipe: Recipe, batches: Batches, phase: int, epochs: int, rate: float, resume: Path
+) -> Record:
+    return train(
+        model,
+        batches,
+        cross_entropy,
+        recipe.optimize(model),
+        steps=epochs * len(batches),
+        rate=lambda _: rate,
+        seed=(recipe.seed, 1, phase),
+        title=f"{recipe.name} with more images",
+        precision=recipe.precision,
+        resume=resume,
+    )
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def folder() -> Path:
+    """Where networks that are not published are kept."""
+    return paths.cache_dir() / "checkpoints"
+
+
+def made_once(
+    name: str, model: nn.Module, make: Callable[[Path], Record], *, recipe: Any, half: bool = False
+) -> Record:
+    """Load the checkpoint `name` into `model`, or make it, store it and load it.
+
+    Args:
+        name: of the checkpoint.
+        model: into which the weights go.
+        make: trains the model in place; gets the file for the state of an interrupted training.
+        recipe: a dataclass noted beside the weights.
+        half: round the parameters to float16: the rounded network is the network.
+
+    Raises:
+        TrainingError: another process is making it, or its weights are damaged.
+    """
+    weights, notes = folder() / f"{name}.safetensors", folder() / f"{name}.json"
+    resume = folder() / f"{name}.resume.pt"
+    with alone(folder() / f"{name}.lock", name):
+        if not (weights.exists() and notes.exists()):
+            history, seconds = make(resume)
+            save_weights(weights, model, half=half)
+            record = {"recipe": asdict(recipe), "seconds": seconds, "history": history, **provenance()}
+            text = json.dumps(record, indent=1)
+            cache.atomic_write(notes, lambda temporary: temporary.write_text(text))
+            resume.unlink(missing_ok=True)
+    load_weights(weights, model)
+    record = json.loads(notes.read_text())
+    return record["history"], record["seconds"]
+
+
+@contextmanager
+def alone(lock: Path, name: str) -> Iterator[None]:
+    """Refuse to train what another process is training."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=0):
+            yield
+    except Timeout:
+        raise TrainingError(f"{name}: another process is training it; wait for its end") from None
+
+
+def save_weights(path: Path, model: nn.Module, *, half: bool) -> None:
+    """Write the weights: parameters as float16 where asked for and possible, everything else as it is."""
+    parameters = dict(model.named_parameters())
+    tensors = {}
+    for key, value in model.state_dict().items():
+        value = value.detach().cpu().contiguous()
+        rounded = value.half() if half and key in parameters else value
+        tensors[key] = rounded if bool(torch.isfinite(rounded).all()) else value
+    cache.atomic_write(path, lambda temporary: save_file(tensors, temporary))
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Put stored weights into `model`, in the model's own precision.
+
+    Raises:
+        TrainingError: the file is damaged or belongs to another network.
+    """
+    try:
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise TrainingError(f"{path}: damaged, or the weights of another network ({reason})") from None
+
+
+def provenance() -> dict[str, Any]:
+    """What made a network, besides recipe and data: never a part of its identity."""
+    return {
+        "commit": cache.commit(),
+        "code": cache.computing_hash(__name__),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }

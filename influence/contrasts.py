@@ -1,15 +1,12 @@
-"""The K - 1 contrasts of the logits with the predicted class, and the forward pass that they start from."""
+"""The K - 1 contrasts of the logits with the predicted class."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from influence.checks import require_logits
 
 
 class LogitRows(Protocol):
@@ -82,22 +79,3 @@ class Classes:
         example = torch.arange(len(back), device=back.device)[:, None, None]
         # Two indices round a slice put the blocks last.
         return padded[example, :, back[:, :, None], back[:, None, :]].permute(0, 3, 1, 2).contiguous()
-
-
-def forward(model: Callable[[Tensor], object], x: Tensor) -> Tensor:
-    """Logits ``(N, K)`` with a graph.
-
-    Args:
-        model: The model.
-        x: ``(N, ...)``; the model gets a copy, which it may spoil.
-
-    Raises:
-        RuntimeError: If the logits carry no gradient.
-    """
-    logits = require_logits(model(x.clone()), examples=x.shape[0])
-    if not logits.requires_grad:
-        raise RuntimeError(
-            "the logits carry no gradient: the model detaches them, runs under no_grad, or does not use what is "
-            "perturbed. Remove the detach or the decorator, or perturb something the logits depend on."
-        )
-    return logits

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from influence.checks import require_deterministic
-from influence.contrasts import forward
-from influence.memory import in_chunks
-from influence.metric import _parameter_blocks, full_precision, metric_tensor, require_input
-from influence.pixels import Patches
-from influence.rules.engine import ParameterGrams, differentiable
-
-# Examples, and input values, in one backward pass to the input: bounds the activations of large images.
-_BATCH, _BATCH_VALUES = 64, 2**20
+from influence.inputs import Batch, Inputs
+from influence.memory import examples_that_fit, in_chunks
+from influence.metric import computation, exact_autograd, metric_tensor
+from influence.pixels import InputGrams, Patches
 
 
 def trace(
     model: nn.Module,
-    x: Tensor,
+    x: Batch,
     *,
     wrt: str | Sequence[str] | Patches = "input",
     samples: int | None = None,
@@ -36,9 +31,9 @@ def trace(
     .. math:: h = \sum_k \xi_k \sqrt{P_k} \log P_k, \qquad E[\nabla h \nabla h^T] = G, \qquad
         E[|\nabla h|^2] = \operatorname{tr} G,
 
-    so that m signs for each class and example cost m backward passes, whatever the number of classes. The mean of m
-    such squares has a relative standard deviation of at most sqrt(2 / m). From m = K - 1 on the exact trace costs no
-    more.
+    so that m signs for each class and example cost m backward passes, whatever the number of classes (and one more for
+    each chunk, which proves that its examples are independent). The mean of m such squares has a relative standard
+    deviation of at most sqrt(2 / m). From m = K - 1 on the exact trace costs no more.
 
     Args:
         model: As for ``metric_tensor``.
@@ -67,42 +62,33 @@ def trace(
     for name, value in (("samples", samples), ("chunk_size", chunk_size)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a whole number >= 1, got {value!r}. Use None for the default.")
-    engine, patches = None, None
-    if isinstance(wrt, Patches) or (isinstance(wrt, str) and wrt == "input"):
-        require_input(model, x, floating=True)
-        if isinstance(wrt, Patches):
-            wrt.blocks(x.shape[1:])  # refuses what is no image
-            patches = wrt
-    else:
-        require_input(model, x, floating=False)
-        engine = ParameterGrams(model, *_parameter_blocks(model, wrt))
-    require_deterministic(model)
+    inputs, _, gram_of = computation(model, x, wrt)
     device = torch.device("cpu") if generator is None else generator.device
-    seeds: list[int] = torch.randint(2**62, (len(x),), generator=generator, device=device).tolist()
+    seeds: list[int] = torch.randint(2**62, (len(inputs),), generator=generator, device=device).tolist()
     parts: list[Tensor] = []
 
-    def compute(part: Tensor) -> Tensor:
+    def compute(part: Inputs) -> Tensor:
         start = sum(map(len, parts))
-        mine = seeds[start : start + len(part)]
 
         def rows(logits: Tensor) -> ScoreSums:
             log_probs = torch.log_softmax(logits.detach().double(), dim=1)
-            signs = torch.stack([_signs(seed, samples, logits.shape[1]) for seed in mine]).to(log_probs)
-            return ScoreSums.of(log_probs, signs * (0.5 * log_probs).exp()[:, None], logits.dtype)
+            signs = [_signs(seed, samples, logits.shape[1]) for seed in seeds[start : start + len(part)]]
+            roots = (0.5 * log_probs).exp()[:, None]
+            return ScoreSums.of(log_probs, torch.stack(signs).to(roots) * roots, logits.dtype)
 
-        if engine is None:
-            return _input_squares(model, part, rows, patches).mean(dim=1)
-        _, gram, _ = engine(part, rows)
-        return gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+        return gram_of(part, rows)[1].diagonal(dim1=-2, dim2=-1).mean(dim=-1)
 
-    with full_precision():
-        size = chunk_size or (_input_chunk(x) if engine is None else engine.chunk_size(x, samples))
-        for part in in_chunks(compute, x, size, may_halve=chunk_size is None):
+    with exact_autograd(model, gram_of.perturbed):
+        needed = gram_of.bytes_per_example(inputs, samples)
+        size = chunk_size or examples_that_fit(needed, inputs.device)
+        for part in in_chunks(compute, inputs, size, may_halve=chunk_size is None):
             parts.append(part)
     return torch.cat(parts)
 
 
-def worst_direction(model: nn.Module, x: Tensor, *, chunk_size: int | None = None) -> tuple[Tensor, Tensor]:
+def worst_direction(
+    model: nn.Module, x: Batch, *, wrt: str = "input", chunk_size: int | None = None
+) -> tuple[Tensor, Tensor]:
     r"""The unit perturbation of each input that moves the output most, and how far.
 
     The first eigenvector v of G, from that of the K x K matrix :math:`L_0^T L_0` with columns
@@ -116,16 +102,17 @@ def worst_direction(model: nn.Module, x: Tensor, *, chunk_size: int | None = Non
 
     Args:
         model: As for ``metric_tensor``.
-        x: ``(N, ...)`` floating.
+        x: As for ``metric_tensor``.
+        wrt: "input", or "input:NAME" where x holds several floating tensors.
         chunk_size: As for ``metric_tensor``.
 
     Returns:
-        The direction, like ``x``, of unit Euclidean norm for each example (zero where no direction moves the output),
-        and ``(N,)`` float64, the largest eigenvalue of G, in (unit of x)^-2.
+        The direction, like the perturbed tensor, of unit Euclidean norm for each example (zero where no direction moves
+        the output), and ``(N,)`` float64, the largest eigenvalue of G, in (unit of x)^-2.
 
     Raises:
         TypeError: As ``metric_tensor``.
-        ValueError: As ``metric_tensor``.
+        ValueError: As ``metric_tensor``, or for another ``wrt``.
         RuntimeError: As ``metric_tensor``.
 
     Example:
@@ -133,26 +120,33 @@ def worst_direction(model: nn.Module, x: Tensor, *, chunk_size: int | None = Non
         >>> direction.shape, value.shape
         (torch.Size([2, 5]), torch.Size([2]))
     """
-    metric = metric_tensor(model, x, chunk_size=chunk_size)
+    if not isinstance(wrt, str) or wrt.partition(":")[0] != "input":
+        raise ValueError(f"wrt must be 'input' or 'input:NAME', got {wrt!r}: the direction is one of the input.")
+    metric = metric_tensor(model, x, wrt=wrt, chunk_size=chunk_size)
     root = (0.5 * metric.log_probs).exp()
     values, vectors = torch.linalg.eigh(root[:, :, None] * metric.score_gram()[:, 0] * root[:, None])
     first = vectors[..., -1]
     # The derivative of -log P_r along v is -lambda^(1/2) u_r / P_r^(1/2).
     predicted = metric.log_probs.argmax(dim=1, keepdim=True)
-    first = torch.where(first.gather(1, predicted) > 0, -first, first)
-    coefficients = root * first
+    coefficients = root * torch.where(first.gather(1, predicted) > 0, -first, first)
+    inputs = Inputs.of(x).perturbing(wrt.partition(":")[2] or None)
+    gram_of = InputGrams(model)
     parts: list[Tensor] = []
 
-    def compute(part: Tensor) -> Tensor:
+    def compute(part: Inputs) -> Tensor:
         start = sum(map(len, parts))
         chosen = slice(start, start + len(part))
-        sums = ScoreSums.of(metric.log_probs[chosen], coefficients[chosen, None], metric.dtype)
-        row = _input_rows(model, part, lambda logits: sums)[1][0].double()
-        size = row.flatten(1).norm(dim=1).view(-1, *[1] * (row.ndim - 1))
-        return torch.where(size > 0, row / size, 0.0).to(part.dtype)
 
-    with full_precision():
-        for part in in_chunks(compute, x, chunk_size or _input_chunk(x), may_halve=chunk_size is None):
+        def rows(logits: Tensor) -> ScoreSums:
+            return ScoreSums.of(metric.log_probs[chosen], coefficients[chosen, None], logits.dtype)
+
+        row = gram_of.jacobian(part, rows)[1].squeeze(1).double()
+        size = row.flatten(1).norm(dim=1).view(-1, *[1] * (row.ndim - 1))
+        return torch.where(size > 0, row / size, 0.0).to(part.x.dtype)
+
+    with exact_autograd(model, gram_of.perturbed):
+        size = chunk_size or examples_that_fit(gram_of.bytes_per_example(inputs, 1), inputs.device)
+        for part in in_chunks(compute, inputs, size, may_halve=chunk_size is None):
             parts.append(part)
     return torch.cat(parts), values[:, -1].clamp(min=0)
 
@@ -208,35 +202,3 @@ def _signs(seed: int, samples: int, classes: int) -> Tensor:
     """Random signs ``(m, K)`` of one example."""
     drawn = torch.randint(2, (samples, classes), generator=torch.Generator().manual_seed(seed))
     return 2 * drawn - 1
-
-
-def _input_chunk(x: Tensor) -> int:
-    return max(1, min(_BATCH, _BATCH_VALUES // max(1, x[0].numel())))
-
-
-def _input_rows(model: nn.Module, x: Tensor, rows: Callable[[Tensor], ScoreSums]) -> tuple[ScoreSums, list[Tensor]]:
-    """The sums, and the gradients of each of them by the input, like ``x``, in units of their scale."""
-    with differentiable(model, []):
-        leaf = x.detach().clone().requires_grad_()
-        logits = forward(model, leaf)
-        sums = rows(logits)
-        found = []
-        for place, seed in enumerate(sums.seeds(logits.dtype)):
-            more = place < sums.count - 1
-            (grad,) = torch.autograd.grad(
-                logits, leaf, seed, retain_graph=more, allow_unused=True, materialize_grads=True
-            )
-            found.append(grad.detach())
-    return sums, found
-
-
-def _input_squares(model: nn.Module, x: Tensor, rows: Callable[[Tensor], ScoreSums], patches: Patches | None) -> Tensor:
-    """Squared norms of the gradients of m sums by each block of the input, ``(N, m, B)`` float64."""
-    sums, gradients = _input_rows(model, x, rows)
-    squares = []
-    for row in gradients:
-        if patches is None:
-            squares.append(row.double().flatten(1).square().sum(dim=1, keepdim=True))
-        else:
-            squares.append(patches.grams(row[:, None])[:, :, 0, 0])
-    return torch.stack(squares, dim=1) * sums.scale.square()[..., None]

@@ -187,9 +187,7 @@ def _part(options: argparse.Namespace, found: Material) -> tuple[Examples, Examp
         return everything, everything.sample(options.images), "" if part == "all" else f" of part {part!r}"
     halves = found.train.hold_out()
     if halves is None:
-        raise adapt.AdaptError(
-            f"--part {part}: the data have no parts, and too few examples to make some: leave it out"
-        )
+        raise adapt.AdaptError(f"--part {part}: the data have no parts and too few examples to draw some: leave it out")
     chosen = halves[("train", "test").index(part)].sample(options.images)
     return found.train, chosen, f", of part {part!r} after a fifth of each class was drawn at random as the test part"
 

@@ -280,23 +280,6 @@ def test_labels_of_a_model_with_more_outputs_are_questioned() -> None:
     assert "name 2 classes, the model has K = 5" in _words(fewer, scores)
 
 
-@pytest.mark.parametrize("scale", [1.0, 60.0])  # unsure, and sure of its prediction
-def test_estimated_traces_are_unbiased_however_sure_the_model_is(scale: float) -> None:
-    subject = _subject((1, 8, 8), 5)
-    subject.model.model[-1].weight.data *= scale
-    x, _ = subject.material.train.batch([0])
-    exact = study.input_trace(subject, x).sum()
-    few = torch.stack([_estimate(subject, x, draws=1, seed=seed) for seed in range(300)])
-    assert torch.isclose(few.mean(), exact, rtol=0.25)
-    assert few.std() < 1.5 * exact
-
-
-def _estimate(subject: study.Subject, x: Tensor, *, draws: int, seed: int) -> Tensor:
-    leaf = x.clone().requires_grad_()
-    found = study.score_gradients(subject, leaf, leaves=[leaf], draws=draws, seed=seed)
-    return sum((weight * grad.double().square().sum() for weight, (grad,) in found), torch.zeros(1)).squeeze()
-
-
 def test_large_images_in_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = _subject((3, 16, 16), 5)
     options = {"alpha": 1.0, "sigma": 0.04, "steps": 2, "learning_rate": 0.01}
@@ -319,7 +302,7 @@ def test_patches_of_many_classes_are_those_of_few(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(adapt_maps, "_MOST_FACTORS", 3 * 8 * 8)
     areas = adapt_maps.maps(subject, scores, images=1)
     np.testing.assert_allclose(areas["patch"][0], by_gram[::2, ::2], rtol=1e-6)
-    assert "of all 3 x 3 patches reach 99% of it" in adapt_words._areas(areas)
+    assert "of all 3 x 3 patches reach 99% of it" in adapt_words._areas(areas, "images")
 
 
 def test_normalised_images_are_not_distorted() -> None:

@@ -15,7 +15,7 @@ from influence.last_layer import head
 
 from ..evaluation import rank_agreement
 from ..material import Examples, sampled
-from .adapt import DRAWS, Subject, input_trace, log_probs_of, odds, picture
+from .adapt import Subject, estimated_trace, log_probs_of, odds, picture
 
 _QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 # How FI is found. Beyond 64 classes a sample decides which of the last two may stand in for the first.
@@ -60,13 +60,15 @@ def _way(subject: Subject, examples: Examples) -> str:
     x = examples.batch(rows)[0].to(subject.device)
     if not subject.many_classes or not x.is_floating_point():
         return METRIC
-    whole = influence.first_order_influence(influence.metric_tensor(subject.model, x, chunk_size=1))
+    metric = influence.metric_tensor(subject.model, x, chunk_size=1)
+    predicted = metric.log_probs.argmax(1)
+    whole = influence.first_order_influence(metric, predicted)
     if bool((whole.rank == subject.classes - 1).all()):
         return CLOSED_FORM
     found = head(subject.model, x)
     if found is None:
         return METRIC
-    features = influence.first_order_influence(influence.metric_tensor(*found))
+    features = influence.first_order_influence(influence.metric_tensor(*found), predicted)
     same = torch.isclose(whole.fi, features.fi, rtol=_SAME, atol=0) & (whole.rank == features.rank)
     return FEATURES if bool(same.all()) else METRIC
 
@@ -99,7 +101,7 @@ def _from_features(subject: Subject, x: Tensor, labels: Tensor) -> pd.DataFrame:
     assert found is not None  # it was there for the sample
     layer, features = found
     frames = []
-    trace = input_trace(subject, x, draws=DRAWS).flatten(1).sum(1)
+    trace = estimated_trace(subject, x, wrt="input")[:, 0]
     for part in torch.arange(len(x), device=x.device).split(_FEATURES_AT_ONCE):
         metric = influence.metric_tensor(layer, features[part])
         values = _influence(metric, labels[part]) | {"trace": trace[part]}
@@ -110,10 +112,11 @@ def _from_features(subject: Subject, x: Tensor, labels: Tensor) -> pd.DataFrame:
 def _influence(metric: influence.MetricTensor, labels: Tensor) -> dict[str, Tensor]:
     result = influence.first_order_influence(metric, labels)
     predicted = result.fi[:, 0].clone()
-    other = labels != metric.log_probs.argmax(1)
+    seen = metric.log_probs.argmax(1)
+    other = labels != seen
     if bool(other.any()):
         part = replace(metric, log_probs=metric.log_probs[other], gram=metric.gram[other])
-        predicted[other] = influence.first_order_influence(part).fi[:, 0]
+        predicted[other] = influence.first_order_influence(part, seen[other]).fi[:, 0]
     return {
         "fi": result.fi[:, 0],
         "fi_predicted": predicted,
@@ -130,7 +133,7 @@ def _in_closed_form(subject: Subject, x: Tensor, labels: Tensor) -> pd.DataFrame
         "fi_predicted": odds(log_probs, log_probs.argmax(1)),
         "alignment": torch.ones(len(x)),
         "rank": torch.full((len(x),), subject.classes - 1),
-        "trace": input_trace(subject, x, draws=DRAWS).flatten(1).sum(1),
+        "trace": estimated_trace(subject, x, wrt="input")[:, 0],
     }
     return _rows(log_probs, labels, values, estimated=True)
 

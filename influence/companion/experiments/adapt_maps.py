@@ -48,14 +48,14 @@ def maps(subject: Subject, table: pd.DataFrame, *, images: int, size: int = 3) -
                 "pixels": picture(stored),
                 "trace": trace.sum(0).cpu().numpy(),
                 "single": single.amax(0).cpu().numpy(),
-                "patch": _patch_map(subject, x, size),
+                "patch": _patch_map(subject, x, log_probs.argmax(1), size),
                 "size": size,
             }
         )
     return pd.DataFrame(rows)
 
 
-def _patch_map(subject: Subject, x: Tensor, size: int) -> np.ndarray:
+def _patch_map(subject: Subject, x: Tensor, labels: Tensor, size: int) -> np.ndarray:
     _, channels, height, width = x.shape
     classes = subject.classes
     many = classes * (classes - 1) // 2 * x[0].numel() > _MOST_PRODUCTS
@@ -65,9 +65,9 @@ def _patch_map(subject: Subject, x: Tensor, size: int) -> np.ndarray:
         stride += 1
     patches = influence.Patches(size=size, stride=stride)
     if many:
-        result = influence.patch_influence(subject.model, x, patches=patches)
+        result = influence.patch_influence(subject.model, x, labels, patches=patches)
     else:
-        result = influence.first_order_influence(influence.metric_tensor(subject.model, x, wrt=patches))
+        result = influence.first_order_influence(influence.metric_tensor(subject.model, x, wrt=patches), labels)
     fi = result.fi[0].view(channels, -(-height // stride), -(-width // stride))
     found: np.ndarray = fi.amax(0).cpu().numpy()
     return found

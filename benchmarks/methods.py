@@ -59,7 +59,8 @@ def input_by_autograd(model: nn.Module, x: Tensor) -> Tensor:
 def score_input(model: nn.Module, x: Tensor) -> Tensor:
     """FI of the predicted class, trace and largest eigenvalue of the image, as `influence score` writes them."""
     with tempfile.TemporaryDirectory() as folder:
-        table = influence.read_scores(influence.score(model, [x], folder, wrt="input", progress=False))
+        influence.score(model, [x], folder, wrt="input", labels="predicted", progress=False)
+        table = influence.read_scores(folder)
     return torch.tensor(table[["fi", "trace", "lambda_max"]].to_numpy())[..., None, None]
 
 

@@ -1,6 +1,9 @@
 """Metric tensor, influence measure and stability training of deep classifiers.
 
-Sensitivity (Shu & Zhu 2019, arXiv 1901.07152): ``metric_tensor`` then ``first_order_influence``.
+Sensitivity (Shu & Zhu 2019, arXiv 1901.07152): ``metric_tensor`` then ``first_order_influence``. Influence is that of a
+small perturbation of an input or of parameters on one prediction; it is not the influence of a training example on a
+model, which the influence functions of Koh & Liang (2017) estimate. How far a perturbation moves the output: ``trace``,
+``worst_direction``.
 Stability (Zheng et al. 2016, arXiv 1604.04326): ``stability_loss``, ``embedding_stability_loss``, ``triplet_loss``,
 ``gaussian_perturbation`` and, for a training loop, ``StabilityObjective``.
 """
@@ -10,6 +13,7 @@ from influence.measures import Exact, Influence, Regularised, Released, first_or
 from influence.metric import MetricTensor, metric_tensor
 from influence.pixels import Patches
 from influence.scoring import read_scores, refine, score
+from influence.sensitivity import trace, worst_direction
 from influence.stability import (
     StabilityObjective,
     embedding_stability_loss,
@@ -23,6 +27,8 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "MetricTensor",
     "Patches",
     "metric_tensor",
+    "trace",
+    "worst_direction",
     # the influence measure and its estimators
     "Exact",
     "Influence",

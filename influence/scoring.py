@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
@@ -27,6 +32,10 @@ from influence.progress import progress_bar
 
 Wrt = str | Sequence[str] | Patches
 _RUN = "_run.json"
+# Where a file says which batches it was made from.
+_MADE_FROM = b"influence.made_from"
+# Batches of finished files that are loaded again to see whether they are the same.
+_MOST_COMPARED = 32
 # Fixed, not read off the free memory: the last digits of a Gram depend on it.
 _CHUNK = 32
 # Float32 values of Jacobian and Grams at once: 256 MiB.
@@ -45,7 +54,7 @@ def score(
     *,
     wrt: Wrt = "input",
     estimator: Estimator | None = None,
-    use_labels: bool = True,
+    labels: Literal["given", "predicted"] = "given",
     batches_per_shard: int = 8,
     chunk_size: int | None = None,
     closed_form: int | None = None,
@@ -54,16 +63,17 @@ def score(
     """Compute the influence of every example of a loader and write it to a folder of Parquet files.
 
     Each file holds some consecutive batches and appears whole or not at all, so that a run that was interrupted goes on
-    where it stopped. Under ``torchrun`` each process takes every n-th file; they need not talk to one another, and any
-    number of them, at any time, with as many threads each, makes the same files byte for byte.
+    where it stopped. Each says which batches it was made from: where the loader yields others, a sample of which is
+    compared, the folder is refused. Under ``torchrun`` each process takes every n-th file; they need not talk to one
+    another, and any number of them, at any time, with as many threads each, makes the same files byte for byte.
 
     Args:
         model: As for ``metric_tensor``; batches are moved to its device.
-        loader: Yields ``x`` or ``(x, labels, ...)``, each time in the same order.
+        loader: Yields ``(x, labels, ...)``, or ``x`` for predicted classes, each time the same in the same order.
         path: The folder; ``read_scores`` or ``pandas.read_parquet`` read it.
         wrt: As for ``metric_tensor``.
         estimator: As for ``first_order_influence``. What ``Released`` finds near its cut is computed again in float64.
-        use_labels: Whether to take the loader's labels; else the predicted classes.
+        labels: Which class y the loss f = -log P_y is of: the loader's labels, or the class that the model predicts.
         batches_per_shard: Batches in one file.
         chunk_size: Examples computed at once. None: 32, fewer for many classes of large inputs, and half of it again
             each time memory runs out.
@@ -76,18 +86,21 @@ def score(
         progress: Whether to show a bar.
 
     Returns:
-        The folder. Its columns are those of ``Influence.to_dataframe``, with trace and lambda_max of the metric tensor;
-        ``example`` counts from the loader's first.
+        The folder. Its columns are those of ``Influence.to_dataframe``, with trace and lambda_max of the metric tensor.
+        ``example`` is the index into the data set of a loader that has indices, so that a sampler's part of the data
+        keeps its numbers; else it counts from the loader's first.
 
     Raises:
-        ValueError: If the loader shuffles, the folder holds another run's scores, a number is below 1, or a closed
-            form is asked for where neither holds or the estimator is not ``Exact``.
+        ValueError: If the loader shuffles or has no labels where they are to be taken, the folder holds the scores of
+            another run or of other data, a number is below 1, or a closed form is asked for where neither holds or the
+            estimator is not ``Exact``.
 
     Example:
         >>> import tempfile
         >>> loader = DataLoader(torch.zeros(6, 5), batch_size=4)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     table = read_scores(score(nn.Linear(5, 3), loader, folder, progress=False))
+        ...     path = score(nn.Linear(5, 3), loader, folder, labels="predicted", progress=False)
+        ...     table = read_scores(path)
         >>> len(table)
         6
     """
@@ -95,6 +108,8 @@ def score(
     for name, value in sizes:
         if value is not None and (isinstance(value, bool) or value < 1):
             raise ValueError(f"{name} must be at least 1, got {value}.")
+    if labels not in ("given", "predicted"):
+        raise ValueError(f"labels must be 'given' or 'predicted', got {labels!r}.")
     if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
         raise ValueError(
             "loader must go through the data in the same order each time, got shuffle=True. Switch it off."
@@ -111,11 +126,10 @@ def score(
             "model": _fingerprint(model),
             "wrt": list(wrt) if isinstance(wrt, list | tuple) else repr(wrt),
             "estimator": repr(estimator),
-            "use_labels": use_labels,
+            "labels": labels,
             "batches_per_shard": batches_per_shard,
             "chunk_size": chunk_size,
             "closed_form": closed_form,
-            "batch_size": getattr(loader, "batch_size", None),
         },
     )
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -124,29 +138,40 @@ def score(
         return shard % world == rank and not _file(folder, shard).exists()
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    shortcut: Callable[[Tensor, Tensor | None, int], pd.DataFrame] | None = None
+    shortcut: Callable[[Tensor, Tensor | None], pd.DataFrame] | None = None
     bar = progress_bar(
         desc=f"scores {rank + 1}/{world}" if world > 1 else "scores", unit="example", disable=not progress
     )
     with bar:
         rows: list[pd.DataFrame] = []
-        for shard, start, batch, last in _batches(loader, batches_per_shard, mine):
-            x, labels = _unpack(batch, use_labels)
-            x = _like(model, x.to(device))
-            if closed_form is None:
-                rows.append(_scored(model, x, labels, wrt, estimator, chunk_size, start))
-            else:
-                if shortcut is None:
-                    shortcut = _shortcut(model, x, wrt, estimator, closed_form)
-                rows.append(shortcut(x, labels, start))
-            bar.update(len(x))
-            if last:
-                table = pd.concat(rows, ignore_index=True)
-                rows = []
-                target = _file(folder, shard)
+        made_from: _MadeFrom | None = None
+        for batch in _batches(loader, folder, labels, batches_per_shard, mine):
+            made_from = _MadeFrom() if made_from is None else made_from
+            x, given = _unpack(batch.content, labels)
+            made_from.add(batch.numbers, x, given)
+            if batch.wanted:
+                x = _like(model, x.to(device))
+                if closed_form is None:
+                    table = _scored(model, x, given, wrt, estimator, chunk_size)
+                else:
+                    if shortcut is None:
+                        shortcut = _shortcut(model, x, wrt, estimator, closed_form)
+                    table = shortcut(x, given)
+                rows.append(table.assign(example=np.asarray(batch.numbers)[table["example"]]))
+                bar.update(len(x))
+            if not batch.ends_file:
+                continue
+            made_from.is_last = batch.is_last
+            target = _file(folder, batch.shard)
+            if batch.wanted:
                 for left in folder.glob(f".{target.name}.*"):  # by a run that was killed while it wrote
                     left.unlink(missing_ok=True)
-                _atomically(target, partial(table.to_parquet, index=False))
+                _atomically(target, partial(_write, pd.concat(rows, ignore_index=True), made_from))
+            elif target.exists():
+                made_from.require_same(target)
+            if batch.is_last:
+                _require_no_more(folder, batch.shard)
+            rows, made_from = [], None
     return folder
 
 
@@ -160,14 +185,15 @@ def read_scores(path: str | Path) -> pd.DataFrame:
         One row for each example and block.
 
     Raises:
-        ValueError: If there are no scores, or a file is missing between others.
+        ValueError: If there are no scores, or a file is missing. ``pandas.read_parquet`` reads what there is.
     """
     files = sorted(Path(path).glob("part-*.parquet"))
     if not files:
         raise ValueError(f"{path} holds no scores. Run influence.score(model, loader, {str(path)!r}).")
-    missing = [i for i, file in enumerate(files) if file != _file(Path(path), i)]
+    there = len(files) if _MadeFrom.of(files[-1]).is_last else len(files) + 1
+    missing = [name for name in (_file(Path(path), i) for i in range(there)) if name not in files]
     if missing:
-        raise ValueError(f"{path} lacks file {_file(Path(path), missing[0]).name}. Run influence.score again to go on.")
+        raise ValueError(f"{path} lacks file {missing[0].name}. Run influence.score again to go on.")
     return pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
 
 
@@ -214,15 +240,14 @@ def _scored(
     wrt: Wrt,
     estimator: Estimator,
     chunk_size: int | None,
-    start: int,
 ) -> pd.DataFrame:
-    """Rows of one batch whose first example has the number ``start``."""
+    """Rows of one batch, whose examples count from 0."""
     done = 0
     rows = []
 
     def compute(part: Tensor) -> tuple[Influence, Tensor, Tensor, int]:
         metric = metric_tensor(model, part, wrt=wrt, chunk_size=len(part))
-        given = None if labels is None else labels[done : done + len(part)]
+        given = metric.log_probs.argmax(dim=1) if labels is None else labels[done : done + len(part)]
         result = first_order_influence(metric, given, estimator=estimator)
         if isinstance(estimator, Released):
             result = refine(result, model, part, wrt=wrt, estimator=estimator, chunk_size=len(part))
@@ -231,7 +256,7 @@ def _scored(
     size = chunk_size or min(_CHUNK, _examples_at_once(model, x, wrt))
     for result, trace, largest, count in in_chunks(compute, x, size, may_halve=chunk_size is None):
         table = result.to_dataframe()
-        table["example"] += start + done
+        table["example"] += done
         table["trace"], table["lambda_max"] = trace.cpu().flatten().numpy(), largest.cpu().flatten().numpy()
         rows.append(table)
         done += count
@@ -255,22 +280,22 @@ def _like(model: nn.Module, x: Tensor) -> Tensor:
 
 def _shortcut(
     model: nn.Module, x: Tensor, wrt: Wrt, estimator: Estimator, count: int
-) -> Callable[[Tensor, Tensor | None, int], pd.DataFrame]:
-    """What makes the rows of a batch from its inputs, labels and the number of its first example, by a forward pass.
+) -> Callable[[Tensor, Tensor | None], pd.DataFrame]:
+    """What makes the rows of a batch from its inputs and labels by a forward pass.
 
     Raises:
         ValueError: If there is no such way for a sample of the batch.
     """
     sample = x[torch.linspace(0, len(x) - 1, min(count, len(x))).round().long().to(x.device)]
     metric = metric_tensor(model, sample, wrt=wrt, chunk_size=1)
-    result = first_order_influence(metric, estimator=estimator)
+    result = first_order_influence(metric, metric.log_probs.argmax(dim=1), estimator=estimator)
     full = metric.log_probs.shape[1] - 1
     if bool((result.rank == full).all()):
         return partial(_in_closed_form, model, dict.fromkeys(metric.blocks, full))
     found = head(model, sample) if wrt == "input" else None
     features_differ = ""
     if found is not None:
-        features = first_order_influence(metric_tensor(*found), estimator=estimator)
+        features = first_order_influence(metric_tensor(*found), result.labels, estimator=estimator)
         same = torch.isclose(result.fi, features.fi, rtol=_SAME, atol=0) & (result.rank == features.rank)
         if bool(same.all()):
             return partial(_from_features, model, estimator)
@@ -284,9 +309,7 @@ def _shortcut(
     )
 
 
-def _from_features(
-    model: nn.Module, estimator: Estimator, x: Tensor, labels: Tensor | None, start: int
-) -> pd.DataFrame:
+def _from_features(model: nn.Module, estimator: Estimator, x: Tensor, labels: Tensor | None) -> pd.DataFrame:
     """Rows of one batch from what the last layer sees."""
     found = head(model, x)
     if found is None:
@@ -295,16 +318,15 @@ def _from_features(
     tables = []
     for rows in torch.arange(len(x), device=x.device).split(max(1, min(_CHUNK, _FEW_VALUES // layer.classes**2))):
         metric = metric_tensor(layer, features[rows], chunk_size=len(rows))
-        result = first_order_influence(metric, None if labels is None else labels[rows], estimator=estimator)
+        given = metric.log_probs.argmax(dim=1) if labels is None else labels[rows]
+        result = first_order_influence(metric, given, estimator=estimator)
         table = result.to_dataframe()
-        table["example"] += start + int(rows[0])
+        table["example"] += int(rows[0])
         tables.append(table)
     return pd.concat(tables, ignore_index=True).assign(trace=_NAN, lambda_max=_NAN)
 
 
-def _in_closed_form(
-    model: nn.Module, blocks: dict[str, int], x: Tensor, labels: Tensor | None, start: int
-) -> pd.DataFrame:
+def _in_closed_form(model: nn.Module, blocks: dict[str, int], x: Tensor, labels: Tensor | None) -> pd.DataFrame:
     """Rows of one batch from the logits alone."""
     with torch.no_grad():
         logits = require_logits(model(x.clone()), examples=len(x))
@@ -324,58 +346,203 @@ def _in_closed_form(
         labels=labels,
         blocks=tuple(blocks),
     )
-    table = result.to_dataframe()
-    table["example"] += start
-    return table.assign(trace=_NAN, lambda_max=_NAN)
+    return result.to_dataframe().assign(trace=_NAN, lambda_max=_NAN)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A batch of a loader.
+
+    Attributes:
+        shard: Number of its file.
+        numbers: Of its examples.
+        content: What the loader yielded.
+        wanted: Whether its file is ours to write.
+        ends_file: Whether it is the last of its file.
+        is_last: Whether it is the last of all.
+    """
+
+    shard: int
+    numbers: Sequence[int]
+    content: Any
+    wanted: bool
+    ends_file: bool
+    is_last: bool
 
 
 def _batches(
-    loader: Iterable[Any], per_shard: int, mine: Callable[[int], bool]
-) -> Iterator[tuple[int, int, Any, bool]]:
-    """Yield the batches of the shards that are ours.
+    loader: Iterable[Any], folder: Path, labels: str, per_shard: int, mine: Callable[[int], bool]
+) -> Iterator[_Batch]:
+    """Yield the batches of the files that are ours, and of the others what a loader makes anyway.
 
-    Yields:
-        Shard, number of the batch's first example, the batch, and whether it is the shard's last.
+    Raises:
+        ValueError: If a file that is there was made from other batches, in a sample of them.
     """
     if isinstance(loader, DataLoader) and loader.batch_sampler is not None and hasattr(loader.dataset, "__getitem__"):
-        # Batches of other shards are not even loaded.
+        # Batches of other files are not even loaded.
         indices = [list(batch) for batch in loader.batch_sampler]
-        starts = [0]
-        for batch in indices:
-            starts.append(starts[-1] + len(batch))
+        numbers: list[Sequence[int]]
+        if all(isinstance(index, int | np.integer) for batch in indices for index in batch):
+            numbers = [[int(index) for index in batch] for batch in indices]
+        else:
+            ends = list(itertools.accumulate(map(len, indices)))
+            numbers = [range(end - len(batch), end) for batch, end in zip(indices, ends, strict=True)]
+        _compare_sample(loader, indices, numbers, folder, labels, per_shard)
         chosen = [i for i in range(len(indices)) if mine(i // per_shard)]
-        part = DataLoader(
-            loader.dataset,
-            batch_sampler=[indices[i] for i in chosen],
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-        )
-        for i, batch in zip(chosen, part, strict=True):
-            yield i // per_shard, starts[i], batch, i + 1 == len(indices) or (i + 1) % per_shard == 0
+        for i, content in zip(chosen, _load(loader, [indices[i] for i in chosen]), strict=True):
+            is_last = i + 1 == len(indices)
+            yield _Batch(i // per_shard, numbers[i], content, True, is_last or (i + 1) % per_shard == 0, is_last)
         return
     start, waiting = 0, None
-    for i, batch in enumerate(loader):
+    wanted = False
+    for i, content in enumerate(loader):
         if waiting is not None:
             # Whether a batch is the last shows only when the next one comes.
-            yield (*waiting, i % per_shard == 0)
-        waiting = (i // per_shard, start, batch) if mine(i // per_shard) else None
-        start += len(_unpack(batch, False)[0])
+            yield replace(waiting, ends_file=i % per_shard == 0)
+        wanted = mine(i // per_shard) if i % per_shard == 0 else wanted
+        stop = start + len(_unpack(content, "predicted")[0])
+        waiting = _Batch(i // per_shard, range(start, stop), content, wanted, False, False)
+        start = stop
     if waiting is not None:
-        yield (*waiting, True)
+        yield replace(waiting, ends_file=True, is_last=True)
 
 
-def _unpack(batch: Any, use_labels: bool) -> tuple[Tensor, Tensor | None]:
+def _load(loader: DataLoader[Any], indices: list[list[Any]]) -> Iterable[Any]:
+    """These batches alone, made as the loader makes its own."""
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=indices,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
+
+
+def _unpack(batch: Any, labels: str) -> tuple[Tensor, Tensor | None]:
     if isinstance(batch, Tensor):
-        return batch, None
+        batch = [batch]
     if not isinstance(batch, list | tuple) or not batch or not isinstance(batch[0], Tensor):
         raise ValueError(
             f"loader must yield x or (x, labels, ...), got {type(batch).__name__}. Use a collate_fn that returns these."
         )
-    return batch[0], torch.as_tensor(batch[1]) if use_labels and len(batch) > 1 else None
+    if labels == "predicted":
+        return batch[0], None
+    if len(batch) < 2:
+        raise ValueError(
+            "loader must yield (x, labels, ...), got x alone. Give it the labels, or pass labels='predicted' for the "
+            "classes that the model predicts."
+        )
+    return batch[0], torch.as_tensor(batch[1])
+
+
+# -- what a file was made from ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _MadeFrom:
+    """The batches of a file.
+
+    Attributes:
+        numbers: Of the first and the last example.
+        sizes: Examples in each batch.
+        digests: Of the numbers, examples and labels of each batch.
+        is_last: Whether the data end with it.
+    """
+
+    numbers: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
+    is_last: bool = False
+
+    @classmethod
+    def of(cls, file: Path) -> _MadeFrom:
+        """What a file says.
+
+        Raises:
+            ValueError: If it says nothing.
+        """
+        kept = (pq.read_schema(file).metadata or {}).get(_MADE_FROM)
+        if kept is None:
+            raise ValueError(f"{file} does not say which data it is of. Delete the folder and run influence.score.")
+        return cls(**json.loads(kept))
+
+    def add(self, numbers: Sequence[int], x: Tensor, labels: Tensor | None) -> None:
+        """Count one more batch."""
+        self.numbers = [*self.numbers[:1], *numbers]
+        self.numbers = [self.numbers[0], self.numbers[-1]]
+        self.sizes.append(len(x))
+        self.digests.append(_digest(numbers, x, labels))
+
+    def as_bytes(self) -> bytes:
+        """What a file keeps."""
+        return json.dumps(vars(self)).encode()
+
+    def require_same(self, file: Path) -> None:
+        """Refuse a file that was made from other batches."""
+        if _MadeFrom.of(file) != self:
+            raise _other_data(file)
+
+
+def _digest(numbers: Sequence[int], *tensors: Tensor | None) -> str:
+    digest = hashlib.sha256(repr(list(numbers)).encode())
+    for tensor in tensors:
+        if tensor is not None:
+            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _compare_sample(
+    loader: DataLoader[Any],
+    indices: list[list[Any]],
+    numbers: list[Sequence[int]],
+    folder: Path,
+    labels: str,
+    per_shard: int,
+) -> None:
+    """Refuse files whose batches have other sizes, or in a sample other examples, than the loader's."""
+    finished: dict[int, str] = {}
+    for shard in range(-(-len(indices) // per_shard)):
+        file = _file(folder, shard)
+        if file.exists():
+            first, end = shard * per_shard, min((shard + 1) * per_shard, len(indices))
+            before = _MadeFrom.of(file)
+            sizes = [len(batch) for batch in indices[first:end]]
+            if (before.sizes, before.is_last) != (sizes, end == len(indices)):
+                raise _other_data(file)
+            finished.update(zip(range(first, end), before.digests, strict=True))
+    _require_no_more(folder, (len(indices) - 1) // per_shard)
+    places = torch.linspace(0, len(finished) - 1, min(_MOST_COMPARED, len(finished))).round().long()
+    sample = [list(finished)[place] for place in places]
+    for i, content in zip(sample, _load(loader, [indices[i] for i in sample]), strict=True):
+        if _digest(numbers[i], *_unpack(content, labels)) != finished[i]:
+            raise _other_data(_file(folder, i // per_shard))
+
+
+def _require_no_more(folder: Path, last: int) -> None:
+    """Refuse files beyond the end of the data."""
+    for file in sorted(folder.glob("part-*.parquet")):
+        if file > _file(folder, last):
+            raise _other_data(file)
+
+
+def _other_data(file: Path) -> ValueError:
+    before = _MadeFrom.of(file)
+    first, last = before.numbers
+    return ValueError(
+        f"{file.parent} holds scores of other data: {file.name} was made from examples {first} to {last} of them"
+        f"{', the last ones' if before.is_last else ''}, and the loader yields others in their place, or the same in "
+        "other batches, or changes them at random. Choose another path or delete it."
+    )
+
+
+def _write(table: pd.DataFrame, made_from: _MadeFrom, path: Path) -> None:
+    columns = pa.Table.from_pandas(table, preserve_index=False)
+    kept = {**(columns.schema.metadata or {}), _MADE_FROM: made_from.as_bytes()}
+    pq.write_table(columns.replace_schema_metadata(kept), path)
 
 
 def _file(folder: Path, shard: int) -> Path:
@@ -383,12 +550,11 @@ def _file(folder: Path, shard: int) -> Path:
 
 
 def _fingerprint(model: nn.Module) -> str:
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        if isinstance(value, Tensor):
-            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    """Of the modules with their settings, as they print, and of all numbers they hold."""
+    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(model)).encode())
+    held = {**dict(model.named_buffers()), **model.state_dict()}
+    for name, value in sorted(held.items()):
+        digest.update(f"{name} {_digest((), value) if isinstance(value, Tensor) else value!r}".encode())
     return digest.hexdigest()
 
 

@@ -55,6 +55,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (20, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "data.npz", images=images, labels=np.arange(20) % 3)
+    other = generator.integers(0, 256, (9, 8, 8), dtype=np.uint8)
+    parts = {"test_images": other, "test_labels": np.arange(9) % 3}
+    np.savez(tmp_path / "parts.npz", images=images, labels=np.arange(20) % 3, **parts)
     np.savez(tmp_path / "far.npz", images=images, labels=np.arange(20) % 3 + 5)
     np.savez(tmp_path / "bare.npz", images=images)
     monkeypatch.chdir(tmp_path)
@@ -94,7 +97,8 @@ def test_score(here: Path, wrt: str) -> None:
     ]
     assert cli.main([*command, "--out", "scores"]) == 0
     table = influence.read_scores(here / "scores")
-    assert table["example"].nunique() == 17 and set(table["label"]) == {0, 1, 2}  # the rest is held out
+    assert table["example"].drop_duplicates().tolist() == list(range(20))
+    assert (table["label"] == table["example"] % 3).all()
     before = {file: file.stat().st_mtime_ns for file in (here / "scores").glob("*.parquet")}
     assert cli.main([*command, "--out", "scores"]) == 0  # goes on: nothing is left to do
     assert before == {file: file.stat().st_mtime_ns for file in (here / "scores").glob("*.parquet")}
@@ -106,7 +110,51 @@ def test_score(here: Path, wrt: str) -> None:
 def test_files_are_small_where_an_example_takes_many_passes(here: Path, name: str, option: str, files: int) -> None:
     command = ["score", "--model", f"own_model:{name}", "--data", "data.npz", "--batch-size", "4", "--out", "scores"]
     assert cli.main([*command, *option.split()]) == 0
-    assert len(list((here / "scores").glob("part-*.parquet"))) == files and len(influence.read_scores("scores")) == 17
+    assert len(list((here / "scores").glob("part-*.parquet"))) == files and len(influence.read_scores("scores")) == 20
+
+
+def test_rows_keep_the_numbers_of_their_examples(here: Path) -> None:
+    """Of a sample, of a part of the data, and of one that is drawn because it was asked for."""
+    command = ["score", "--model", "own_model:network", "--data", "data.npz"]
+    assert cli.main([*command, "--out", "all"]) == 0
+    everything = influence.read_scores("all").set_index("example")
+    assert everything.index.tolist() == list(range(20))
+    numbers = {}
+    for name, options in {"few": ["--images", "7"], "train": ["--part", "train"], "test": ["--part", "test"]}.items():
+        assert cli.main([*command, *options, "--out", name]) == 0
+        table = influence.read_scores(name).set_index("example")
+        numbers[name] = table.index.tolist()
+        assert np.allclose(table["fi"], everything["fi"].loc[numbers[name]], rtol=1e-5)
+    assert len(numbers["few"]) == 7 and numbers["few"] != list(range(7))
+    assert sorted(numbers["train"] + numbers["test"]) == list(range(20)) and len(numbers["test"]) == 3
+
+
+def test_what_is_scored_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["score", "--model", "own_model:network", "--data"]
+    for data, options, words in (
+        ("data.npz", "", "20 of 20 examples of shape"),
+        (
+            "data.npz",
+            "--part test --images 2",
+            "2 of 20 examples, of part 'test' after a fifth of each",
+        ),
+        ("parts.npz", "", "20 of 20 examples of part 'train' of shape"),
+        ("parts.npz", "--part test", "9 of 9 examples of part 'test' of shape"),
+    ):
+        assert cli.main([*command, data, *options.split(), "--out", f"out {data} {options}", "--closed-form"]) == 0
+        assert words in capsys.readouterr().out
+
+
+def test_other_data_or_another_scale_in_the_same_folder_are_refused(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["score", "--model", "own_model:network", "--out", "scores", "--data"]
+    assert cli.main([*command, "parts.npz", "--part", "test"]) == 0
+    assert cli.main([*command, "data.npz"]) == 2
+    assert "holds scores of other data" in capsys.readouterr().err
+    for option in (["--scale", "0.5"], ["--mean", "0.5", "--std", "0.2"]):
+        assert cli.main([*command, "parts.npz", "--part", "test", *option]) == 2
+        assert "another run, with other model" in capsys.readouterr().err
 
 
 def test_closed_form_is_what_the_metric_tensor_says(here: Path) -> None:
@@ -122,7 +170,7 @@ def test_closed_form_is_refused_where_the_rank_is_not_full(tmp_path: Path) -> No
     narrow = nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 3), nn.Linear(3, 5)).eval()
     reason = "K - 1 = 4, got rank 2 .* fewer than 4 values, and FI .* 3 features either.* for up to 4 backward passes"
     with pytest.raises(ValueError, match=reason):
-        influence.score(narrow, [torch.randn(3, 6)], tmp_path, closed_form=2, progress=False)
+        influence.score(narrow, [torch.randn(3, 6)], tmp_path, closed_form=2, labels="predicted", progress=False)
     with pytest.raises(ValueError, match="closed_form is that of Exact"):
         influence.score(narrow, [], tmp_path, closed_form=2, estimator=influence.Released(1e-3))
 
@@ -185,4 +233,4 @@ def test_under_torchrun(here: Path) -> None:
     options = ["--batch-size", "4", "--batches-per-file", "1"]
     done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(influence.read_scores("two")) == 17 and len(list((here / "two").glob("*.parquet"))) == 5
+    assert len(influence.read_scores("two")) == 20 and len(list((here / "two").glob("*.parquet"))) == 5

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import influence
-from influence.companion import adapt, material
+from influence.companion import adapt, figures, material
 from influence.companion.experiments import adapt as study
 from influence.companion.experiments import adapt_examples, adapt_layers, adapt_maps, adapt_robustness, adapt_words
 
@@ -53,7 +53,9 @@ def test_bfloat16(wrt: str) -> None:
 
 
 def test_scores_of_a_bfloat16_model_take_float32_batches(tmp_path: object) -> None:
-    table = influence.read_scores(influence.score(network().bfloat16(), [X], tmp_path, progress=False))
+    table = influence.read_scores(
+        influence.score(network().bfloat16(), [X], tmp_path, labels="predicted", progress=False)
+    )
     assert len(table) == 5 and table["fi"].notna().all()
 
 
@@ -278,23 +280,6 @@ def test_labels_of_a_model_with_more_outputs_are_questioned() -> None:
     assert "name 2 classes, the model has K = 5" in _words(fewer, scores)
 
 
-@pytest.mark.parametrize("scale", [1.0, 60.0])  # unsure, and sure of its prediction
-def test_estimated_traces_are_unbiased_however_sure_the_model_is(scale: float) -> None:
-    subject = _subject((1, 8, 8), 5)
-    subject.model.model[-1].weight.data *= scale
-    x, _ = subject.material.train.batch([0])
-    exact = study.input_trace(subject, x).sum()
-    few = torch.stack([_estimate(subject, x, draws=1, seed=seed) for seed in range(300)])
-    assert torch.isclose(few.mean(), exact, rtol=0.25)
-    assert few.std() < 1.5 * exact
-
-
-def _estimate(subject: study.Subject, x: Tensor, *, draws: int, seed: int) -> Tensor:
-    leaf = x.clone().requires_grad_()
-    found = study.score_gradients(subject, leaf, leaves=[leaf], draws=draws, seed=seed)
-    return sum((weight * grad.double().square().sum() for weight, (grad,) in found), torch.zeros(1)).squeeze()
-
-
 def test_large_images_in_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = _subject((3, 16, 16), 5)
     options = {"alpha": 1.0, "sigma": 0.04, "steps": 2, "learning_rate": 0.01}
@@ -317,7 +302,7 @@ def test_patches_of_many_classes_are_those_of_few(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(adapt_maps, "_MOST_FACTORS", 3 * 8 * 8)
     areas = adapt_maps.maps(subject, scores, images=1)
     np.testing.assert_allclose(areas["patch"][0], by_gram[::2, ::2], rtol=1e-6)
-    assert "of all 3 x 3 patches reach 99% of it" in adapt_words._areas(areas)
+    assert "of all 3 x 3 patches reach 99% of it" in adapt_words._areas(areas, "images")
 
 
 def test_normalised_images_are_not_distorted() -> None:
@@ -367,7 +352,60 @@ def test_image_folder(tmp_path: object) -> None:
             for i in range(3):
                 Image.new("RGB", (20 + i, 16), (80 * number, 10 * i, 0)).save(root / part / name / f"{i}.png")
     found = material.load_data(str(root), size=8)
-    assert found.classes == ("cat", "dog") and not found.held_out
+    assert found.classes == ("cat", "dog") and list(found.parts) == ["train", "test"]
     x, labels = found.train.stored(range(6))
     assert x.shape == (6, 3, 8, 8) and x.dtype == torch.uint8 and labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert material.load_data(str(root / "train"), size=8).held_out
+    alone = material.load_data(str(root / "train"), size=8)
+    assert list(alone.parts) == ["all"] and len(alone.train) == 6 and alone.measured is alone.train
+
+
+def test_every_row_leads_back_to_its_example(tmp_path: object) -> None:
+    """Examples that differ in one pixel, whose value the model returns: it is that of the example that a row names."""
+
+    class FirstPixel(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            first = x.flatten(1)[:, :1]
+            return torch.cat([first, torch.zeros_like(first), -x.flatten(1)[:, 1:2]], dim=1) / 100
+
+    images = np.zeros((40, 4, 4), dtype=np.uint8)
+    images[:, 0, 0] = np.arange(40)[::-1]
+    np.savez(f"{tmp_path}/data.npz", images=images, labels=np.arange(40) % 3)
+    found = material.load_data(f"{tmp_path}/data.npz")
+    subject = study.Subject(FirstPixel(), found, 3, torch.device("cpu"), True, "test")
+    for count in (0, 15):
+        scores = adapt_examples.scores(subject, images=count)
+        assert set(scores["part"]) == {"all"} and len(scores) == (count or 40)
+        if not count:
+            assert scores["example"].tolist() == list(range(40))
+        assert scores["example"].is_unique and (scores["label"] == scores["example"] % 3).all()
+        first = images[scores["example"], 0, 0] / 100
+        logits = torch.tensor(np.stack([first, 0 * first, 0 * first], axis=1)).log_softmax(1).numpy()
+        np.testing.assert_allclose(-scores["loss"], logits[np.arange(len(scores)), scores["label"]], rtol=1e-5)
+        top = adapt_examples.suspicious(subject, scores, count=5)
+        for row in top.to_dict("records"):
+            assert round(row["pixels"][0, 0, 0] * 255) == images[row["example"], 0, 0]
+        for row in adapt_maps.maps(subject, scores, images=2).to_dict("records"):
+            assert round(row["pixels"][0, 0, 0] * 255) == images[row["example"], 0, 0]
+
+
+def test_data_without_parts_are_one_part_in_words() -> None:
+    subject = _subject((1, 8, 8), 5, images=30)
+    subject = replace(subject, material=replace(subject.material, test=None))
+    scores = adapt_examples.scores(subject, images=0)
+    assert len(scores) == 30
+    options = {"alpha": 1.0, "sigma": 0.04, "steps": 1, "learning_rate": 1e-3, "images": 0}
+    tables = {
+        "beyond": adapt_examples.beyond_the_loss(scores, count=3),
+        "layers": adapt_layers.layers(subject, images=3),
+        "parts": adapt_examples.train_against_test(scores),
+        "maps": adapt_maps.maps(subject, scores, images=1),
+        "curves": adapt_robustness.robustness(subject, **options),
+    }
+    assert not len(tables["parts"]) and not figures.adapt.train_against_test(scores, tables["parts"]).axes
+    # A fifth of each class is held out of the fine-tuning alone.
+    assert set(tables["curves"]["n"]) == {5} and tables["curves"]["arm"].nunique() == 3
+    text = adapt_words.in_words(subject, scores=scores, tables=tables)
+    assert "**Train against test** is left out: the data have no parts" in text and "test examples" not in text
+    assert "Of 30 examples scored" in text and "held out of the steps" in text
+    whole = adapt_robustness.robustness(subject, **{**options, "steps": 0})
+    assert set(whole["n"]) == {30} and set(whole["arm"]) == {"as it is"}

@@ -51,9 +51,12 @@ def network() -> nn.Module:
         return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).eval()
 
 
-def data(count: int = 29, batch_size: int = 3) -> DataLoader:
-    x = torch.randn(count, 6, generator=torch.Generator().manual_seed(1))
-    return DataLoader(TensorDataset(x, torch.arange(count) % 4), batch_size=batch_size)
+def data(count: int = 29, batch_size: int = 3, *, seed: int = 1, wrong: int | None = None) -> DataLoader:
+    x = torch.randn(100, 6, generator=torch.Generator().manual_seed(seed))[:count]
+    labels = torch.arange(count) % 4
+    if wrong is not None:
+        labels[wrong] = (labels[wrong] + 1) % 4
+    return DataLoader(TensorDataset(x, labels), batch_size=batch_size)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -70,9 +73,9 @@ def test_table_is_that_of_the_measures(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path), table)
 
 
-@pytest.mark.parametrize("use_labels", [True, False])
-def test_any_iterable_of_batches(tmp_path: Path, use_labels: bool) -> None:
-    options = {"wrt": "layers", "batches_per_shard": 3, "progress": False, "use_labels": use_labels}
+@pytest.mark.parametrize("labels", ["given", "predicted"])
+def test_any_iterable_of_batches(tmp_path: Path, labels: str) -> None:
+    options = {"wrt": "layers", "batches_per_shard": 3, "progress": False, "labels": labels}
     first = influence.score(network(), data(), tmp_path / "loader", **options)
     second = influence.score(network(), list(data()), tmp_path / "list", **options)
     files = [{k: v for k, v in contents(folder).items() if k != "_run.json"} for folder in (first, second)]
@@ -101,6 +104,70 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
     nn.init.zeros_(other[0].bias)
     with pytest.raises(ValueError, match="with other model"):
         influence.score(other, data(), tmp_path, progress=False)
+    # The same numbers, but other layers.
+    with pytest.raises(ValueError, match="with other model"):
+        influence.score(nn.Sequential(network()[0], nn.Sigmoid(), network()[2]), data(), tmp_path, progress=False)
+
+
+OTHER = {
+    "other examples": {"seed": 2},
+    "another label": {"wrong": 13},
+    "more": {"count": 31},
+    "more, from the end of a file on": {"count": 36},
+    "fewer": {"count": 26},
+    "fewer, up to the end of a file": {"count": 24},
+}
+
+
+@pytest.mark.parametrize("as_loader", [True, False], ids=["loader", "list"])
+@pytest.mark.parametrize("change", list(OTHER))
+def test_other_data_are_refused(tmp_path: Path, change: str, as_loader: bool) -> None:
+    """Files of 6 examples; each kind of iterable is told from the other's data as well."""
+    options = {"batches_per_shard": 2, "progress": False}
+    count = 30 if change == "more, from the end of a file on" else 29
+    before = contents(influence.score(network(), list(data(count)), tmp_path, **options))
+    other = data(**{"count": count, **OTHER[change]})
+    with pytest.raises(ValueError, match=r"holds scores of other data: part-00000\d.parquet was made from examples"):
+        influence.score(network(), other if as_loader else list(other), tmp_path, **options)
+    assert contents(tmp_path) == before
+    influence.score(network(), data(count), tmp_path, **options)
+    assert contents(tmp_path) == before
+
+
+def test_of_many_batches_a_sample_is_compared(tmp_path: Path) -> None:
+    class Rows(torch.utils.data.Dataset):
+        read = 0
+
+        def __len__(self) -> int:
+            return 300
+
+        def __getitem__(self, n: int) -> tuple[torch.Tensor, int]:
+            Rows.read += 1
+            return torch.full((6,), n / 300), n % 4
+
+    loader = DataLoader(Rows(), batch_size=2)
+    influence.score(network(), loader, tmp_path, progress=False, closed_form=1)
+    assert Rows.read == 300
+    influence.score(network(), loader, tmp_path, progress=False, closed_form=1)
+    assert Rows.read == 300 + 2 * 32
+
+
+def test_labels_are_required_or_called_predicted(tmp_path: Path) -> None:
+    x = data().dataset.tensors[0]
+    with pytest.raises(ValueError, match=r"x alone.*labels='predicted'"):
+        influence.score(network(), [x], tmp_path / "a", progress=False)
+    with pytest.raises(ValueError, match="labels must be 'given' or 'predicted', got True"):
+        influence.score(network(), [x], tmp_path / "b", labels=True, progress=False)  # type: ignore[arg-type]
+    table = influence.read_scores(influence.score(network(), [x], tmp_path / "c", labels="predicted", progress=False))
+    assert table["label"].tolist() == network()(x).argmax(dim=1).tolist()
+
+
+def test_an_unfinished_run_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
+    folder = influence.score(network(), data(), tmp_path, batches_per_shard=2, progress=False)
+    assert len(influence.read_scores(folder)) == 29
+    (folder / "part-000004.parquet").unlink()
+    with pytest.raises(ValueError, match=r"lacks file part-000004"):
+        influence.read_scores(folder)
 
 
 def test_errors(tmp_path: Path) -> None:
@@ -183,7 +250,8 @@ class Images(Dataset):
 
 images = Images()
 model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 32), nn.Tanh(), nn.Linear(32, 20)).eval()
-influence.score(model, DataLoader(images, batch_size=32), sys.argv[1], batches_per_shard=4, progress=False)
+loader = DataLoader(images, batch_size=32)
+influence.score(model, loader, sys.argv[1], batches_per_shard=4, progress=False)
 most = [max(size for n, size in images.resident.items() if (n < 1024) == first) for first in (True, False)]
 print(most[1] - most[0])
 """

@@ -62,6 +62,10 @@ class Prepared(nn.Module):
         logits: Tensor = self.model(x)
         return logits
 
+    def extra_repr(self) -> str:
+        """The settings, by which two of these are told apart."""
+        return f"scale={self.scale!r}"
+
 
 def load_model(
     spec: str,

@@ -10,10 +10,13 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import manifest, paths, run
 from .notebook import NotebookError
+
+if TYPE_CHECKING:
+    from .material import Examples, Material
 
 # Of 64 examples with 10 classes: seconds to minutes of work in a file.
 _MOST_BATCHES = 8
@@ -31,8 +34,9 @@ Sensitivity (Shu & Zhu 2019) and stability (Zheng et al. 2016) of classifiers.
 `influence COMMAND --help` explains each with an example.
 """
 _SCORE = """\
-Compute the influence measure FI of every example and write it as Parquet files, one row for each example and block.
-A run that was interrupted goes on where it stopped when the same command is given again.
+Compute the influence measure FI of every example and write it as Parquet files, one row for each example and block;
+`example` is its number in the data, or in their part, counted from 0, which a sample keeps. A run that was interrupted
+goes on where it stopped when the same command is given again.
 
 MODEL is one of
   torchvision:resnet18            random weights; torchvision:resnet18@DEFAULT for trained ones
@@ -42,9 +46,9 @@ MODEL is one of
 DATA is one of
   digits, photos, mnist, cifar10  the companion's sets
   torchvision:FashionMNIST        a set of torchvision with training and test part
-  FOLDER                          train/CLASS/*.jpg and test/CLASS/*.jpg, or CLASS/*.jpg
+  FOLDER                          CLASS/*.jpg, or train/CLASS/*.jpg and test/CLASS/*.jpg; sorted by name
   FILE.npz                        arrays images and labels (and test_images, test_labels, classes)
-  my_module:my_function           a function of yours that returns (inputs, labels)
+  my_module:my_function           a function of yours that returns (inputs, labels), or a pair of these: train and test
 """
 _SCORE_EXAMPLES = """\
 examples:
@@ -122,14 +126,14 @@ def _score(options: argparse.Namespace) -> int:
         if options.device:
             run.check_device(options.device)
         model, loader, found = _prepared(options)
-        print(f"{found['examples']} examples of shape {found['shape']}, K = {found['classes']}: {options.wrt}")
+        print(f"{found['which']} of shape {found['shape']}, K = {found['classes']}: {options.wrt}")
         folder = influence.score(
             model,
             loader,
             options.out,
             wrt=_wrt(options.wrt),
             estimator=_estimator(options),
-            use_labels=not options.predicted,
+            labels="predicted" if options.predicted else "given",
             closed_form=options.check if options.closed_form else None,
             batches_per_shard=_batches_per_file(options, found["classes"]),
             chunk_size=options.chunk_size,
@@ -153,8 +157,7 @@ def _prepared(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
         raise adapt.AdaptError(f"--out {options.out}: cannot be made a folder")
     root = Path(options.root).expanduser() if options.root else None
     found = adapt.load_data(options.data, size=options.size, root=root)
-    examples = found.train if options.part == "train" else found.test
-    examples = examples.sample(options.images)
+    everything, examples, which = _part(options, found)
     model = adapt.load_model(
         options.model,
         classes=options.classes or len(found.classes),
@@ -168,9 +171,25 @@ def _prepared(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
         model, examples, scale=1.0 if own else options.scale, mean=options.mean or (), std=options.std or ()
     )
     classes = adapt.check(model, examples)
-    loader = DataLoader(examples, batch_size=options.batch_size, collate_fn=_collate)
-    shape = tuple(examples[0][0].shape)
-    return model, loader, {"examples": len(examples), "shape": shape, "classes": classes}
+    # Of a part of the examples, each keeps its number.
+    loader = DataLoader(everything, batch_size=options.batch_size, sampler=examples.numbers, collate_fn=_collate)
+    which = f"{len(examples)} of {len(everything)} examples{which}"
+    return model, loader, {"which": which, "shape": tuple(examples[0][0].shape), "classes": classes}
+
+
+def _part(options: argparse.Namespace, found: Material) -> tuple[Examples, Examples, str]:
+    """All examples of the data or of their part, those of them that are scored, and words that say which part it is."""
+    from . import adapt
+
+    part = options.part or next(iter(found.parts))
+    if part in found.parts:
+        everything = found.parts[part]
+        return everything, everything.sample(options.images), "" if part == "all" else f" of part {part!r}"
+    halves = found.train.hold_out()
+    if halves is None:
+        raise adapt.AdaptError(f"--part {part}: the data have no parts and too few examples to draw some: leave it out")
+    chosen = halves[("train", "test").index(part)].sample(options.images)
+    return found.train, chosen, f", of part {part!r} after a fifth of each class was drawn at random as the test part"
 
 
 def _batches_per_file(options: argparse.Namespace, classes: int) -> int:
@@ -309,7 +328,11 @@ def _add_score(commands: Any, plain: type[argparse.HelpFormatter]) -> None:
         default="input",
         help="what is perturbed: input (default), parameters, layers, patches:K, or NAME,NAME...",
     )
-    score.add_argument("--part", choices=("train", "test"), default="train", help="of the data (default: train)")
+    score.add_argument(
+        "--part",
+        choices=("train", "test"),
+        help="train (default where the data have parts) or test; of data without parts, a fifth drawn as test",
+    )
     score.add_argument(
         "--images", type=_count, default=0, metavar="N", help="a random sample of N; 0 for all (default)"
     )

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from . import data, paths
 
-_HELD_OUT = 0.2  # of each class, where the data have no test part
+_HELD_OUT = 0.2  # of each class
 _FORMS = f"{', '.join(n for n in data.NAMES if n != 'imagefolder')}, torchvision:NAME, an image folder, an .npz file"
 
 
@@ -29,17 +29,19 @@ class Examples(Dataset):
 
     Attributes:
         labels: ``(N,)`` int64.
-        read: position -> one example as it is stored: bytes (uint8), floats, or token numbers (int64).
+        read: number -> one example as it is stored: bytes (uint8), floats, or token numbers (int64).
+        numbers: of the N examples in the data as they were given, from 0; a part of these keeps its numbers.
     """
 
     labels: Tensor
     read: Callable[[int], Tensor]
+    numbers: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
-        return self.read(position), self.labels[position]
+        return self.read(self.numbers[position]), self.labels[position]
 
     def stored(self, rows: Iterable[int]) -> tuple[Tensor, Tensor]:
         """Inputs as they are stored ``(n, ...)``, and labels ``(n,)``.
@@ -48,7 +50,7 @@ class Examples(Dataset):
             AdaptError: the examples differ in shape.
         """
         positions = [int(row) for row in rows]
-        parts = [self.read(row) for row in positions]
+        parts = [self[row][0] for row in positions]
         shapes = sorted({tuple(part.shape) for part in parts})
         if len(shapes) > 1:
             raise AdaptError(f"the examples differ in shape ({shapes[0]}, {shapes[1]}): set size to give all one size")
@@ -62,11 +64,23 @@ class Examples(Dataset):
     def take(self, rows: Iterable[int]) -> Examples:
         """These examples alone, in this order."""
         chosen = [int(row) for row in rows]
-        return Examples(self.labels[chosen], lambda position: self.read(chosen[position]))
+        return Examples(self.labels[chosen], self.read, [self.numbers[row] for row in chosen])
 
     def sample(self, count: int, *, seed: int = 0) -> Examples:
         """At most `count` of them, drawn without replacement, in stored order; 0 for all."""
         return self.take(sampled(len(self), count, seed=seed))
+
+    def hold_out(self) -> tuple[Examples, Examples] | None:
+        """All but a fifth of each class, and that fifth, drawn at random; None where no class has enough."""
+        generator = np.random.default_rng(0)
+        labels = self.labels.numpy()
+        held = np.zeros(len(labels), dtype=bool)
+        for k in np.unique(labels):
+            members = np.flatnonzero(labels == k)
+            held[generator.choice(members, round(_HELD_OUT * len(members)), replace=False)] = True
+        if not held.any():
+            return None
+        return self.take(np.flatnonzero(~held)), self.take(np.flatnonzero(held))
 
 
 @dataclass(frozen=True)
@@ -76,15 +90,24 @@ class Material:
     Attributes:
         name: the word.
         classes: names of the classes.
-        train, test: the two parts.
-        held_out: whether the test part was cut off here because the data have none of their own.
+        train: the training examples, or all where the data have no parts.
+        test: the test examples, if the data have such a part.
     """
 
     name: str
     classes: tuple[str, ...]
     train: Examples
-    test: Examples
-    held_out: bool = False
+    test: Examples | None
+
+    @property
+    def parts(self) -> dict[str, Examples]:
+        """The parts that the data have: "train" and "test", or "all"."""
+        return {"all": self.train} if self.test is None else {"train": self.train, "test": self.test}
+
+    @property
+    def measured(self) -> Examples:
+        """The test examples, or all where the data have no parts."""
+        return self.train if self.test is None else self.test
 
 
 def as_input(inputs: Tensor) -> Tensor:
@@ -107,7 +130,7 @@ def load_data(spec: str, *, size: int = 0, root: Path | None = None) -> Material
             set with a ``train`` option, below `root`; a folder ``train/CLASS/*`` with ``test/`` or ``val/`` beside it,
             or of ``CLASS/*`` alone; an .npz file with images and labels (and test_images and test_labels, and classes);
             ``package.module:function`` of the reader's that returns (inputs, labels), or a pair of these for training
-            and test.
+            and test. Data that come without parts are left whole.
         size: height and width for the images of a folder (shorter side resized, then centre-cropped) and the crops of
             ``photos``; 0 for 224 in a folder and 32 for photos.
         root: folder of the data sets; None for INFLUENCE_DATA, else torchvision downloads into build/data.
@@ -151,21 +174,7 @@ def _tensors(inputs: Tensor, labels: Tensor, where: str) -> Examples:
         raise AdaptError(f"{where}: the inputs hold NaN or infinity")
     if inputs.dtype == torch.float64:
         inputs = inputs.float()
-    return Examples(labels.long(), inputs.__getitem__)
-
-
-def _split(name: str, classes: tuple[str, ...], everything: Examples) -> Material:
-    """Hold a share of each class out where there is no test part."""
-    generator = np.random.default_rng(0)
-    labels = everything.labels.numpy()
-    held = np.zeros(len(labels), dtype=bool)
-    for k in np.unique(labels):
-        members = np.flatnonzero(labels == k)
-        held[generator.choice(members, round(_HELD_OUT * len(members)), replace=False)] = True
-    if not held.any():
-        raise AdaptError(f"{name}: too few examples to hold a test part out: give it one of its own")
-    train, test = (everything.take(np.flatnonzero(rows).tolist()) for rows in (~held, held))
-    return Material(name, classes, train, test, held_out=True)
+    return Examples(labels.long(), inputs.__getitem__, range(len(inputs)))
 
 
 def _numbered(*parts: Examples) -> tuple[str, ...]:
@@ -189,7 +198,7 @@ def _npz(spec: str, path: Path) -> Material:
     if "test_images" in arrays and "test_labels" in arrays:
         test = _tensors(_images(spec, arrays["test_images"]), _labels(spec, arrays["test_labels"]), spec)
         return Material(spec, classes if "classes" in arrays else _numbered(train, test), train, test)
-    return _split(spec, classes, train)
+    return Material(spec, classes, train, None)
 
 
 def _images(spec: str, array: np.ndarray) -> Tensor:
@@ -219,11 +228,11 @@ def _labels(spec: str, array: np.ndarray) -> Tensor:
 def _folder(spec: str, path: Path, size: int) -> Material:
     if not (path / "train").is_dir():
         classes, everything = _one_folder(spec, path, size)
-        return _split(spec, classes, everything)
+        return Material(spec, classes, everything, None)
     second = next((path / name for name in ("test", "val", "valid") if (path / name).is_dir()), None)
     classes, train = _one_folder(spec, path / "train", size)
     if second is None:
-        return _split(spec, classes, train)
+        return Material(spec, classes, train, None)
     test_classes, test = _one_folder(spec, second, size)
     if test_classes != classes:
         raise AdaptError(f"{spec}: train and {second.name} hold folders of different classes")
@@ -248,7 +257,7 @@ def _one_folder(spec: str, path: Path, size: int) -> tuple[tuple[str, ...], Exam
             raise AdaptError(f"{found.samples[position][0]}: cannot be read as an image ({error})") from None
         return image
 
-    return tuple(found.classes), Examples(torch.tensor(found.targets), read)
+    return tuple(found.classes), Examples(torch.tensor(found.targets), read, range(len(found)))
 
 
 # -- torchvision's sets, and functions --------------------------------------------------------------------------------
@@ -290,6 +299,4 @@ def _returned(spec: str) -> Material:
         if len(pair) != 2:
             raise AdaptError(f"{spec}() must return (inputs, labels), or a pair of these for training and test")
         parts.append(_tensors(torch.as_tensor(pair[0]), torch.as_tensor(pair[1]), f"{spec}()"))
-    if len(parts) == 2:
-        return Material(spec, _numbered(*parts), parts[0], parts[1])
-    return _split(spec, _numbered(*parts), parts[0])
+    return Material(spec, _numbered(*parts), parts[0], parts[1] if len(parts) == 2 else None)

@@ -28,7 +28,7 @@ class Subject:
 
     Attributes:
         model: takes the examples as they are stored, bytes as 0..255.
-        material: training and test examples.
+        material: its examples.
         classes: K.
         device: where the model is.
         image: whether an example is an image ``(C, H, W)``.
@@ -87,8 +87,8 @@ def load(
     )
     network = adapt.prepare(network, material.train, scale=1.0 if own else scale, mean=mean, std=std)
     classes = adapt.check(network, material.train)
-    adapt.check(network, material.test)
-    run.add_input(dataset, cache.fingerprint([material.train.labels.tolist(), material.test.labels.tolist()]))
+    adapt.check(network, material.measured)
+    run.add_input(dataset, cache.fingerprint([part.labels.tolist() for part in material.parts.values()]))
     shape = material.train[0][0].shape
     image = len(shape) == 3 and shape[0] in (1, 3)
     return Subject(network, material, classes, adapt.device_of(network), image, f"{model}, {dataset}")
@@ -105,45 +105,20 @@ def odds(log_probs: Tensor, labels: Tensor) -> Tensor:
     return (others - log_probs.gather(1, labels[:, None])[:, 0]).exp()
 
 
-def score_gradients(
-    subject: Subject, x: Tensor, *, leaves: Sequence[Tensor], draws: int, seed: int = 0
-) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-    """Gradients v with weights w such that sum w v v^T is the metric tensor, or an unbiased estimate of it.
-
-    Exactly: v = s_k, the gradient of log P_k, with w = P_k, for each class k. Estimated: v = sum_k e_k sqrt(P_k) s_k
-    with random signs e_k, whose E v v^T is the same sum. One draw of the trace has a relative standard deviation of at
-    most sqrt(2), however sure the model is; draws of k itself would miss the classes of small P_k and large s_k.
-
-    Args:
-        subject: the model.
-        x: ``(N, ...)``; one of the leaves, or with N = 1.
-        leaves: what to differentiate by.
-        draws: of the signs, a backward pass each; 0 for a pass for each class.
-        seed: of the draws.
-
-    Yields:
-        Weight of each example ``(N,)`` and the gradients, one for each leaf.
-    """
-    log_probs = log_probs_of(subject, x)
-    probs = log_probs.detach().exp()
+def estimated_trace(subject: Subject, x: Tensor, *, wrt: str, draws: int = DRAWS, seed: int = 0) -> Tensor:
+    """Traces ``(N, B)`` from random signs of the classes, a backward pass for each draw."""
     generator = torch.Generator().manual_seed(seed)
-    passes = draws or subject.classes
-    for place in range(passes):
-        if draws:
-            signs = torch.randint(0, 2, probs.shape, generator=generator).to(probs) * 2 - 1
-            weight, value = probs.new_full((len(x),), 1 / draws), (signs * probs.sqrt() * log_probs).sum()
-        else:
-            weight, value = probs[:, place], log_probs[:, place].sum()
-        more = place < passes - 1
-        yield weight, torch.autograd.grad(value, leaves, retain_graph=more, materialize_grads=True, allow_unused=True)
+    return influence.trace(subject.model, x, wrt=wrt, samples=draws, generator=generator)
 
 
-def input_trace(subject: Subject, x: Tensor, *, draws: int = 0) -> Tensor:
-    """Trace of the metric tensor of each single value of the input, the shape of ``x``; estimated from `draws`."""
+def input_trace(subject: Subject, x: Tensor) -> Tensor:
+    """Trace of the metric tensor of each single value of the input, the shape of ``x``; a backward pass a class."""
     leaf = x.detach().clone().requires_grad_()
     total = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
-    for weight, (grad,) in score_gradients(subject, leaf, leaves=[leaf], draws=draws):
-        total += weight.view(-1, *[1] * (x.ndim - 1)) * grad.double().square()
+    log_probs = log_probs_of(subject, leaf)
+    for k in range(subject.classes):
+        (score,) = torch.autograd.grad(log_probs[:, k].sum(), leaf, retain_graph=k < subject.classes - 1)
+        total += log_probs[:, k].detach().exp().view(-1, *[1] * (x.ndim - 1)) * score.double().square()
     return total
 
 

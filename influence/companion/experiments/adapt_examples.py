@@ -15,7 +15,7 @@ from influence.last_layer import head
 
 from ..evaluation import rank_agreement
 from ..material import Examples, sampled
-from .adapt import DRAWS, Subject, input_trace, log_probs_of, odds, picture
+from .adapt import Subject, estimated_trace, log_probs_of, odds, picture
 
 _QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 # How FI is found. Beyond 64 classes a sample decides which of the last two may stand in for the first.
@@ -29,25 +29,26 @@ _FEATURES_AT_ONCE = 1  # a Gram of 1,000 classes has 8 MB: one stays in the cach
 
 
 def scores(subject: Subject, *, images: int, seed: int = 0) -> pd.DataFrame:
-    """Influence of the whole input and what it competes with, for a sample of the training and of the test examples.
+    """Influence of the whole input and what it competes with, for a sample of each part of the data.
 
     A backward pass for each class and example takes hours beyond some hundred classes. There FI takes its closed form
     where the rank is full, and is FI of the last layer's inputs where that is the same; both are decided on a sample.
     Where neither holds, so many examples are left out that the rest takes a bounded time.
 
     Returns:
-        One row for each part ("train", "test") and example (its position there): label, predicted, p_label, loss
-        (nats), fi and ceiling (f = -log P_label), fi_predicted (f = -log P_predicted), alignment, rank, trace of the
-        metric tensor (per squared unit of the data), estimated (whether the trace is), way (how FI was found), asked
-        (examples of this part that were to be scored).
+        One row for each part ("train" and "test", or "all") and example (its number there, as given): label, predicted,
+        p_label, loss (nats), fi and ceiling (f = -log P_label), fi_predicted (f = -log P_predicted), alignment, rank,
+        trace of the metric tensor (per squared unit of the data), estimated (whether the trace is), way (how FI was
+        found), asked (examples of this part that were to be scored).
     """
     way = _way(subject, subject.material.train)
     frames = []
-    for part, everything in (("train", subject.material.train), ("test", subject.material.test)):
+    for part, everything in subject.material.parts.items():
         asked = len(sampled(len(everything), images, seed=seed))
         rows = sampled(len(everything), min(asked, _most(subject, everything, way)), seed=seed)
-        frame = _score_part(subject, everything.take(rows), way)
-        frame.insert(0, "example", rows)
+        chosen = everything.take(rows)
+        frame = _score_part(subject, chosen, way)
+        frame.insert(0, "example", list(chosen.numbers))
         frame.insert(0, "part", part)
         frames.append(frame.assign(way=way, asked=asked))
     return pd.concat(frames, ignore_index=True)
@@ -59,13 +60,15 @@ def _way(subject: Subject, examples: Examples) -> str:
     x = examples.batch(rows)[0].to(subject.device)
     if not subject.many_classes or not x.is_floating_point():
         return METRIC
-    whole = influence.first_order_influence(influence.metric_tensor(subject.model, x, chunk_size=1))
+    metric = influence.metric_tensor(subject.model, x, chunk_size=1)
+    predicted = metric.log_probs.argmax(1)
+    whole = influence.first_order_influence(metric, predicted)
     if bool((whole.rank == subject.classes - 1).all()):
         return CLOSED_FORM
     found = head(subject.model, x)
     if found is None:
         return METRIC
-    features = influence.first_order_influence(influence.metric_tensor(*found))
+    features = influence.first_order_influence(influence.metric_tensor(*found), predicted)
     same = torch.isclose(whole.fi, features.fi, rtol=_SAME, atol=0) & (whole.rank == features.rank)
     return FEATURES if bool(same.all()) else METRIC
 
@@ -98,7 +101,7 @@ def _from_features(subject: Subject, x: Tensor, labels: Tensor) -> pd.DataFrame:
     assert found is not None  # it was there for the sample
     layer, features = found
     frames = []
-    trace = input_trace(subject, x, draws=DRAWS).flatten(1).sum(1)
+    trace = estimated_trace(subject, x, wrt="input")[:, 0]
     for part in torch.arange(len(x), device=x.device).split(_FEATURES_AT_ONCE):
         metric = influence.metric_tensor(layer, features[part])
         values = _influence(metric, labels[part]) | {"trace": trace[part]}
@@ -109,10 +112,11 @@ def _from_features(subject: Subject, x: Tensor, labels: Tensor) -> pd.DataFrame:
 def _influence(metric: influence.MetricTensor, labels: Tensor) -> dict[str, Tensor]:
     result = influence.first_order_influence(metric, labels)
     predicted = result.fi[:, 0].clone()
-    other = labels != metric.log_probs.argmax(1)
+    seen = metric.log_probs.argmax(1)
+    other = labels != seen
     if bool(other.any()):
         part = replace(metric, log_probs=metric.log_probs[other], gram=metric.gram[other])
-        predicted[other] = influence.first_order_influence(part).fi[:, 0]
+        predicted[other] = influence.first_order_influence(part, seen[other]).fi[:, 0]
     return {
         "fi": result.fi[:, 0],
         "fi_predicted": predicted,
@@ -129,7 +133,7 @@ def _in_closed_form(subject: Subject, x: Tensor, labels: Tensor) -> pd.DataFrame
         "fi_predicted": odds(log_probs, log_probs.argmax(1)),
         "alignment": torch.ones(len(x)),
         "rank": torch.full((len(x),), subject.classes - 1),
-        "trace": input_trace(subject, x, draws=DRAWS).flatten(1).sum(1),
+        "trace": estimated_trace(subject, x, wrt="input")[:, 0],
     }
     return _rows(log_probs, labels, values, estimated=True)
 
@@ -148,21 +152,29 @@ def _rows(log_probs: Tensor, labels: Tensor, values: dict[str, Tensor], *, estim
 
 
 def suspicious(subject: Subject, table: pd.DataFrame, *, count: int = 20) -> pd.DataFrame:
-    """The `count` training examples of largest FI with the names of their classes and, for images, their pixels."""
-    top = table[table["part"] == "train"].nlargest(count, "fi").reset_index(drop=True)
+    """The `count` examples of largest FI of the first part, with the names of their classes and, of images, pixels."""
+    top = first_part(table).nlargest(count, "fi").reset_index(drop=True)
     for column in ("label", "predicted"):
         top[f"{column}_name"] = [subject.class_name(int(k)) for k in top[column]]
     if subject.image:
-        top["pixels"] = pd.Series([picture(subject.material.train[int(i)][0]) for i in top["example"]], dtype=object)
+        top["pixels"] = pd.Series([picture(subject.material.train.read(int(i))) for i in top["example"]], dtype=object)
     return top
+
+
+def first_part(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the training examples, or all where the data have no parts."""
+    return table[table["part"] != "test"]
 
 
 def train_against_test(table: pd.DataFrame, *, seed: int = 0, repeats: int = 300) -> pd.DataFrame:
     """Quantiles of FI (predicted class) and of the trace on either part, and how well each tells the parts apart.
 
     Returns:
-        One row per score: quantiles, and auroc of test against training examples with its 95% bootstrap interval.
+        One row per score: quantiles, and auroc of test against training examples with its 95% bootstrap interval. Empty
+        where the data have no parts.
     """
+    if table["part"].nunique() == 1:
+        return pd.DataFrame()
     test = (table["part"] == "test").to_numpy()
     generator = np.random.default_rng(seed)
     rows = []
@@ -183,14 +195,14 @@ def train_against_test(table: pd.DataFrame, *, seed: int = 0, repeats: int = 300
 
 
 def beyond_the_loss(table: pd.DataFrame, *, count: int = 20) -> pd.DataFrame:
-    """How each score ranks the training examples against their loss.
+    """How each score ranks the examples of the first part against their loss.
 
     Returns:
         One row per score: spearman (rank correlation with the loss), shared (of the `count` largest, or of the larger
         half, how many are among those of the loss), of (how many these are), mean_alignment (of FI; NaN for the
         others).
     """
-    train = table[table["part"] == "train"]
+    train = first_part(table)
     # All of a small sample would be shared by any two scores.
     count = min(count, max(1, len(train) // 2))
     top = set(train.nlargest(count, "loss")["example"])

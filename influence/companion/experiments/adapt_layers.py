@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 
 import influence
 
 from ..material import Examples
-from .adapt import DRAWS, Subject, score_gradients
+from .adapt import DRAWS, Subject, estimated_trace
 
 # Draws for all examples together, beyond 64 classes: their mean over examples is what is reported.
 _DRAWS_IN_ALL = 512
@@ -27,14 +26,14 @@ def layers(subject: Subject, *, images: int, relative: float = 0.01, seed: int =
         One row per layer, in the order of the network: layer, kind, parameters (their number), divergence (nats, mean
         over examples), share (of the sum over layers), alignment (mean FI / ceiling; NaN where K > 64), examples.
     """
-    examples = subject.material.test.sample(images, seed=seed)
+    examples = subject.material.measured.sample(images, seed=seed)
     modules = dict(subject.model.named_modules())
     owned = {name: list(module.parameters(recurse=False)) for name, module in modules.items()}
     owned = {name: parameters for name, parameters in owned.items() if parameters}
     if not subject.many_classes:
         trace, alignment = _exact_layers(subject, examples)
     else:
-        trace, alignment = _drawn_layers(subject, examples, owned), np.full(len(owned), np.nan)
+        trace, alignment = _drawn_layers(subject, examples), np.full(len(owned), np.nan)
     rows = []
     for name, mean_trace, aligned in zip(owned, trace, alignment, strict=True):
         flat = torch.cat([p.detach().double().flatten() for p in owned[name]])
@@ -61,20 +60,9 @@ def _exact_layers(subject: Subject, examples: Examples) -> tuple[np.ndarray, np.
     return torch.cat(traces).mean(0).numpy(), torch.cat(alignments).mean(0).numpy()
 
 
-def _drawn_layers(subject: Subject, examples: Examples, owned: dict[str, list[nn.Parameter]]) -> np.ndarray:
-    leaves = [p for parameters in owned.values() for p in parameters]
-    where = [row for row, parameters in enumerate(owned.values()) for _ in parameters]
-    total = np.zeros(len(owned))
+def _drawn_layers(subject: Subject, examples: Examples) -> np.ndarray:
     draws = min(DRAWS, max(_FEWEST_DRAWS, -(-_DRAWS_IN_ALL // len(examples))))
-    flags = [p.requires_grad for p in leaves]
-    try:
-        for p in leaves:
-            p.requires_grad_(True)
-        for n, (x, _) in enumerate(subject.batches(examples, size=1)):
-            for weight, grads in score_gradients(subject, x, leaves=leaves, draws=draws, seed=n):
-                for row, grad in zip(where, grads, strict=True):
-                    total[row] += float(weight) * float(grad.double().square().sum())
-    finally:
-        for p, flag in zip(leaves, flags, strict=True):
-            p.requires_grad_(flag)
-    return total / len(examples)
+    batches = enumerate(subject.batches(examples))
+    traces = [estimated_trace(subject, x, wrt="layers", draws=draws, seed=n).cpu() for n, (x, _) in batches]
+    mean: np.ndarray = torch.cat(traces).mean(0).numpy()
+    return mean

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import influence
 
+from ..material import as_input
 from .adapt import Subject, input_trace, log_probs_of, odds, picture
 
 # Float64 numbers, 2 GiB with what is alive beside them: products of two gradients, one for each pair of classes and
@@ -19,7 +20,7 @@ _MOST_FACTORS = 2**12
 
 
 def maps(subject: Subject, table: pd.DataFrame, *, images: int, size: int = 3) -> pd.DataFrame:
-    """Where an image is vulnerable, for the test images of the scores whose prediction is least sure.
+    """Where an image is vulnerable, for the images of the last part of the scores whose prediction is least sure.
 
     Returns:
         One row per image: example, label_name, predicted_name, ceiling (of the predicted class), pixels (H, W, C),
@@ -29,10 +30,10 @@ def maps(subject: Subject, table: pd.DataFrame, *, images: int, size: int = 3) -
     if not subject.image:
         return pd.DataFrame()
     rows = []
-    for chosen in table[table["part"] == "test"].nlargest(images, "fi_predicted").to_dict("records"):
+    for chosen in table[table["part"] == table["part"].iloc[-1]].nlargest(images, "fi_predicted").to_dict("records"):
         example = int(chosen["example"])
-        stored, _ = subject.material.test.stored([example])
-        x = subject.material.test.batch([example])[0].to(subject.device)
+        stored = subject.material.measured.read(example)
+        x = as_input(stored)[None].to(subject.device)
         trace = input_trace(subject, x)[0]
         leaf = x.clone().requires_grad_()
         log_probs = log_probs_of(subject, leaf)
@@ -44,17 +45,17 @@ def maps(subject: Subject, table: pd.DataFrame, *, images: int, size: int = 3) -
                 "label_name": subject.class_name(int(chosen["label"])),
                 "predicted_name": subject.class_name(int(chosen["predicted"])),
                 "ceiling": float(odds(log_probs.detach(), log_probs.argmax(1))),
-                "pixels": picture(stored[0]),
+                "pixels": picture(stored),
                 "trace": trace.sum(0).cpu().numpy(),
                 "single": single.amax(0).cpu().numpy(),
-                "patch": _patch_map(subject, x, size),
+                "patch": _patch_map(subject, x, log_probs.argmax(1), size),
                 "size": size,
             }
         )
     return pd.DataFrame(rows)
 
 
-def _patch_map(subject: Subject, x: Tensor, size: int) -> np.ndarray:
+def _patch_map(subject: Subject, x: Tensor, labels: Tensor, size: int) -> np.ndarray:
     _, channels, height, width = x.shape
     classes = subject.classes
     many = classes * (classes - 1) // 2 * x[0].numel() > _MOST_PRODUCTS
@@ -64,9 +65,9 @@ def _patch_map(subject: Subject, x: Tensor, size: int) -> np.ndarray:
         stride += 1
     patches = influence.Patches(size=size, stride=stride)
     if many:
-        result = influence.patch_influence(subject.model, x, patches=patches)
+        result = influence.patch_influence(subject.model, x, labels, patches=patches)
     else:
-        result = influence.first_order_influence(influence.metric_tensor(subject.model, x, wrt=patches))
+        result = influence.first_order_influence(influence.metric_tensor(subject.model, x, wrt=patches), labels)
     fi = result.fi[0].view(channels, -(-height // stride), -(-width // stride))
     found: np.ndarray = fi.amax(0).cpu().numpy()
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -107,6 +107,9 @@ def robustness(
 ) -> pd.DataFrame:
     """Accuracy on distorted test images of the model as it is, and continued without and with the stability loss.
 
+    Where the data have no parts, a fifth of each class is held out of what the model is continued with, and all arms
+    are measured on that.
+
     Returns:
         One row per arm, family of distortion and strength (0 is the original): accuracy with its 95% Wilson interval,
         n. Empty where `pixel_range` is None.
@@ -114,7 +117,12 @@ def robustness(
     unit = pixel_range(subject)
     if unit is None:
         return pd.DataFrame()
-    test = subject.material.test.sample(images, seed=seed)
+    if steps and subject.material.test is None:
+        halves = subject.material.train.hold_out()
+        steps = 0 if halves is None else steps
+        if halves is not None:
+            subject = replace(subject, material=replace(subject.material, train=halves[0], test=halves[1]))
+    test = subject.material.measured.sample(images, seed=seed)
     stored, labels = test.stored(range(len(test)))
     bytes_ = stored if stored.dtype == torch.uint8 else (stored * 255).round().to(torch.uint8)
     arms = {"as it is": subject.model}

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from .adapt import Subject
-from .adapt_examples import CLOSED_FORM, FEATURES, METRIC
+from .adapt_examples import CLOSED_FORM, FEATURES, METRIC, first_part
 
 
 def in_words(subject: Subject, *, scores: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> str:
@@ -21,12 +21,19 @@ def in_words(subject: Subject, *, scores: pd.DataFrame, tables: dict[str, pd.Dat
             `adapt_examples.train_against_test`, "maps" of `adapt_maps.maps` and "curves" of
             `adapt_robustness.robustness`.
     """
-    lines = [*_warnings(subject, scores), *_suspicious(subject, scores, tables["beyond"]), _layers(tables["layers"])]
+    kind = "examples" if subject.material.test is None else "test examples"
+    lines = [*_warnings(subject, scores), *_suspicious(subject, scores, tables["beyond"])]
+    lines.append(_layers(tables["layers"], kind))
     lines += [_parts(row) for row in tables["parts"].to_dict("records")]
+    if subject.material.test is None:
+        lines.append(
+            "**Train against test** is left out: the data have no parts. Give them as two, one that the model was "
+            "trained on and one that it was not, to compare these."
+        )
     if len(tables["maps"]):
-        lines.append(_areas(tables["maps"]))
+        lines.append(_areas(tables["maps"], kind.replace("examples", "images")))
     if len(tables["curves"]):
-        lines.append(_curves(tables["curves"]))
+        lines.append(_curves(tables["curves"], held_out=subject.material.test is None))
     elif subject.image:
         lines.append(
             "**Robustness** is left out: the distortions need bytes, or floats in [0, 1] before normalisation."
@@ -67,10 +74,11 @@ def _warnings(subject: Subject, scores: pd.DataFrame) -> list[str]:
 
 
 def _suspicious(subject: Subject, scores: pd.DataFrame, beyond: pd.DataFrame) -> list[str]:
-    train = scores[scores["part"] == "train"]
+    searched = first_part(scores)
+    kind = "examples" if subject.material.test is None else "training examples"
     by_score: dict[str, Any] = {row["score"]: row for row in beyond.to_dict("records")}
     fi, trace = by_score["fi"], by_score["trace"]
-    wrong = int((train["label"] != train["predicted"]).sum())
+    wrong = int((searched["label"] != searched["predicted"]).sum())
     full = float((scores["rank"] == subject.classes - 1).mean())
     verdict = "something that the loss does not"
     if fi["shared"] == fi["of"]:
@@ -79,7 +87,7 @@ def _suspicious(subject: Subject, scores: pd.DataFrame, beyond: pd.DataFrame) ->
             verdict = "in its size, not in whom it suspects, something that the loss does not"
     close = trace["spearman"] > 0.95
     return [
-        f"**Suspicious examples.** Of {len(train)} training examples scored, {wrong} are not predicted as labelled. "
+        f"**Suspicious examples.** Of {len(searched)} {kind} scored, {wrong} are not predicted as labelled. "
         f"The metric tensor has full rank K - 1 = {subject.classes - 1} for {full:.0%} of all examples (median rank "
         f"{scores['rank'].median():.0f}), and the mean "
         f"alignment (FI / ceiling) is {fi['mean_alignment']:.3g}. Of the {fi['of']} examples of largest FI, "
@@ -91,12 +99,12 @@ def _suspicious(subject: Subject, scores: pd.DataFrame, beyond: pd.DataFrame) ->
     ]
 
 
-def _layers(layers: pd.DataFrame) -> str:
+def _layers(layers: pd.DataFrame, kind: str) -> str:
     first = layers.nlargest(3, "divergence").to_dict("records")
     named = ", ".join(f"`{row['layer']}` ({row['kind']}, {row['share']:.0%})" for row in first)
     text = (
         f"**Sensitive layers.** Of {len(layers)} layers with parameters, noise of 1% of a layer's own size moves the "
-        f"output most in {named} (share of the sum over layers; {int(layers['examples'].iloc[0])} test examples)."
+        f"output most in {named} (share of the sum over layers; {int(layers['examples'].iloc[0])} {kind})."
     )
     if layers["alignment"].notna().all():
         full = int((layers["alignment"] > 1 - 1e-6).sum())
@@ -118,11 +126,11 @@ def _parts(row: dict[Any, Any]) -> str:
     )
 
 
-def _areas(areas: pd.DataFrame) -> str:
+def _areas(areas: pd.DataFrame, kind: str) -> str:
     rows = areas.to_dict("records")
     single = np.array([row["single"].max() / row["ceiling"] for row in rows])
     text = (
-        f"**Vulnerable areas.** On the {len(rows)} least sure test images, the best single value reaches "
+        f"**Vulnerable areas.** On the {len(rows)} least sure {kind}, the best single value reaches "
         f"{single.min():.0%} to {single.max():.0%} of the ceiling"
     )
     size = int(areas["size"].iloc[0])
@@ -131,7 +139,7 @@ def _areas(areas: pd.DataFrame) -> str:
     return text + f"; {reached:.0%} of all {size} x {size} patches reach 99% of it: {flat}."
 
 
-def _curves(curves: pd.DataFrame) -> str:
+def _curves(curves: pd.DataFrame, *, held_out: bool) -> str:
     base = curves[curves["arm"] == "as it is"]
     drops = {}
     for family, group in base.groupby("family", sort=False):
@@ -153,4 +161,6 @@ def _curves(curves: pd.DataFrame) -> str:
             f" The stability loss changes accuracy on distorted images by {100 * gain.mean():+.1f} points on average "
             f"over {len(gain)} settings against the same steps without it (n = 1: one run, no interval)."
         )
+        if held_out:
+            text += " These images were held out of the steps, not of what the model was trained on before."
     return text

@@ -19,7 +19,7 @@ def suspicious(top: pd.DataFrame) -> Figure:
         axes = figure.subplots()
         axes.bar(range(len(top)), top["fi"], color=style.COLOURS["exact"])
         axes.set_xticks(range(len(top)), top["example"].astype(str), rotation=90)
-        axes.set_xlabel("training example")
+        axes.set_xlabel("example")
         axes.set_ylabel("FI (dimensionless)")
         return figure
     columns = 5
@@ -47,7 +47,7 @@ def layers(table: pd.DataFrame, *, count: int = 12) -> Figure:
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set_xlabel("layer, from the input")
     left.set_ylabel("divergence at 1% noise (nats)")
-    left.set_title(f"mean of {int(table['examples'].iloc[0])} test examples")
+    left.set_title(f"mean of {int(table['examples'].iloc[0])} examples")
     top = table.nlargest(count, "divergence")[::-1]
     right.barh(range(len(top)), top["share"], color=style.COLOURS["exact"])
     right.set_yticks(range(len(top)), top["layer"] + "\n" + top["kind"], fontsize=6)
@@ -56,7 +56,9 @@ def layers(table: pd.DataFrame, *, count: int = 12) -> Figure:
 
 
 def train_against_test(table: pd.DataFrame, parts: pd.DataFrame) -> Figure:
-    """Distribution of FI of the predicted class and of the trace on either part."""
+    """Distribution of FI of the predicted class and of the trace on either part; empty where there are no parts."""
+    if not len(parts):
+        return Figure(figsize=(style.WIDTH, 0.5))
     figure = Figure(figsize=(style.WIDTH, 2.6))
     labels = {
         "fi_predicted": "FI of the predicted class (dimensionless)",
@@ -143,7 +145,7 @@ def robustness(curves: pd.DataFrame) -> Figure:
     figure.axes[2].set_ylabel("accuracy")
     lines, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(lines, names, fontsize=7, ncols=len(names), loc="outside lower center")
-    figure.suptitle(f"accuracy with 95% Wilson intervals, {int(curves['n'].iloc[0])} test images, one run", fontsize=9)
+    figure.suptitle(f"accuracy with 95% Wilson intervals, {int(curves['n'].iloc[0])} images, one run", fontsize=9)
     return figure
 
 

@@ -108,7 +108,7 @@ def _network() -> nn.Module:
 def test_other_commands_in_the_text_are_understood(readme: str) -> None:
     for command in re.findall(r"`(?:influence|python -m influence\.companion) ([a-z][^`]*)`", readme):
         words = " ".join(command.split()).split()
-        assert words[0] in ("run", "list", "check", "score", "report")
+        assert words[0] in ("run", "list", "check", "score", "report", "zoo")
         usage = cli._parser().parse_args
         if words[0] != "score":
             usage(words)

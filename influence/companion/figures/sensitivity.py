@@ -28,7 +28,8 @@ def accuracy(table: pd.DataFrame) -> Figure:
         networks = list(group["network"].unique())
         gates = group[(group["part"] == "test") & group["gate"].notna()]
         rows = [networks.index(network) for network in gates["network"]]
-        left.plot(gates["gate"], rows, "|", color="#D55E00", markersize=14, markeredgewidth=2, label="gate (test)")
+        if rows:
+            left.plot(gates["gate"], rows, "|", color="#D55E00", markersize=14, markeredgewidth=2, label="gate (test)")
         left.set_yticks(range(len(networks)), [style.network(network) for network in networks])
         left.set_ylim(len(networks) - 0.5, -0.5)
         left.set_xlabel("accuracy")

@@ -151,7 +151,7 @@ def test_other_data_or_another_scale_in_the_same_folder_are_refused(
     command = ["score", "--model", "own_model:network", "--out", "scores", "--data"]
     assert cli.main([*command, "parts.npz", "--part", "test"]) == 0
     assert cli.main([*command, "data.npz"]) == 2
-    assert "holds scores of other data" in capsys.readouterr().err
+    assert "another run, with other data" in capsys.readouterr().err
     for option in (["--scale", "0.5"], ["--mean", "0.5", "--std", "0.2"]):
         assert cli.main([*command, "parts.npz", "--part", "test", *option]) == 2
         assert "another run, with other model" in capsys.readouterr().err

@@ -22,9 +22,9 @@ import torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from test_scoring import data, network
-import influence, influence.scoring as scoring
+import influence, influence.shards as shards
 
-write, folder = scoring._atomically, Path(sys.argv[1])
+write, folder = shards.atomically, Path(sys.argv[1])
 
 def killed(path, writer):
     write(path, writer)
@@ -40,7 +40,7 @@ def stopped(path, writer):
     write(path, half if path.name == "part-000002.parquet" else writer)
 
 if "DYING" in os.environ:
-    scoring._atomically = killed if os.environ["RANK"] == "1" else stopped
+    shards.atomically = killed if os.environ["RANK"] == "1" else stopped
 influence.score(network(), data(), folder, wrt="layers", batches_per_shard=2, progress=False)
 """
 
@@ -125,13 +125,25 @@ def test_other_data_are_refused(tmp_path: Path, change: str, as_loader: bool) ->
     """Files of 6 examples; each kind of iterable is told from the other's data as well."""
     options = {"batches_per_shard": 2, "progress": False}
     count = 30 if change == "more, from the end of a file on" else 29
-    before = contents(influence.score(network(), list(data(count)), tmp_path, **options))
-    other = data(**{"count": count, **OTHER[change]})
+
+    def hidden(loader: DataLoader) -> DataLoader | list:
+        """The loader with nothing to see at its data set, or a list."""
+        whole = torch.utils.data.Subset(loader.dataset, range(len(loader.dataset)))
+        return DataLoader(whole, batch_size=3) if as_loader else list(loader)
+
+    before = contents(influence.score(network(), hidden(data(count)), tmp_path, **options))
+    other = hidden(data(**{"count": count, **OTHER[change]}))
     with pytest.raises(ValueError, match=r"holds scores of other data: part-00000\d.parquet was made from examples"):
-        influence.score(network(), other if as_loader else list(other), tmp_path, **options)
+        influence.score(network(), other, tmp_path, **options)
     assert contents(tmp_path) == before
-    influence.score(network(), data(count), tmp_path, **options)
+    influence.score(network(), hidden(data(count)), tmp_path, **options)
     assert contents(tmp_path) == before
+
+
+def test_a_label_that_was_put_right_is_seen_among_many(tmp_path: Path) -> None:
+    influence.score(network(), data(100, 1), tmp_path, progress=False, closed_form=1)
+    with pytest.raises(ValueError, match="another run, with other data"):
+        influence.score(network(), data(100, 1, wrong=50), tmp_path, progress=False, closed_form=1)
 
 
 def test_of_many_batches_a_sample_is_compared(tmp_path: Path) -> None:

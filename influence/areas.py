@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from influence.checks import require_deterministic, require_labels, require_logits
+from influence.inputs import Inputs
 from influence.measures import Influence, exact_of_jacobians, log_ceiling
-from influence.metric import coarser, full_precision, require_input
-from influence.pixels import Patches, contrast_jacobian
-from influence.rules.engine import differentiable
+from influence.metric import exact_autograd
+from influence.pixels import InputGrams, Patches
 
 # Float64 entries of the Jacobians of some patches at once: 2 MiB, which stay in a core's cache.
 _ENTRIES = 2**18
@@ -48,20 +48,19 @@ def patch_influence(
                 [2, 2, 2, 1]])
     """
     patches = Patches() if patches is None else patches
-    require_input(model, x, floating=True)
+    inputs = Inputs.of(x).perturbing(None)
     blocks = patches.blocks(x.shape[1:])
     require_deterministic(model)
     if labels is not None:
         with torch.no_grad():
             logits = require_logits(model(x[:1].clone()), examples=1)
         labels = require_labels(labels, examples=len(x), classes=logits.shape[1], device=logits.device)
-    parts = []
+    parts, compute = [], InputGrams(model)
     for n in range(len(x)):
-        with full_precision(), differentiable(model, []):
-            classes, jacobian = contrast_jacobian(model, x[n : n + 1])
+        with exact_autograd(model, compute.perturbed):
+            classes, jacobian, dtype = compute.contrast_jacobian(inputs[n : n + 1])
         label = classes.log_probs.argmax(dim=1) if labels is None else labels[n : n + 1]
         rows = _by_class(jacobian[0].flatten(1), classes.order[0])
-        dtype = coarser(classes.dtype, x.dtype)
         found = []
         for part in _of_patches(rows, patches, x.shape[1:]):
             log_probs = classes.log_probs.expand(len(part), -1)

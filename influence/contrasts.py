@@ -1,14 +1,37 @@
-"""The K - 1 contrasts of the logits with the predicted class, and the forward pass that they start from."""
+"""The K - 1 contrasts of the logits with the predicted class."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from influence.checks import require_logits
+
+class LogitRows(Protocol):
+    """m linear combinations of the logits of each of N examples; the gradients of each make a row of a Jacobian."""
+
+    @property
+    def log_probs(self) -> Tensor:
+        """``(N, K)`` float64, log P."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits."""
+
+    @property
+    def count(self) -> int:
+        """How many, m."""
+
+    def __getitem__(self, example: int) -> LogitRows:
+        """Those of one example."""
+
+    def seeds(self, dtype: torch.dtype) -> Tensor:
+        """The combinations, ``(m, N, K)``: what a backward pass starts from."""
+
+    def embed(self, small: Tensor) -> Tensor:
+        """The form in which ``(N, B, m, m)`` Grams are handed out."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +56,11 @@ class Classes:
         steps = torch.arange(1, classes + 1, device=logits.device)
         return cls(log_probs, (log_probs.argmax(dim=1, keepdim=True) + steps) % classes, logits.dtype)
 
+    @property
+    def count(self) -> int:
+        """The K - 1 contrasts."""
+        return self.order.shape[1] - 1
+
     def __getitem__(self, example: int) -> Classes:
         chosen = slice(example, example + 1)
         return Classes(self.log_probs[chosen], self.order[chosen], self.dtype)
@@ -51,22 +79,3 @@ class Classes:
         example = torch.arange(len(back), device=back.device)[:, None, None]
         # Two indices round a slice put the blocks last.
         return padded[example, :, back[:, :, None], back[:, None, :]].permute(0, 3, 1, 2).contiguous()
-
-
-def forward(model: Callable[[Tensor], object], x: Tensor) -> Tensor:
-    """Logits ``(N, K)`` with a graph.
-
-    Args:
-        model: The model.
-        x: ``(N, ...)``; the model gets a copy, which it may spoil.
-
-    Raises:
-        RuntimeError: If the logits carry no gradient.
-    """
-    logits = require_logits(model(x.clone()), examples=x.shape[0])
-    if not logits.requires_grad:
-        raise RuntimeError(
-            "the logits carry no gradient: the model detaches them, runs under no_grad, or does not use what is "
-            "perturbed. Remove the detach or the decorator, or perturb something the logits depend on."
-        )
-    return logits

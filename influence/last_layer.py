@@ -10,7 +10,7 @@ from torch.autograd.graph import GradientEdge
 
 from influence.checks import require_logits
 from influence.contrasts import Classes
-from influence.rules.graph import Node
+from influence.grams.rules import Node
 
 # Where the features enter each kind of node that a linear layer leaves in the graph.
 _PLACES = {"AddmmBackward0": 1, "MmBackward0": 0}

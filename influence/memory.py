@@ -5,24 +5,40 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
 Part = TypeVar("Part")
+
+
+class Examples(Protocol):
+    """A batch that can be cut: a tensor, or ``inputs.Inputs``."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, examples: slice, /) -> Any: ...
+
 
 # More examples at once gain nothing, and on a CPU they leave the cache.
 _MOST = 64
 _MOST_BYTES_CPU = 2**30
+# Examples and input values in one backward pass that keep a processor busy, and passes for which it is worth while to
+# go forward again with copies of the examples.
+_MOST_COPIES, _MOST_VALUES, _FEWEST_PASSES = 32, 2**18, 16
 
 
-def chunk_size(bytes_per_example: int, device: torch.device) -> int:
+def examples_that_fit(bytes_per_example: int, device: torch.device) -> int:
     """Examples for which half of what is free is enough, between 1 and 64."""
     budget = free_bytes(device) // 2
     if device.type == "cpu":
         budget = min(budget, _MOST_BYTES_CPU)
     return max(1, min(_MOST, budget // max(1, bytes_per_example)))
+
+
+def copies_at_once(rows: int, *, examples: int, values: int) -> int:
+    """Copies of a batch of so many input values that a backward pass for so many rows of a Jacobian should have."""
+    return max(1, min(rows // _FEWEST_PASSES, _MOST_COPIES // examples, _MOST_VALUES // max(1, values)))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -55,12 +71,12 @@ def _left_in_group() -> int | None:
         return None
 
 
-def in_chunks(compute: Callable[[Tensor], Part], x: Tensor, size: int, *, may_halve: bool) -> Iterator[Part]:
+def in_chunks(compute: Callable[[Any], Part], x: Examples, size: int, *, may_halve: bool) -> Iterator[Part]:
     """Compute a batch in chunks.
 
     Args:
         compute: What to do with a chunk.
-        x: ``(N, ...)``.
+        x: The examples; has a length and takes a slice of them.
         size: Examples in a chunk; the last one takes the rest.
         may_halve: Whether to go on with half of it when memory runs out.
 
@@ -85,7 +101,7 @@ def in_chunks(compute: Callable[[Tensor], Part], x: Tensor, size: int, *, may_ha
 
 
 def release() -> None:
-    """Give back what is held for no one."""
+    """Return unused memory to the device: unreachable objects and the allocator's cached blocks."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from influence.checks import require_deterministic, require_finite, require_logits
+from influence.checks import require_deterministic
+from influence.grams.parameters import ParameterGrams
+from influence.inputs import Batch, Inputs
 from influence.kernels.backend import using
 from influence.kernels.jacobi import jacobi_eigvals
 from influence.kernels.pivots import pivots
-from influence.memory import in_chunks
-from influence.pixels import Patches, input_grams
-from influence.rules.engine import ParameterGrams, differentiable
+from influence.memory import examples_that_fit, in_chunks
+from influence.pixels import InputGrams, Patches
 
 _WRT = ("input", "parameters", "layers")
-_BATCH = 64
-# Input values in one backward pass: bounds the activations of large images, 64 CIFAR images fit.
-_BATCH_VALUES = 2**20
-# Entries of the Jacobians of one chunk; below so many classes it is not asked how many there are.
-_JACOBIAN_VALUES = 2**26
-_MANY_CLASSES = 64
-# Patches at once: 10 images of 32 x 32 pixels in three channels.
-_BATCH_BLOCKS = 2**15
 
 
 @dataclass(frozen=True)
@@ -124,7 +118,7 @@ def default_rtol(dtype: torch.dtype, *, classes: int) -> float:
 
 def metric_tensor(
     model: nn.Module,
-    x: Tensor,
+    x: Batch,
     *,
     wrt: str | Sequence[str] | Patches = "input",
     chunk_size: int | None = None,
@@ -171,88 +165,41 @@ def metric_tensor(
         tensor([[2],
                 [2]])
     """
-    perturbs_input = isinstance(wrt, Patches) or (isinstance(wrt, str) and wrt == "input")
-    require_input(model, x, floating=perturbs_input)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     if chunk_size is not None and (isinstance(chunk_size, bool) or chunk_size < 1):
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}. Use None for the default.")
-    if perturbs_input:
-        dims, compute, size = _of_the_input(model, x, wrt if isinstance(wrt, Patches) else None)
+    inputs = Inputs.of(x)
+    compute: InputGrams | ParameterGrams
+    if isinstance(wrt, Patches):
+        inputs = inputs.perturbing(None)
+        dims, compute = wrt.blocks(inputs.x.shape[1:]), InputGrams(model, wrt)
+    elif isinstance(wrt, str) and wrt.partition(":")[0] == "input":
+        inputs = inputs.perturbing(wrt.partition(":")[2] or None)
+        dims, compute = {wrt: inputs.x[0].numel()}, InputGrams(model)
     else:
-        assert not isinstance(wrt, Patches)
-        dims, compute, size = _of_the_parameters(model, wrt)
+        groups, parameters = _parameter_blocks(model, wrt)
+        dims = {block: sum(parameters[name].numel() for name in names) for block, names in groups.items()}
+        compute = ParameterGrams(model, groups, parameters)
     require_deterministic(model)
-    with full_precision(), using(backend):
-        parts = list(in_chunks(compute, x, chunk_size or size(x), may_halve=chunk_size is None))
+    with exact_autograd(model, compute.perturbed), using(backend):
+        size = chunk_size or examples_that_fit(compute.bytes_per_example(inputs), inputs.device)
+        parts = list(in_chunks(compute, inputs, size, may_halve=chunk_size is None))
     gram = torch.cat([part[1] for part in parts])
     return MetricTensor(
         log_probs=torch.cat([part[0] for part in parts]),
         gram=gram,
         blocks=tuple(dims),
         dims=torch.tensor(list(dims.values()), device=gram.device),
-        dtype=parts[0][2],
+        dtype=max((part[2] for part in parts), key=lambda dtype: torch.finfo(dtype).eps),
     )
-
-
-# log P, Grams, and the precision of the Jacobian.
-Part = tuple[Tensor, Tensor, torch.dtype]
-Computation = tuple[dict[str, int], Callable[[Tensor], Part], Callable[[Tensor], int]]
-
-
-def _of_the_input(model: nn.Module, x: Tensor, patches: Patches | None) -> Computation:
-    """Blocks with their sizes, what computes a chunk, and how large a chunk should be."""
-    dims = {"input": x[0].numel()} if patches is None else patches.blocks(x.shape[1:])
-
-    def compute(x: Tensor) -> Part:
-        with differentiable(model, []):
-            log_probs, gram, dtype = input_grams(model, x, patches)
-        return log_probs, gram, coarser(dtype, x.dtype)
-
-    def size(x: Tensor) -> int:
-        values = max(1, x[0].numel())
-        most = max(1, min(_BATCH, _BATCH_VALUES // values))
-        if most * values > _JACOBIAN_VALUES // _MANY_CLASSES:
-            # How many classes there are decides how large a Jacobian is.
-            with torch.no_grad():
-                classes = require_logits(model(x[:1].clone()), examples=1).shape[1]
-            most = max(1, min(most, _JACOBIAN_VALUES // (values * classes)))
-        return most if patches is None else max(1, min(most, _BATCH_BLOCKS // len(dims)))
-
-    return dims, compute, size
-
-
-def _of_the_parameters(model: nn.Module, wrt: str | Sequence[str]) -> Computation:
-    groups, parameters = _parameter_blocks(model, wrt)
-    dims = {block: sum(parameters[name].numel() for name in names) for block, names in groups.items()}
-    engine = ParameterGrams(model, groups, parameters)
-
-    def compute(x: Tensor) -> Part:
-        log_probs, gram, dtype = engine(x)
-        return log_probs, gram, coarser(dtype, *engine.dtypes)
-
-    return dims, compute, engine.chunk_size
-
-
-def require_input(model: nn.Module, x: Tensor, *, floating: bool) -> None:
-    """Refuse what is no model or no batch of finite inputs; raises as ``metric_tensor`` says."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor (N, ...), got {type(x).__name__}. Use torch.as_tensor(x).")
-    if floating and not x.is_floating_point():
-        raise TypeError(
-            f"x must be floating for wrt='input', got {x.dtype}: integers cannot be perturbed. Convert images with "
-            "x.float(); for tokens perturb the parameters or a layer."
-        )
-    if x.ndim == 0 or x.shape[0] == 0:
-        raise ValueError(f"x must hold at least one example, (N, ...), got shape {tuple(x.shape)}.")
-    require_finite(x, name="x", hint="Check the data.")
 
 
 def _parameter_blocks(
     model: nn.Module, wrt: str | Sequence[str]
 ) -> tuple[dict[str, list[str]], dict[str, nn.Parameter]]:
     """Names of the parameters in each block, and the parameters by name; a shared one has one name."""
-    parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point() or p.is_complex()}
     canonical = {id(p): name for name, p in parameters.items()}
     modules = dict(model.named_modules())
 
@@ -288,21 +235,40 @@ def _parameter_blocks(
     return groups, parameters
 
 
-def coarser(*dtypes: torch.dtype) -> torch.dtype:
-    """The least precise of floating types."""
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-
-
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """Switch TF32 off: cuDNN's default keeps 10 bits, too few to tell a rank."""
+def exact_autograd(model: nn.Module, perturbed: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Record all that autograd needs, in full precision, for these parameters only; afterwards all is as before.
+
+    Args:
+        model: The model.
+        perturbed: The parameters that require a gradient meanwhile; all others do not.
+    """
+    everything = [p for p in model.parameters() if p.is_floating_point() or p.is_complex()]
+    before = [p.requires_grad for p in everything]
+    wanted = {id(p) for p in perturbed}
     cudnn: Any = torch.backends.cudnn
+    enabled = cudnn.enabled
+    # TF32, cuDNN's default, keeps 10 bits: too few to tell a rank.
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.fp32_precision = value
+    precision = [backend.fp32_precision for backend in backends]
+    with ExitStack() as stack:
+        try:
+            for p in everything:
+                p.requires_grad_(id(p) in wanted)
+            for backend in backends:
+                backend.fp32_precision = "ieee"
+            if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+                # cuDNN's recurrent layers have no backward pass in evaluation mode.
+                cudnn.enabled = False
+            if "torch._dynamo" in sys.modules:
+                # A compiled graph goes backward once; its own code gives the same numbers.
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            yield
+        finally:
+            cudnn.enabled = enabled
+            for backend, value in zip(backends, precision, strict=True):
+                backend.fp32_precision = value
+            for p, flag in zip(everything, before, strict=True):
+                p.requires_grad_(flag)

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from influence.contrasts import Classes, forward
+from influence.contrasts import Classes
+from influence.grams.graph import read_graph
+from influence.independence import Weighting, alone, gradients, refuse_dependent, require_same
+from influence.inputs import Inputs, forward
 from influence.kernels.projected import products
 from influence.last_layer import NarrowLayer
-from influence.memory import free_bytes, is_out_of_memory
-
-# Examples and input values in one backward pass that keep a processor busy, and passes for which it is worth while to
-# go forward again with copies of the examples.
-_MOST_AT_ONCE, _MOST_VALUES_AT_ONCE, _FEWEST_PASSES = 32, 2**18, 16
+from influence.memory import copies_at_once, free_bytes, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -160,37 +159,126 @@ def _box(images: Tensor, size: int, stride: int) -> Tensor:
     return images
 
 
-def input_grams(model: nn.Module, x: Tensor, patches: Patches | None) -> tuple[Tensor, Tensor, torch.dtype]:
-    """Contrast Grams of the input, or of its patches.
+class InputGrams:
+    """Contrast Grams of the input, or of its patches, chunk by chunk.
 
     Args:
         model: The model.
-        x: ``(N, ...)``.
-        patches: None for all of it.
-
-    Returns:
-        log P ``(N, K)``, the Grams ``(N, B, K, K)`` and the dtype of the logits.
+        patches: None for all of the input.
     """
-    leaf, logits = _recorded(model, x)
-    if patches is not None:
-        _require_room(patches, leaf, classes=logits.shape[1])
-    classes, narrow, jacobian = _of_few_or_all(model, leaf, logits)
-    if patches is not None:
-        gram = patches.grams(_spread(jacobian, narrow, classes))
-    else:
-        gram = products(jacobian.flatten(2))
-        gram = (gram if narrow is None else narrow.spread(gram, narrow.contrasts(classes)))[:, None]
-    return classes.log_probs, classes.embed(gram), classes.dtype
+
+    # Parameters that must require a gradient.
+    perturbed: Sequence[nn.Parameter] = ()
+
+    def __init__(self, model: nn.Module, patches: Patches | None = None) -> None:
+        self._model, self._patches = model, patches
+        self._generator = torch.Generator().manual_seed(0)
+        # The first example alone, with its logits, until they have been compared.
+        self._first: tuple[Inputs, Tensor] | None = None
+        self._bytes: int | None = None
+
+    def bytes_per_example(self, inputs: Inputs) -> int:
+        """Memory that an example takes: its graph, its Jacobian and, of patches, the Grams.
+
+        Raises:
+            ValueError: If the Grams of its patches do not fit.
+        """
+        if self._bytes is None:
+            logits = alone(self._model, inputs[:1].with_leaf())
+            narrow, values = NarrowLayer.of(logits), inputs[:1].x.numel()
+            rows = logits.shape[1] if narrow is None else narrow.width
+            self._bytes = 2 * read_graph(logits, {}).bytes_per_example(passes=1) + 24 * rows * values
+            if self._patches is not None:
+                self._bytes += _bytes_of_grams(self._patches, inputs.x, classes=logits.shape[1])
+            self._first = inputs[:1], logits.detach()
+        return self._bytes
+
+    def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor, torch.dtype]:
+        """Compute a chunk.
+
+        Returns:
+            log P ``(N, K)``, the contrast Grams ``(N, B, K, K)`` and the coarsest dtype that occurred.
+        """
+        classes, narrow, jacobian, dtype = self._few_rows(inputs)
+        if self._patches is not None:
+            gram = self._patches.grams(_spread(jacobian, narrow, classes))
+        else:
+            gram = products(jacobian.flatten(2))
+            gram = (gram if narrow is None else narrow.spread(gram, narrow.contrasts(classes)))[:, None]
+        return classes.log_probs, classes.embed(gram), dtype
+
+    def contrast_jacobian(self, inputs: Inputs) -> tuple[Classes, Tensor, torch.dtype]:
+        """Jacobian of the K - 1 contrasts with the predicted class.
+
+        Returns:
+            What the logits say, the Jacobian ``(N, K - 1, ...)``, its rows in the order of ``Classes.order``, and the
+            coarsest dtype that occurred.
+        """
+        classes, narrow, jacobian, dtype = self._few_rows(inputs)
+        return classes, _spread(jacobian, narrow, classes), dtype
+
+    def _few_rows(self, inputs: Inputs) -> tuple[Classes, NarrowLayer | None, Tensor, torch.dtype]:
+        """Jacobian ``(N, m, ...)`` of the features before a narrow last layer, if there is one, or of the contrasts."""
+        self.bytes_per_example(inputs)
+        inputs = inputs.with_leaf()
+        logits = forward(self._model, inputs)
+        dtype, classes, narrow = read_graph(logits, {}).coarsest_dtype(), Classes.of(logits), NarrowLayer.of(logits)
+        if self._first is not None:
+            require_same(self._model, *self._first, logits[:1].detach(), dtype)
+            self._first = None
+        rows = logits.shape[1] - 1 if narrow is None else narrow.width
+        copies = copies_at_once(rows, examples=len(inputs), values=inputs.x.numel())
+        jacobian = None
+        if copies > 1:
+            try:
+                more = inputs.copies(copies).with_leaf()
+                jacobian = self._jacobian(more, forward(self._model, more), classes, copies, dtype)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+        if jacobian is None:
+            jacobian = self._jacobian(inputs, logits, classes, 1, dtype)
+        return classes, narrow, jacobian, dtype
+
+    def _jacobian(self, inputs: Inputs, logits: Tensor, classes: Classes, copies: int, dtype: torch.dtype) -> Tensor:
+        """Jacobian of N examples, with some copies of them in the batch.
+
+        Examples are independent: one backward pass of a sum gives every example its own row, and with copies so many
+        rows. A batch of one or two keeps no processor busy.
+        """
+        narrow, examples = NarrowLayer.of(logits), len(logits) // copies
+        seeds = classes.seeds(logits.dtype) if narrow is None else narrow.seeds(examples)
+        parts = list(seeds.split(copies))
+
+        def rows(part: Tensor, *, last: bool = False) -> Tensor:
+            """Gradients ``(copies, N, ...)`` of so many seeds."""
+            if len(part) < copies:
+                part = torch.cat([part, part.new_zeros(copies - len(part), *part.shape[1:])])
+            output = logits if narrow is None else narrow.edge
+            (grad,) = gradients(output, [inputs.x], part.flatten(0, 1), retain=not last)
+            return grad.unflatten(0, (copies, examples))
+
+        weighting = row = None
+        if len(logits) > 1:
+            # Independent they are: in one more pass each has a weight of its own.
+            weighting = Weighting.draw(seeds.repeat(1, copies, 1), dtype, self._generator)
+            row = rows(weighting.row(seeds.repeat(1, copies, 1)).unflatten(1, (copies, examples))[0]).flatten(0, 1)
+        found = [rows(part, last=i == len(parts) - 1)[: len(part)] for i, part in enumerate(parts)]
+        jacobian = torch.cat(found)
+        if weighting is not None and row is not None:
+            repeated = jacobian.repeat(1, copies, *[1] * (jacobian.ndim - 2))
+            if not weighting.holds(repeated, row, outer=1):
+                refuse_dependent()
+        return jacobian.transpose(0, 1)
 
 
-def _require_room(patches: Patches, x: Tensor, *, classes: int) -> None:
-    """Before any backward pass, refuse Grams that cannot be had even for one example.
+def _bytes_of_grams(patches: Patches, x: Tensor, *, classes: int) -> int:
+    """Memory for the Grams of an example's patches, which are made, put at their classes and kept.
 
     Raises:
-        ValueError: If they need more memory than is free.
+        ValueError: If it is more than is free.
     """
     blocks = patches.count(x.shape[1:])
-    # They are made, put at their classes and kept.
     needed, free = 3 * 8 * blocks * classes**2, free_bytes(x.device)
     if needed > free:
         raise ValueError(
@@ -198,39 +286,7 @@ def _require_room(patches: Patches, x: Tensor, *, classes: int) -> None:
             f"example, {free / 2**30:,.0f} are free. influence.patch_influence gives FI without them; a larger stride "
             "makes them fewer."
         )
-
-
-def contrast_jacobian(model: nn.Module, x: Tensor) -> tuple[Classes, Tensor]:
-    """Jacobian of the K - 1 contrasts with the predicted class.
-
-    Args:
-        model: The model.
-        x: ``(N, ...)``.
-
-    Returns:
-        What the logits say, and the Jacobian ``(N, K - 1, ...)``, its rows in the order of ``Classes.order``.
-    """
-    classes, narrow, jacobian = _of_few_or_all(model, *_recorded(model, x))
-    return classes, _spread(jacobian, narrow, classes)
-
-
-def _of_few_or_all(model: nn.Module, leaf: Tensor, logits: Tensor) -> tuple[Classes, NarrowLayer | None, Tensor]:
-    """Jacobian ``(N, m, ...)`` of what a narrow last layer sees, if there is one, else of the contrasts."""
-    x = leaf.detach()
-    classes = Classes.of(logits)
-    narrow = NarrowLayer.of(logits)
-    rows = logits.shape[1] - 1 if narrow is None else narrow.width
-    copies = max(1, min(rows // _FEWEST_PASSES, _MOST_AT_ONCE // len(x), _MOST_VALUES_AT_ONCE // max(1, x.numel())))
-    jacobian = None
-    if copies > 1:
-        try:
-            jacobian = _jacobian(*_recorded(model, x.repeat(copies, *[1] * (x.ndim - 1))), classes, copies)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-    if jacobian is None:
-        jacobian = _jacobian(leaf, logits, classes, 1)
-    return classes, narrow, jacobian
+    return needed
 
 
 def _spread(jacobian: Tensor, narrow: NarrowLayer | None, classes: Classes) -> Tensor:
@@ -239,35 +295,3 @@ def _spread(jacobian: Tensor, narrow: NarrowLayer | None, classes: Classes) -> T
         return jacobian
     contrasts = narrow.contrasts(classes).to(jacobian.dtype)
     return (contrasts @ jacobian.flatten(2)).unflatten(2, jacobian.shape[2:])
-
-
-def _recorded(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The input as a leaf, and the logits with their graph."""
-    leaf = x.detach().clone().requires_grad_()
-    return leaf, forward(model, leaf)
-
-
-def _jacobian(leaf: Tensor, logits: Tensor, classes: Classes, copies: int) -> Tensor:
-    """Jacobian ``(N, m, ...)`` of the contrasts, or of what a narrow last layer sees, of N examples.
-
-    Examples are independent: one backward pass of a sum gives every example its own row, and with some copies of them
-    in the batch so many rows. A batch of one or two keeps no processor busy.
-    """
-    narrow = NarrowLayer.of(logits)
-    examples = len(leaf) // copies
-    seeds = classes.seeds(logits.dtype) if narrow is None else narrow.seeds(examples)
-    parts = list(seeds.split(copies))
-    rows = []
-    for i, part in enumerate(parts):
-        missing = copies - len(part)
-        seed = torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
-        (grad,) = torch.autograd.grad(
-            logits if narrow is None else narrow.edge,
-            leaf,
-            seed.flatten(0, 1),
-            retain_graph=i < len(parts) - 1,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        rows.append(grad.detach().unflatten(0, (copies, examples))[: len(part)])
-    return torch.cat(rows).transpose(0, 1)

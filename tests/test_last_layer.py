@@ -12,8 +12,8 @@ from torch.nn.utils import parametrizations
 
 import influence
 import truth
-from influence import pixels
-from influence.contrasts import forward
+from influence import memory
+from influence.inputs import forward
 from influence.last_layer import NarrowLayer, head
 
 CLASSES, FEATURES = 40, 6
@@ -114,7 +114,7 @@ def test_a_reverse_pass_for_each_feature(bias: bool) -> None:
 
     model[2].register_forward_hook(listen)
     influence.metric_tensor(model, X)
-    assert len(sizes) == FEATURES
+    assert len(sizes) == FEATURES + 1  # and one in which each example has a weight of its own
 
 
 # -- copies -----------------------------------------------------------------------------------------------------------
@@ -136,7 +136,8 @@ def test_copies_change_nothing_but_the_passes(examples: int, wrt: str | influenc
     x = torch.randn(examples, 2, 3, 3, dtype=torch.float64)
     metric = influence.metric_tensor(model, x, wrt=wrt)
     copies = {1: 4, 3: 4, 20: 1}[examples]  # 64 contrasts, at least 16 passes, at most 32 examples
-    assert passes == [copies * examples] * (64 // copies)
+    # One more in which each example has a weight of its own.
+    assert passes == [copies * examples] * (64 // copies + 1)
     logits, jacobian = truth.input_jacobian(model, x[-1])
     if wrt == "input":
         torch.testing.assert_close(metric.gram[-1, 0], contrast_gram(logits, jacobian), rtol=1e-10, atol=1e-12)
@@ -146,7 +147,7 @@ def test_copies_change_nothing_but_the_passes(examples: int, wrt: str | influenc
 
 
 def test_a_number_of_classes_that_copies_do_not_divide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pixels, "_FEWEST_PASSES", 4)
+    monkeypatch.setattr(memory, "_FEWEST_PASSES", 4)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 23)).double().eval()
     x = torch.randn(2, 20, dtype=torch.float64)  # 22 contrasts in parts of 5

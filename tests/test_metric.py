@@ -268,7 +268,7 @@ NAN = torch.tensor([[0.0, float("nan")]])
 @pytest.mark.parametrize(
     ("error", "words", "model", "x", "wrt"),
     [
-        (ValueError, r"\(N, K\).*got \(2,\)", Returns(lambda x: x[:, 0]), X, "input"),
+        (ValueError, r"\(N, K\).*got \(1,\)", Returns(lambda x: x[:, 0]), X, "input"),
         (ValueError, r"\(N, K\) with N = 2", Returns(lambda x: x[:1]), X, "input"),
         (ValueError, r"\(N, K\)", Returns(lambda x: x[None]), X, "input"),
         (ValueError, "K >= 2", nn.Linear(4, 1), X, "input"),

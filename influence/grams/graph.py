@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-# A node of the autograd graph. PyTorch types its attributes nowhere.
-Node = Any
+from influence.grams.rules import RULES, Node, Operand, Site, shape_of
 
 # Only rearrange the entries of a parameter: its Gram does not see them.
 _REARRANGE = {
@@ -30,41 +30,7 @@ _REARRANGE = {
 # Pick entries of a parameter: its gradient goes back through them.
 _PICK = {"EmbeddingBackward0", "IndexBackward0", "IndexSelectBackward0", "SelectBackward0", "SliceBackward0"}
 
-
-@dataclass(frozen=True)
-class Operand:
-    """A parameter at one input of a node.
-
-    Attributes:
-        name: Of the parameter.
-        place: Which input of the node, in ``next_functions``.
-        picks: Nodes between the parameter and the input that pick entries of it, from the input on; empty where its
-            entries are only rearranged.
-    """
-
-    name: str
-    place: int
-    picks: tuple[Node, ...]
-
-
-@dataclass(frozen=True)
-class Site:
-    """A node at which parameters meet the data.
-
-    Attributes:
-        node: The node.
-        operands: The parameters that it takes.
-        shape: Of its output, as the node after it sees it where that one only splits dimensions.
-    """
-
-    node: Node
-    operands: tuple[Operand, ...]
-    shape: tuple[int, ...]
-
-    @property
-    def key(self) -> tuple[str, tuple[tuple[str, int], ...]]:
-        """What a site keeps from one forward pass to the next."""
-        return self.node.name(), tuple((operand.name, operand.place) for operand in self.operands)
+Users = Mapping[Node, list[tuple[Node, int]]]
 
 
 @dataclass(frozen=True)
@@ -75,32 +41,63 @@ class Graph:
         root: The node that made the logits, and which of its outputs they are.
         order: All nodes, each after every node that uses its result.
         sites: Where parameters enter, keyed by node.
-        refused: Parameters that a site cannot stand for, each with the reason.
-        unused: Parameters the logits do not depend on.
+        refused: Parameters that no site can stand for, each with the reason.
     """
 
     root: tuple[Node, int]
     order: tuple[Node, ...]
     sites: Mapping[Node, Site]
     refused: Mapping[str, str]
-    unused: frozenset[str]
+
+    def coarsest_dtype(self) -> torch.dtype:
+        """The least precise floating type of anything computed; the Jacobian has no more digits than that."""
+        dtypes = {meta.dtype.to_real() for node in self.order for meta in node._input_metadata}
+        return max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
+
+    def bytes_per_example(self, passes: int) -> int:
+        """Memory that one example takes, for the graph of one: its activations, a few of the largest in all passes."""
+        sizes = [
+            math.prod(shape_of(node)) * node._input_metadata[0].dtype.itemsize
+            for node in self.order
+            if node._input_metadata and not hasattr(node, "variable")
+        ]
+        return sum(sizes) + 8 * passes * max(sizes, default=0)
+
+    def visited(self) -> tuple[set[Node], set[Node]]:
+        """The nodes that are a site or lead to one, and those of them below which there is another site."""
+        visited, further = set(), set()
+        for node in reversed(self.order):
+            if any(source in visited for source, _ in node.next_functions):
+                further.add(node)
+                visited.add(node)
+            elif node in self.sites:
+                visited.add(node)
+        return visited, further
 
 
-def read_graph(logits: Tensor, parameters: Mapping[str, nn.Parameter], knows: Callable[[str, str, int], bool]) -> Graph:
+def read_graph(logits: Tensor, parameters: Mapping[str, nn.Parameter]) -> Graph:
     """Walk the graph of ``logits`` and find the site of each parameter.
 
     Args:
         logits: The model's output, with a graph.
         parameters: The parameters looked for, by name.
-        knows: Whether there is a rule for a parameter at an input of a node, by its name, the
-            node's and the input's place.
 
     Returns:
-        The graph. A parameter that is used twice, or whose node has no rule, is refused.
+        The graph. A parameter that is used twice, has a hook, or whose node has no rule is refused; one that the logits
+        do not depend on is left out.
+
+    Raises:
+        RuntimeError: For reentrant checkpoints, which keep the graph of what they hold to themselves.
     """
     order = _topological(logits.grad_fn)
     users: dict[Node, list[tuple[Node, int]]] = {}
     for node in order:
+        if node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                "the model uses reentrant activation checkpoints, which hide the parameters inside them and work with "
+                "backward() only. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or switch "
+                "checkpointing off."
+            )
         for place, (source, _) in enumerate(node.next_functions):
             if source is not None:
                 users.setdefault(source, []).append((node, place))
@@ -112,20 +109,18 @@ def read_graph(logits: Tensor, parameters: Mapping[str, nn.Parameter], knows: Ca
     for name in parameters:
         if name not in leaves:
             continue
-        reason, user, operand = _climb(name, leaves[name], users, knows)
+        reason, user, operand = _climb(name, leaves[name], users)
+        if parameters[name]._backward_hooks:
+            reason, operand = "has a hook", None
         if operand is None:
             refused[name] = reason
         else:
             found.setdefault(user, []).append(operand)
     sites = {node: Site(node, tuple(found[node]), _viewed(node, users)) for node in order if node in found}
-    return Graph(
-        (logits.grad_fn, logits.output_nr), order, sites, refused, frozenset(n for n in parameters if n not in leaves)
-    )
+    return Graph((logits.grad_fn, logits.output_nr), order, sites, refused)
 
 
-def _climb(
-    name: str, leaf: Node, users: Mapping[Node, list[tuple[Node, int]]], knows: Callable[[str, str, int], bool]
-) -> tuple[str, Node, Operand | None]:
+def _climb(name: str, leaf: Node, users: Users) -> tuple[str, Node, Operand | None]:
     """Go from a parameter to the one node with a rule that uses it."""
     node = leaf
     picks: list[Node] = []
@@ -135,7 +130,7 @@ def _climb(
             return f"used {len(above)} times", None, None
         user, place = above[0]
         kind = user.name()
-        if knows(name, kind, place):
+        if kind in RULES and place in RULES[kind].places and not _is_position(user, users):
             return "", user, Operand(name, place, tuple(reversed(picks)))
         if kind in _PICK:
             picks.append(user)
@@ -147,19 +142,22 @@ def _climb(
         node = user
 
 
-def _viewed(node: Node, users: Mapping[Node, list[tuple[Node, int]]]) -> tuple[int, ...]:
-    shape = shape_of(node, 0)
+def _is_position(node: Node, users: Users) -> bool:
+    """Whether a table is looked up once for all examples, as positions are: what it gives is broadcast."""
+    if node.name() != "EmbeddingBackward0":
+        return False
+    size = math.prod(shape_of(node))
+    return any(math.prod(shape_of(user)) > size for user, _ in users.get(node, []) if user._input_metadata)
+
+
+def _viewed(node: Node, users: Users) -> tuple[int, ...]:
+    shape = shape_of(node)
     above = users.get(node, [])
     if len(above) == 1 and above[0][0].name() in ("ViewBackward0", "UnsafeViewBackward0"):
-        viewed = shape_of(above[0][0], 0)
+        viewed = shape_of(above[0][0])
         if viewed[-1:] == shape[-1:]:
             return viewed
     return shape
-
-
-def shape_of(node: Node, output: int) -> tuple[int, ...]:
-    """Shape of one result of a node."""
-    return tuple(int(size) for size in node._input_metadata[output].shape)
 
 
 def _topological(root: Node) -> tuple[Node, ...]:
@@ -178,19 +176,3 @@ def _topological(root: Node) -> tuple[Node, ...]:
             done.append(node)
             stack.pop()
     return tuple(reversed(done))
-
-
-def leading(graph: Graph) -> tuple[set[Node], set[Node]]:
-    """Which nodes the reverse pass visits, and which of them it must go on from.
-
-    Returns:
-        The nodes that are a site or lead to one, and those of them below which there is another site.
-    """
-    visited, further = set(), set()
-    for node in reversed(graph.order):
-        if any(source in visited for source, _ in node.next_functions):
-            further.add(node)
-            visited.add(node)
-        elif node in graph.sites:
-            visited.add(node)
-    return visited, further

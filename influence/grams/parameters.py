@@ -1,0 +1,282 @@
+"""Grams of the parameters for a chunk of examples: one forward and one reverse pass, rules where they hold.
+
+Nothing that a rule assumes is trusted. In every chunk each gradient must lie at the examples it is taken for
+(``independence.Weighting``), and in the first one the Grams of two examples must be those of autograd, for a random
+combination of the classes. What fails takes the autograd path: one example alone, one class at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from influence.contrasts import Classes, LogitRows
+from influence.grams.graph import Graph, read_graph
+from influence.grams.reverse import reverse
+from influence.grams.rules import RULES, Layout, Site
+from influence.independence import Weighting, alone, gradients, require_same
+from influence.inputs import Inputs, forward
+from influence.kernels.projected import products
+from influence.kernels.tolerances import REVERSE
+from influence.last_layer import NarrowLayer
+from influence.memory import is_out_of_memory
+
+_LOG = logging.getLogger("influence")
+# Models and parameters whose slower way has been announced.
+_ANNOUNCED: set[tuple[str, tuple[str, ...]]] = set()
+# Examples of the first chunk whose Grams are compared with autograd's.
+_COMPARED = 2
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What autograd says about an example alone.
+
+    Attributes:
+        probe: ``(m,)`` float64, coefficients of a random combination of the rows.
+        squares: For each parameter the squared length of the gradient of that combination, float64.
+    """
+
+    probe: Tensor
+    squares: Mapping[str, Tensor]
+
+
+class ParameterGrams:
+    """Contrast Grams of blocks of parameters, chunk by chunk.
+
+    Args:
+        model: The model.
+        blocks: Names of the parameters in each block.
+        parameters: The parameters by name.
+
+    Attributes:
+        refused: Parameters that take the autograd path, with the reason.
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: Mapping[str, Sequence[str]], parameters: Mapping[str, nn.Parameter]
+    ) -> None:
+        self._model = model
+        self._of = {name: [b for b, names in enumerate(blocks.values()) if name in names] for name in parameters}
+        self._parameters = {name: parameters[name] for name in parameters if self._of[name]}
+        self._blocks = len(blocks)
+        self._generator = torch.Generator().manual_seed(0)
+        self._compared = False
+        self.refused: dict[str, str] = {}
+
+    @property
+    def perturbed(self) -> list[nn.Parameter]:
+        """The parameters that must require a gradient."""
+        return list(self._parameters.values())
+
+    def bytes_per_example(self, inputs: Inputs, passes: int | None = None) -> int:
+        """Memory that an example takes in so many backward passes; None: those that the classes need."""
+        logits = alone(self._model, inputs)
+        narrow = NarrowLayer.of(logits)
+        needed = logits.shape[1] - 1 if narrow is None else narrow.width
+        return read_graph(logits, {}).bytes_per_example(1 + (needed if passes is None else passes))
+
+    def __call__(
+        self, inputs: Inputs, rows: Callable[[Tensor], LogitRows] = Classes.of
+    ) -> tuple[Tensor, Tensor, torch.dtype]:
+        """Compute a chunk.
+
+        Args:
+            inputs: N examples.
+            rows: Chooses, from logits ``(N, K)``, the m linear combinations of them whose gradients make the Gram: the
+                contrasts with the predicted class, unless something else is given.
+
+        Returns:
+            log P ``(N, K)``, the contrast Grams ``(N, B, K, K)``, or ``(N, B, m, m)`` for other rows, and the coarsest
+            dtype that occurred.
+        """
+        logits = forward(self._model, inputs)
+        graph = read_graph(logits, {name: p for name, p in self._parameters.items() if name not in self.refused})
+        self.refused.update(graph.refused)
+        dtype, chosen = graph.coarsest_dtype(), rows(logits)
+        seeds = chosen.seeds(logits.dtype)
+        references = []
+        if not self._compared:
+            for n in range(min(_COMPARED, len(inputs))):
+                references.append(self._reference(inputs[n : n + 1], logits[n : n + 1].detach(), seeds[:, n], dtype))
+        gram = logits.new_zeros(len(inputs), self._blocks, chosen.count, chosen.count, dtype=torch.float64)
+        probes = [reference.probe for reference in references]
+        narrow = NarrowLayer.of(logits) if isinstance(chosen, Classes) else None
+        if narrow is None or not isinstance(chosen, Classes):
+            quadratic = self._collect_all(graph, seeds, gram, dtype, probes)
+        else:
+            quadratic = self._through_features(graph, narrow, chosen, gram, dtype, probes)
+        del graph, logits
+        if references:
+            self._compared = True
+            if self._refuse_what_differs(references, quadratic, dtype):
+                return self(inputs, rows)
+        self._announce()
+        if self.refused:
+            for n in range(len(inputs)):
+                self._by_autograd(inputs[n : n + 1], chosen[n], gram[n])
+        return chosen.log_probs, chosen.embed(gram), dtype
+
+    # -- rules --------------------------------------------------------------------------------------------------------
+
+    def _through_features(
+        self,
+        graph: Graph,
+        narrow: NarrowLayer,
+        classes: Classes,
+        gram: Tensor,
+        dtype: torch.dtype,
+        probes: Sequence[Tensor],
+    ) -> dict[str, Tensor]:
+        """Send the classes through the last layer, and its features, which are fewer, through all before it."""
+        last = {node: site for node, site in graph.sites.items() if node is graph.root[0]}
+        seeds = classes.seeds(narrow.weight.dtype)
+        quadratic = self._collect_all(replace(graph, sites=last), seeds, gram, dtype, probes)
+        below = {node: site for node, site in graph.sites.items() if node not in last}
+        features = gram.new_zeros(len(gram), self._blocks, narrow.width, narrow.width)
+        graph = replace(graph, sites=below, root=(narrow.edge.node, narrow.edge.output_nr))
+        rows = narrow.contrasts(classes)
+        probes = [probe @ rows[n] for n, probe in enumerate(probes)]
+        quadratic |= self._collect_all(graph, narrow.seeds(len(gram)), features, dtype, probes)
+        for b in range(self._blocks):
+            gram[:, b] += narrow.spread(features[:, b], rows)
+        return quadratic
+
+    def _collect_all(
+        self, graph: Graph, seeds: Tensor, gram: Tensor, dtype: torch.dtype, probes: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """Add the Grams of all sites of a graph for ``(m, N, ...)`` seeds to ``(N, B, m, m)``.
+
+        Returns:
+            For each parameter ``(probes, 3)``: v^T gram v of the example of each probe v ``(m,)``, the size of the
+            terms, and that of the largest terms at its site.
+        """
+        examples = seeds.shape[1]
+        weighting = Weighting.draw(seeds, dtype, self._generator) if examples > 1 else None
+        if weighting is not None:
+            seeds = torch.cat([seeds, weighting.row(seeds)])
+        waiting = {operand.name for site in graph.sites.values() for operand in site.operands}
+        quadratic: dict[str, Tensor] = {}
+
+        def collect(site: Site, grad: Tensor) -> None:
+            names = [operand.name for operand in site.operands]
+            waiting.difference_update(names)
+            try:
+                if grad.is_complex():
+                    raise ValueError("it meets complex numbers")
+                layout = Layout(1, 1)
+                if weighting is not None:
+                    grad, row = grad[:-1], grad[-1]
+                    layout = _layout(site, grad, row, weighting)
+                parts = list(RULES[site.node.name()].grams(site, grad, layout))  # type: ignore[misc]
+            except Exception as error:  # whatever a rule stumbles over, autograd has another way
+                if is_out_of_memory(error):
+                    raise
+                self.refused.update(dict.fromkeys(names, str(error)))
+                return
+            for name, part in parts:
+                for block in self._of[name]:
+                    gram[:, block] += part
+            if probes:
+                own = torch.stack([_quadratic(part, probes) for _, part in parts]).cpu()
+                # A bias whose gradients cancel has rounding alone, of the size of what cancels.
+                largest = own[..., 1:].amax(dim=0)
+                for (name, _), values in zip(parts, own, strict=True):
+                    quadratic[name] = torch.cat([values, largest], dim=1)
+
+        try:
+            reverse(graph, seeds, collect)
+        except Exception as error:  # the same for the way to the sites
+            if is_out_of_memory(error):
+                raise
+            self.refused.update(dict.fromkeys(waiting, f"its graph cannot be followed ({error})"))
+        return quadratic
+
+    # -- autograd -----------------------------------------------------------------------------------------------------
+
+    def _reference(self, inputs: Inputs, batched: Tensor, seeds: Tensor, dtype: torch.dtype) -> Reference:
+        """Compute one example alone: it must have the logits that it has in the batch."""
+        logits = alone(self._model, inputs)
+        require_same(self._model, inputs, logits.detach(), batched, dtype)
+        probe = torch.randn(len(seeds), generator=self._generator, dtype=torch.float64).to(seeds.device)
+        seed = (probe @ seeds.double()).to(logits.dtype)[None]
+        grads = gradients(logits, self.perturbed, seed, retain=False)
+        return Reference(
+            probe, {name: g.double().square().sum() for name, g in zip(self._parameters, grads, strict=True)}
+        )
+
+    def _refuse_what_differs(
+        self, references: Sequence[Reference], quadratic: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> bool:
+        """Whether a Gram was another than autograd's; a parameter whose gradient no rule met has none."""
+        before = len(self.refused)
+        for name in self._parameters:
+            if name in self.refused:
+                continue
+            ours = quadratic.get(name, torch.zeros(len(references), 3, dtype=torch.float64))
+            theirs = torch.stack([reference.squares[name] for reference in references]).cpu()
+            limit = 2 * REVERSE[dtype] * torch.maximum(ours[:, 1], theirs) + REVERSE[dtype] ** 2 * ours[:, 2]
+            if not bool(((ours[:, 0] - theirs).abs() <= limit).all()):
+                self.refused[name] = "its Gram is not autograd's"
+        return len(self.refused) > before
+
+    def _by_autograd(self, inputs: Inputs, rows: LogitRows, gram: Tensor) -> None:
+        """Add the Grams of the refused parameters of one example, ``(B, m, m)``, class by class."""
+        names = [name for name in self._parameters if name in self.refused]
+        leaves = [self._parameters[name] for name in names]
+        logits = forward(self._model, inputs)
+        seeds = rows.seeds(logits.dtype)
+        found = [
+            [grad.flatten() for grad in gradients(logits, leaves, seed, retain=k < len(seeds) - 1)]
+            for k, seed in enumerate(seeds)
+        ]
+        for name, row in zip(names, zip(*found, strict=True), strict=True):
+            part = products(torch.stack(row)[None])[0]
+            for block in self._of[name]:
+                gram[block] += part
+
+    def _announce(self) -> None:
+        """Say once which parameters go the slower way."""
+        names = tuple(sorted(self.refused))
+        key = (type(self._model).__name__, names)
+        if not names or key in _ANNOUNCED:
+            return
+        _ANNOUNCED.add(key)
+        shown = [f"{name}: {self.refused[name]}" for name in names[:5]]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        _LOG.warning(
+            "%s: %d of %d parameters have no exact rule and take the slower, equally exact autograd path (%s%s)",
+            type(self._model).__name__,
+            len(names),
+            len(self._parameters),
+            "; ".join(shown),
+            more,
+        )
+
+
+def _quadratic(gram: Tensor, probes: Sequence[Tensor]) -> Tensor:
+    """v^T gram v for the examples of some probes v ``(m,)``, and the size of its terms: ``(probes, 2)``."""
+    values = []
+    for part, probe in zip(gram, probes, strict=False):
+        size = (probe.abs() @ part.diagonal().clamp(min=0).sqrt()).square()
+        values.append(torch.stack([probe @ part @ probe, size]))
+    return torch.stack(values)
+
+
+def _layout(site: Site, grads: Tensor, row: Tensor, weighting: Weighting) -> Layout:
+    """Find the batch dimension of a site: the one in which every example's gradient has its weight.
+
+    Where two would do, they differ only in entries without a gradient.
+    """
+    examples = len(weighting.weights)
+    sizes = RULES[site.node.name()].batch(site)
+    places = [i for i, size in enumerate(sizes) if size > 0 and size % examples == 0]
+    for outer in dict.fromkeys(abs(math.prod(sizes[:i])) for i in places):
+        if weighting.holds(grads, row, outer):
+            return Layout(outer, examples)
+    raise ValueError("its examples cannot be told apart" if places else "it has no batch dimension")

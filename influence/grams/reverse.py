@@ -1,0 +1,145 @@
+"""One reverse pass for all classes at once, for gradients of activations only.
+
+PyTorch's own batched backward (``is_grads_batched``) would do, but it copies the activations once for each class in
+batch normalisation, and takes the gradients of the weights along: 1.9 times the floor for all layers of a ResNet50
+instead of 1.5. The nodes that cost most have a VJP in their ``Rule``; every other one runs its own backward formula
+under ``vmap``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from influence.grams.graph import Graph
+from influence.grams.rules import RULES, Grads, Node, Operand, Site, shape_of
+from influence.kernels.projected import products
+from influence.memory import is_out_of_memory
+
+
+def reverse(graph: Graph, seeds: Tensor, collect: Callable[[Site, Tensor], None]) -> None:
+    """Send seeds back through the graph and hand over the gradient at each site.
+
+    Args:
+        graph: From ``read_graph``.
+        seeds: ``(m, N, K)``, m gradients of the logits of N examples.
+        collect: Called with each site, latest first, and the gradient ``(m, ...)`` of its output, which it must not
+            change.
+    """
+    visited, further = graph.visited()
+    if graph.root[0] not in visited:
+        return
+    pending: dict[Node, Grads] = {}
+    _deliver(pending, graph.root, seeds)
+    with torch.no_grad():
+        for node in graph.order:
+            if node not in visited or node not in pending:
+                continue
+            grads = pending.pop(node)
+            if node in graph.sites and grads[0] is not None:
+                collect(graph.sites[node], grads[0])
+            if node not in further:
+                continue
+            wanted = [source in visited for source, _ in node.next_functions]
+            below = vjp(node, grads, wanted)
+            del grads
+            for edge, grad, want in zip(node.next_functions, below, wanted, strict=True):
+                if want and grad is not None:
+                    _deliver(pending, edge, _fit(grad, *edge))
+            del below
+
+
+def _deliver(pending: dict[Node, Grads], edge: tuple[Node, int], grad: Tensor) -> None:
+    """Add to what a node waits for."""
+    node, output = edge
+    grads = pending.setdefault(node, [None] * len(node._input_metadata))
+    before = grads[output]
+    grads[output] = grad if before is None else before + grad
+
+
+def _fit(grad: Tensor, node: Node, output: int) -> Tensor:
+    """Undo what broadcasting and promotion did on the way forward."""
+    meta = node._input_metadata[output]
+    shape = shape_of(node, output)
+    if tuple(grad.shape[1:]) != shape:
+        grad = grad.sum_to_size(grad.shape[0], *(1,) * (grad.ndim - 1 - len(shape)), *shape)
+        grad = grad.reshape(grad.shape[0], *shape)
+    if grad.is_complex() and not meta.dtype.is_complex:
+        grad = grad.real
+    return grad.to(meta.dtype)
+
+
+def vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads:
+    """Gradients of a node's inputs, each ``(m, ...)``, from those of its outputs.
+
+    Args:
+        node: The node.
+        grads: One for each output, None where there is none.
+        wanted: Which inputs are asked for; the others may come back as None.
+
+    Returns:
+        One for each input.
+    """
+    rule = RULES.get(node.name())
+    if rule is not None and rule.vjp is not None:
+        result = rule.vjp(node, grads, wanted)
+        if result is not None:
+            return result
+    return _formula(node, grads, wanted)
+
+
+def _formula(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads:
+    """The node's own backward formula, for all classes by ``vmap``, or one by one where that does not work."""
+    given = [i for i, grad in enumerate(grads) if grad is not None]
+    tensors = [grad for grad in grads if grad is not None]
+    if not given:
+        return [None] * len(wanted)
+    filled: list[int] = []
+    in_python = isinstance(node, torch.autograd.function.BackwardCFunction)
+
+    def run(*parts: Tensor) -> tuple[Tensor, ...]:
+        full: Grads = [None] * len(grads)
+        for i, part in zip(given, parts, strict=True):
+            full[i] = part
+        result = (node.apply if in_python else node)(*full)
+        result = result if isinstance(result, tuple) else (result,)
+        filled[:] = [i for i, want in enumerate(wanted) if want and result[i] is not None]
+        return tuple(result[i] for i in filled)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            parts = torch.vmap(run)(*tensors)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        rows = [run(*(tensor[k] for tensor in tensors)) for k in range(len(tensors[0]))]
+        parts = tuple(torch.stack(column) for column in zip(*rows, strict=True))
+    result: Grads = [None] * len(wanted)
+    for i, part in zip(filled, parts, strict=True):
+        result[i] = part
+    return result
+
+
+def vector_gram(operand: Operand, rows: Tensor) -> tuple[str, Tensor]:
+    """Gram of the gradients ``(N, m, *shape)`` of a parameter itself.
+
+    Args:
+        operand: The parameter.
+        rows: Gradients of what its node takes; they go back through whatever picked entries of the parameter.
+
+    Returns:
+        Its name and the Gram ``(N, m, m)``.
+    """
+    if operand.picks:
+        examples, classes = rows.shape[:2]
+        flat = rows.flatten(0, 1)
+        for node in operand.picks:
+            (back,) = vjp(node, [flat], [True])[:1]
+            assert back is not None
+            flat = back
+        rows = flat.unflatten(0, (examples, classes))
+    return operand.name, products(rows.reshape(*rows.shape[:2], -1))

@@ -1,0 +1,117 @@
+"""What is known of an operator, one ``Rule`` each; the files of this folder hold them, one file per family.
+
+A rule says where the operator takes a parameter, among which dimensions of its output the batch dimension is, how the
+Gram of the parameter follows from the gradient of the output, and its vector-Jacobian product (VJP). All four are
+optional: an operator without a rule runs its own backward formula, its parameters take the autograd path.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+# A node of the autograd graph. PyTorch types its attributes nowhere.
+Node = Any
+# Gradients ``(m, ...)``, one for each output or input of a node, None where there is none.
+Grads = list[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A parameter at one input of a node.
+
+    Attributes:
+        name: Of the parameter.
+        place: Which input of the node, in ``next_functions``.
+        picks: Nodes between the parameter and the input that pick entries of it, from the input on; empty where its
+            entries are only rearranged.
+    """
+
+    name: str
+    place: int
+    picks: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A node at which parameters meet the data.
+
+    Attributes:
+        node: The node.
+        operands: The parameters that it takes.
+        shape: Of its output, as the node after it sees it where that one only splits dimensions.
+    """
+
+    node: Node
+    operands: tuple[Operand, ...]
+    shape: tuple[int, ...]
+
+    def operand(self, place: int) -> Operand | None:
+        """The parameter at an input, if it is looked for."""
+        return next((operand for operand in self.operands if operand.place == place), None)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The batch dimension of a tensor in memory order ``(outer, examples, the rest)``.
+
+    ``outer`` is 1 where the batch comes first, the length of the sequence where that does; the rest is whatever
+    follows, be it windows of the example that were folded into the batch or dimensions of their own.
+    """
+
+    outer: int
+    examples: int
+
+    def split(self, tensor: Tensor, start: int, stop: int) -> Tensor:
+        """Split dimensions start..stop-1 and put the examples before the others: ``(..., N, outer * inner, ...)``."""
+        count = math.prod(tensor.shape[start:stop])
+        inner = count // (self.outer * self.examples)
+        flat = tensor.flatten(start, stop - 1) if stop - start > 1 else tensor
+        if self.outer == 1:
+            return flat.unflatten(start, (self.examples, inner))
+        parts = flat.unflatten(start, (self.outer, self.examples, inner)).transpose(start, start + 1)
+        return parts.flatten(start + 1, start + 2)
+
+
+def first_dimension(site: Site) -> Sequence[int]:
+    """The batch is the output's first dimension, as in images ``(N, C, H, W)``."""
+    return site.shape[:1]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An operator.
+
+    Attributes:
+        places: Inputs at which it may take a parameter that has a Gram here.
+        batch: Sizes of the leading dimensions of its output, negative for one that cannot be the batch dimension.
+        grams: Gives the name and the Gram ``(N, m, m)`` float64 of each parameter of a site, from the gradients
+            ``(m, ...)`` of its output and the layout of these. It raises an error where the node is not of the form
+            that the rule was made for; any error sends the site's parameters to the autograd path.
+        vjp: Gives the gradients of the inputs, from the node, those of its outputs and which inputs are asked for;
+            None where the node is not of the form that it was made for.
+    """
+
+    places: frozenset[int] = frozenset()
+    batch: Callable[[Site], Sequence[int]] = first_dimension
+    grams: Callable[[Site, Tensor, Layout], Iterable[tuple[str, Tensor]]] | None = None
+    vjp: Callable[[Node, Grads, Sequence[bool]], Grads | None] | None = None
+
+
+# By the name of the node; each file of a family adds its own.
+RULES: dict[str, Rule] = {}
+
+
+def require_form(condition: bool) -> None:
+    """Refuse a node that a rule was not made for."""
+    if not condition:
+        raise ValueError("not of the form its rule was made for")
+
+
+def shape_of(node: Node, output: int = 0) -> tuple[int, ...]:
+    """Shape of one result of a node."""
+    return tuple(int(size) for size in node._input_metadata[output].shape)

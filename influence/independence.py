@@ -1,0 +1,171 @@
+"""Every example must have logits of its own, the same in any batch and in every call: checked here, never assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from influence.inputs import Inputs, forward
+from influence.kernels.tolerances import REVERSE
+from influence.memory import is_out_of_memory
+
+# Calls of a model that draws random numbers, of which none may differ.
+_REPEATS = 8
+# Entries of a gradient below this share of the example's largest may be rounding.
+_NOISE = {torch.float64: 1e-10, torch.float32: 1e-4}
+_NOISE_OF_HALF = 5e-2
+
+
+def alone(model: nn.Module, inputs: Inputs) -> Tensor:
+    """Logits ``(1, K)`` of the first example, computed alone, with their graph.
+
+    Raises:
+        RuntimeError: If they are random, as with functional dropout or stochastic depth in training mode.
+    """
+    before = _random_state(inputs.device)
+    logits = forward(model, inputs[:1])
+    if all(torch.equal(*pair) for pair in zip(before, _random_state(inputs.device), strict=True)):
+        return logits
+    # Some models draw numbers that only training uses.
+    training = [
+        name or "the model itself" for name, m in model.named_modules() if m.training and not len(list(m.children()))
+    ]
+    if training:
+        raise RuntimeError(
+            f"the model draws random numbers while {training[0]!r} is in training mode: its logits change from call "
+            "to call. Call model.eval() first."
+        )
+    with torch.no_grad():
+        if not all(_agree(inputs[:1].logits(model), logits, logits.dtype) for _ in range(_REPEATS)):
+            _refuse_random()
+    return logits
+
+
+def require_same(model: nn.Module, inputs: Inputs, single: Tensor, batched: Tensor, dtype: torch.dtype) -> None:
+    """Refuse logits ``(1, K)`` that an example has alone when it has others in its batch.
+
+    Args:
+        model: The model.
+        inputs: The example, alone.
+        single: Its logits alone.
+        batched: Its logits beside others.
+        dtype: Precision of the computation.
+
+    Raises:
+        RuntimeError: If they differ.
+    """
+    if _agree(batched, single, dtype):
+        return
+    with torch.no_grad():
+        again = inputs.logits(model)
+    if not _agree(again, single, dtype):
+        _refuse_random()
+    raise RuntimeError(
+        "the logits of an example depend on the other examples of its batch (statistics of the batch, attention or "
+        f"sorting across it): alone it gets others, by up to {float((batched - single).abs().max()):.3g}. No example "
+        "has a Jacobian of its own. Use fixed statistics, or chunk_size=1 if each example is meant to be alone."
+    )
+
+
+def refuse_dependent() -> None:
+    """Refuse a batch in which a gradient of one example's logits reaches another example."""
+    raise RuntimeError(
+        "the gradient of an example's logits reaches other examples of its batch (statistics of the batch, attention "
+        "or sorting across it), or a hook changes it: no example has a Jacobian of its own. Use fixed statistics, or "
+        "chunk_size=1 if each example is meant to be alone."
+    )
+
+
+def _refuse_random() -> None:
+    raise RuntimeError(
+        "two calls of the model with the same input give different logits: something in it is random, such as "
+        "F.dropout(x) without training=self.training. Call model.eval() and switch the rest off."
+    )
+
+
+def _agree(ours: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    ours, other = ours.detach().double(), other.detach().double()
+    return bool((ours - other).abs().max() <= REVERSE[dtype] * other.abs().max())
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """One more row of seeds, in which each example has a weight of its own: does every gradient lie where we think?
+
+    The row is w_n sum_k c_k seed[k, n]. A gradient is linear in the seeds, so the entries of it that belong to example
+    n are w_n times the same sum of the other rows; entries of another example show that one's weight. Weights are
+    powers of two, which change no digit.
+
+    Attributes:
+        weights: w, ``(N,)``.
+        mixture: c, ``(m,)``.
+        noise: Share of the largest entry of an example that counts as rounding.
+    """
+
+    weights: Tensor
+    mixture: Tensor
+    noise: float
+
+    @classmethod
+    def draw(cls, seeds: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Weighting:
+        """Draw it anew for seeds ``(m, N, ...)`` of a computation in ``dtype``."""
+        span = 2 if dtype == torch.float16 else 16
+        powers = torch.exp2(torch.arange(-span, span).double())
+        values = torch.cat([powers, -powers])
+        classes, examples = seeds.shape[:2]
+        rounds = -(-examples // len(values))
+        places = torch.cat([torch.randperm(len(values), generator=generator) for _ in range(rounds)])[:examples]
+        # Few digits, which any floating type holds.
+        mixture = (1 + torch.randint(16, (classes,), generator=generator) / 16) * (
+            2.0 * torch.randint(2, (classes,), generator=generator) - 1
+        )
+        noise = _NOISE.get(dtype, _NOISE_OF_HALF)
+        return cls(values[places].to(seeds.device), mixture.to(seeds.device), noise)
+
+    def row(self, seeds: Tensor) -> Tensor:
+        """The row, ``(1, N, ...)``."""
+        weights = self.weights.view(1, -1, *(1,) * (seeds.ndim - 2))
+        return (torch.tensordot(self.mixture.to(seeds), seeds, dims=1)[None] * weights).to(seeds.dtype)
+
+    def holds(self, grads: Tensor, row: Tensor, outer: int) -> bool:
+        """Whether example n of each gradient is where a layout ``(outer, N, the rest)`` has it.
+
+        Args:
+            grads: ``(m, ...)`` gradients of the seeds.
+            row: ``(...)`` that of the row.
+            outer: Entries before the batch dimension.
+        """
+        shape = (outer, len(self.weights), -1)
+        mixed = torch.tensordot(self.mixture.to(grads.dtype), grads, dims=1).reshape(shape)
+        found = row.reshape(shape) / self.weights.to(row.dtype).view(1, -1, 1)
+        size = mixed.abs()
+        largest = size.amax(dim=(0, 2), keepdim=True)
+        return bool(((found - mixed).abs() <= 0.25 * size + self.noise * largest).all())
+
+
+def gradients(output: Tensor | GradientEdge, leaves: Sequence[Tensor], seed: Tensor, *, retain: bool) -> list[Tensor]:
+    """Gradients of the leaves by autograd, dense, zero where there is none.
+
+    Raises:
+        RuntimeError: If PyTorch cannot.
+    """
+    try:
+        grads = torch.autograd.grad(
+            output, list(leaves), seed, retain_graph=retain, allow_unused=True, materialize_grads=True
+        )
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise RuntimeError(
+            f"PyTorch cannot differentiate the model by torch.autograd.grad, so neither can the metric tensor: {error}"
+        ) from error
+    return [grad.detach().to_dense() if grad.is_sparse else grad.detach() for grad in grads]

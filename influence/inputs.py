@@ -1,0 +1,132 @@
+"""A batch as models take it: one tensor, a tuple of them, or a mapping of keyword arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from influence.checks import require_finite, require_logits
+
+Batch = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of a batch, in each of which the first dimension counts the examples.
+
+    Attributes:
+        tensors: Each ``(N, ...)``.
+        names: Of the tensors; those of a tuple are called "0", "1", ...
+        by_keyword: Whether the model takes them by name, in place of by position.
+        perturbed: Which of them is perturbed.
+    """
+
+    tensors: tuple[Tensor, ...]
+    names: tuple[str, ...]
+    by_keyword: bool = False
+    perturbed: int = 0
+
+    @classmethod
+    def of(cls, x: Batch) -> Inputs:
+        """Read a batch.
+
+        Raises:
+            TypeError: If it is neither a tensor nor a tuple or a mapping of tensors.
+            ValueError: If there is no example, the tensors have different numbers of them, or one is not finite.
+        """
+        if isinstance(x, Tensor):
+            batch = cls((x,), ("x",))
+        elif isinstance(x, Mapping):
+            batch = cls(tuple(x.values()), tuple(map(str, x)), by_keyword=True)
+        elif isinstance(x, tuple | list):
+            batch = cls(tuple(x), tuple(map(str, range(len(x)))))
+        else:
+            raise TypeError(
+                f"x must be a tensor (N, ...), or a tuple or a mapping of such tensors, got {type(x).__name__}. Use "
+                "torch.as_tensor(x)."
+            )
+        if not batch.tensors:
+            raise ValueError("x must hold at least one tensor (N, ...), got none.")
+        for name, tensor in zip(batch.names, batch.tensors, strict=True):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"x must hold tensors (N, ...), got {type(tensor).__name__} as {name!r}.")
+            if tensor.ndim == 0 or tensor.shape[0] == 0:
+                raise ValueError(f"x must hold at least one example, (N, ...), got shape {tuple(tensor.shape)}.")
+            require_finite(tensor, name=name, hint="Check the data.")
+        if len({len(tensor) for tensor in batch.tensors}) > 1:
+            counts = {name: len(tensor) for name, tensor in zip(batch.names, batch.tensors, strict=True)}
+            raise ValueError(f"all tensors of x must have the examples as first dimension, got lengths {counts}.")
+        return batch
+
+    def perturbing(self, name: str | None) -> Inputs:
+        """The same with the perturbed tensor chosen: by name, or None for the only floating one.
+
+        Raises:
+            TypeError: If it is not floating.
+            ValueError: If there is no such tensor, or several floating ones to choose from.
+        """
+        floating = [n for n, tensor in zip(self.names, self.tensors, strict=True) if tensor.is_floating_point()]
+        if name is None:
+            if len(floating) > 1:
+                raise ValueError(f"x holds several floating tensors, {floating}: say which with wrt='input:NAME'.")
+            name = floating[0] if floating else self.names[0]
+        if name not in self.names:
+            raise ValueError(f"unknown input {name!r}: x holds {list(self.names)}.")
+        if name not in floating:
+            dtype = self.tensors[self.names.index(name)].dtype
+            raise TypeError(
+                f"x must be floating for wrt='input', got {dtype}: integers cannot be perturbed. Convert images with "
+                "x.float(); for tokens perturb the parameters or a layer."
+            )
+        return replace(self, perturbed=self.names.index(name))
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.tensors[0])
+
+    def __getitem__(self, examples: slice) -> Inputs:
+        return replace(self, tensors=tuple(tensor[examples] for tensor in self.tensors))
+
+    @property
+    def x(self) -> Tensor:
+        """The perturbed tensor."""
+        return self.tensors[self.perturbed]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batch is."""
+        return self.tensors[0].device
+
+    def copies(self, count: int) -> Inputs:
+        """The whole batch so many times."""
+        return replace(self, tensors=tuple(t.repeat(count, *[1] * (t.ndim - 1)) for t in self.tensors))
+
+    def with_leaf(self) -> Inputs:
+        """The same with the perturbed tensor as a leaf that takes a gradient."""
+        tensors = list(self.tensors)
+        tensors[self.perturbed] = self.x.detach().clone().requires_grad_()
+        return replace(self, tensors=tuple(tensors))
+
+    def logits(self, model: Callable[..., object]) -> Tensor:
+        """Call a model with copies of the tensors, which it may spoil; logits ``(N, K)``, checked."""
+        copies = [tensor.clone() for tensor in self.tensors]
+        output = model(**dict(zip(self.names, copies, strict=True))) if self.by_keyword else model(*copies)
+        return require_logits(output, examples=len(self))
+
+
+def forward(model: Callable[..., object], x: Inputs | Batch) -> Tensor:
+    """Logits ``(N, K)`` with a graph.
+
+    Raises:
+        RuntimeError: If the logits carry no gradient.
+    """
+    logits = (x if isinstance(x, Inputs) else Inputs.of(x)).logits(model)
+    if not logits.requires_grad:
+        raise RuntimeError(
+            "the logits carry no gradient: the model detaches them, runs under no_grad, or does not use what is "
+            "perturbed. Remove the detach or the decorator, or perturb something the logits depend on."
+        )
+    return logits

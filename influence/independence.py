@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -95,6 +97,18 @@ def _agree(ours: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
 def _random_state(device: torch.device) -> list[Tensor]:
     states = [torch.get_rng_state()]
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def darkness(examples: int) -> Tensor:
+    """Choices of about half the examples, ``(c, N)`` bool, such that of any two each is once chosen without the other.
+
+    An example's choices are half of all c, another half for each.
+    """
+    count = next(c for c in itertools.count(2) if math.comb(c, c // 2) >= examples)
+    chosen = torch.zeros(count, examples, dtype=torch.bool)
+    for n, choice in zip(range(examples), itertools.combinations(range(count), count // 2), strict=False):
+        chosen[list(choice), n] = True
+    return chosen
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from influence.checks import require_deterministic
 from influence.grams.parameters import ParameterGrams
@@ -179,6 +181,7 @@ def metric_tensor(
         dims, compute = {wrt: inputs.x[0].numel()}, InputGrams(model)
     else:
         groups, parameters = _parameter_blocks(model, wrt)
+        _require_real(groups, parameters)
         dims = {block: sum(parameters[name].numel() for name in names) for block, names in groups.items()}
         compute = ParameterGrams(model, groups, parameters)
     require_deterministic(model)
@@ -235,6 +238,20 @@ def _parameter_blocks(
     return groups, parameters
 
 
+def _require_real(groups: dict[str, list[str]], parameters: dict[str, nn.Parameter]) -> None:
+    """Refuse complex parameters: a step along one has two real directions, and a Gram two definitions."""
+    for name in (name for names in groups.values() for name in names):
+        if parameters[name].is_complex():
+            raise ValueError(
+                f"parameter {name!r} is complex ({parameters[name].dtype}): the metric tensor needs real ones. "
+                "Keep it as its real view, torch.view_as_real(parameter), or list the modules that are real."
+            )
+
+
+def _call(function: Callable[..., object], preserve_rng_state: bool, *args: object) -> object:
+    return function(*args)
+
+
 @contextmanager
 def exact_autograd(model: nn.Module, perturbed: Sequence[nn.Parameter]) -> Iterator[None]:
     """Record all that autograd needs, in full precision, for these parameters only; afterwards all is as before.
@@ -263,6 +280,8 @@ def exact_autograd(model: nn.Module, perturbed: Sequence[nn.Parameter]) -> Itera
             if "torch._dynamo" in sys.modules:
                 # A compiled graph goes backward once; its own code gives the same numbers.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
+            # A reentrant checkpoint hides the parameters inside it from the graph: what it holds is called as it is.
+            stack.enter_context(patch.object(CheckpointFunction, "apply", _call))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             yield

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from influence.contrasts import Classes
 from influence.grams.graph import read_graph
-from influence.independence import Weighting, alone, gradients, refuse_dependent, require_same
+from influence.independence import Weighting, alone, darkness, gradients, refuse_dependent, require_same
 from influence.inputs import Inputs, forward
 from influence.kernels.projected import products
 from influence.last_layer import NarrowLayer
@@ -258,17 +258,18 @@ class InputGrams:
             (grad,) = gradients(output, [inputs.x], part.flatten(0, 1), retain=not last)
             return grad.unflatten(0, (copies, examples))
 
-        weighting = row = None
-        if len(logits) > 1:
-            # Independent they are: in one more pass each has a weight of its own.
-            weighting = Weighting.draw(seeds.repeat(1, copies, 1), dtype, self._generator)
-            row = rows(weighting.row(seeds.repeat(1, copies, 1)).unflatten(1, (copies, examples))[0]).flatten(0, 1)
-        found = [rows(part, last=i == len(parts) - 1)[: len(part)] for i, part in enumerate(parts)]
-        jacobian = torch.cat(found)
-        if weighting is not None and row is not None:
-            repeated = jacobian.repeat(1, copies, *[1] * (jacobian.ndim - 2))
-            if not weighting.holds(repeated, row, outer=1):
-                refuse_dependent()
+        if len(logits) == 1:
+            return torch.cat([rows(part, last=i == len(parts) - 1) for i, part in enumerate(parts)]).transpose(0, 1)
+        repeated = seeds.repeat(1, copies, 1)
+        weighting = Weighting.draw(repeated, dtype, self._generator)
+        weighted = rows(weighting.row(repeated).unflatten(1, (copies, examples))[0]).flatten(0, 1)
+        jacobian = torch.cat([rows(part)[: len(part)] for part in parts])
+        if not weighting.holds(jacobian.repeat(1, copies, *[1] * (jacobian.ndim - 2)), weighted, outer=1):
+            # It may be rounding of what is zero: an example whose logits get no gradient must have exactly none.
+            for chosen in darkness(len(logits)).to(logits.device):
+                seed = weighting.row(repeated)[0] * chosen[:, None]
+                if rows(seed.unflatten(0, (copies, examples))).flatten(0, 1)[~chosen].any():
+                    refuse_dependent()
         return jacobian.transpose(0, 1)
 
 

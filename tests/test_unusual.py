@@ -1,0 +1,397 @@
+"""Models that an engine takes for others: right, or refused in words, never wrong in silence."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import rnn
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import StochasticDepth
+
+import influence
+import truth
+from influence.grams import linear, rules
+from test_networks import contrast_grams, owners
+
+
+def sequences(count: int = 6) -> Tensor:
+    """``(N, 5, 4)`` float64; how much of an example is padding, zeros at its end, differs."""
+    x = torch.randn(count, 5, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    for n in range(count):
+        x[n, 5 - n % 4 :] = 0
+    return x
+
+
+def kept(x: Tensor) -> Tensor:
+    return x.detach().abs().sum(dim=2) > 0
+
+
+class Model(nn.Module):
+    """Two layers and a head on ``(N, 5, 4)``, to be called in some unusual way."""
+
+    def __init__(self, call: Callable[[Any, Tensor], Tensor], **members: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.first, self.norm, self.second, self.head = (
+            nn.Linear(4, 6),
+            nn.LayerNorm(6),
+            nn.Linear(6, 6),
+            nn.Linear(6, 3),
+        )
+        self.call = call
+        for name, member in members.items():
+            setattr(self, name, member)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.norm(self.first(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.call(self, x)))
+
+
+def model(call: Callable[[Any, Tensor], Tensor], **members: Callable[[], nn.Module | nn.Parameter]) -> Model:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Model(call, **{name: make() for name, make in members.items()}).double().eval()
+
+
+def unpadded(m: Model, x: Tensor) -> Tensor:
+    """Tokens gathered by a mask and scattered back."""
+    keep = kept(x)
+    y = m.body(x[keep])
+    out = y.new_zeros(*x.shape[:2], y.shape[-1])
+    out[keep] = y
+    return out.sum(dim=1)
+
+
+def trimmed(m: Model, x: Tensor) -> Tensor:
+    """As long as the longest of the batch, sequence first."""
+    keep = kept(x)
+    longest = int(keep.sum(dim=1).max())
+    return (m.body(x[:, :longest].transpose(0, 1)) * keep[:, :longest].T[..., None]).sum(dim=0)
+
+
+def routed(m: Any, x: Tensor) -> Tensor:
+    """Each token goes to the expert of its sign."""
+    tokens = x.reshape(-1, 4)
+    y = tokens.new_zeros(len(tokens), 6)
+    positive = tokens.detach()[:, 0] > 0
+    y[positive], y[~positive] = m.body(tokens[positive]), m.other(tokens[~positive])
+    return y.view(*x.shape[:2], 6).sum(dim=1)
+
+
+def packed(m: Any, x: Tensor) -> Tensor:
+    lengths = kept(x).sum(dim=1)
+    y = rnn.pack_padded_sequence(m.body(x), lengths.cpu(), batch_first=True, enforce_sorted=False)
+    return rnn.pad_packed_sequence(m.lstm(y)[0], batch_first=True)[0].sum(dim=1)
+
+
+def checkpointed(m: Any, x: Tensor, *, reentrant: bool) -> Tensor:
+    return checkpoint(m.body, x, use_reentrant=reentrant).mean(dim=1)
+
+
+def checkpointed_later(m: Any, x: Tensor) -> Tensor:
+    y = m.first(x)
+    return checkpoint(lambda y: m.second(torch.tanh(m.norm(y))), y, use_reentrant=True).mean(dim=1)
+
+
+def zero_scaled(m: Any, x: Tensor) -> Tensor:
+    return (m.scale * m.body(x) + m.other(x)).mean(dim=1)
+
+
+def plain(m: Any, x: Tensor) -> Tensor:
+    return m.body(x).mean(dim=1)
+
+
+def other() -> nn.Module:
+    return nn.Linear(4, 6)
+
+
+UNUSUAL: dict[str, Callable[[], nn.Module]] = {
+    "unpadded": lambda: model(unpadded),
+    "trimmed": lambda: model(trimmed),
+    "routed": lambda: model(routed, other=other),
+    "packed": lambda: model(packed, lstm=lambda: nn.LSTM(6, 6, batch_first=True)),
+    "checkpoint": lambda: model(partial(checkpointed, reentrant=False)),
+    "reentrant checkpoint": lambda: model(partial(checkpointed, reentrant=True)),
+    "reentrant checkpoint inside": lambda: model(checkpointed_later),
+    "compiled": lambda: torch.compile(model(plain), backend="aot_eager"),
+    "zero head": lambda: zeroed(model(plain), "head.weight"),
+    "zero scale": lambda: zeroed(model(zero_scaled, other=other, scale=lambda: nn.Parameter(torch.zeros(1))), "scale"),
+    "masked fine-tuning": lambda: hooked_parameter(model(plain)),
+    "sparse embedding": lambda: model(
+        lambda m, x: m.body(m.table((x.detach()[..., 0] > 0).long())).mean(dim=1),
+        table=lambda: nn.Embedding(2, 4, sparse=True),
+    ),
+}
+
+
+# Their logits do not depend on the input.
+CONSTANT = {"zero head", "sparse embedding"}
+
+
+def zeroed(net: nn.Module, name: str) -> nn.Module:
+    nn.init.zeros_(net.get_parameter(name))
+    return net
+
+
+def hooked_parameter(net: Model) -> Model:
+    mask = torch.rand(net.second.weight.shape, generator=torch.Generator().manual_seed(1)) > 0.5
+    net.second.weight.register_hook(lambda grad: grad * mask)
+    return net
+
+
+def input_grams(net: nn.Module, x: Tensor) -> Tensor:
+    grams = []
+    for row in x:
+        logits, jacobian = truth.input_jacobian(net, row)
+        jacobian = jacobian - jacobian[logits.argmax()]
+        grams.append(jacobian @ jacobian.T)
+    return torch.stack(grams)[:, None]
+
+
+def plainly(net: nn.Module) -> nn.Module:
+    """The same function without what hides the graph from ``torch.autograd.grad``."""
+    net = getattr(net, "_orig_mod", net)
+    if getattr(net.call, "keywords", None) == {"reentrant": True}:
+        net.call = plain
+    if net.call is checkpointed_later:
+        net.call = plain
+    if hasattr(net, "table"):
+        net.table.sparse = False
+    return net
+
+
+def assert_right(net: nn.Module, x: Tensor, wrt: str, chunk_size: int | None = None) -> None:
+    found = influence.metric_tensor(net, x, wrt=wrt, chunk_size=chunk_size).gram
+    net = plainly(net)
+    if wrt == "input":
+        expected = input_grams(net, x)
+    else:
+        expected = torch.stack([contrast_grams(net, row, owners(net)) for row in x])
+    scale = expected.abs().amax(dim=(0, 2, 3), keepdim=True)
+    assert scale.max() > 1e-6
+    assert ((found - expected).abs() <= 1e-6 * scale).all()
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2, 1])
+@pytest.mark.parametrize(
+    ("name", "wrt"),
+    [(name, wrt) for name in UNUSUAL for wrt in ("layers", "input") if wrt == "layers" or name not in CONSTANT],
+)
+def test_right(name: str, wrt: str, chunk_size: int | None) -> None:
+    assert_right(UNUSUAL[name](), sequences(), wrt, chunk_size)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("call", [unpadded, trimmed], ids=["unpadded", "trimmed"])
+def test_a_layout_that_only_a_later_chunk_does_not_have(call: Callable[[Any, Tensor], Tensor]) -> None:
+    """In the first chunk nothing is padding, and the tokens are in the examples' order by coincidence."""
+    x = torch.cat([sequences(8)[[0, 4]], sequences(8)[[1, 3, 2, 0]]])
+    for chunk_size in (2, 4):
+        assert_right(model(call), x, "layers", chunk_size)
+
+
+def test_what_was_zero_and_is_no_longer() -> None:
+    """A scale of zero shows no gradient of what it scales; nothing of it is kept for the trained network."""
+    net, x = UNUSUAL["zero scale"](), sequences()
+    assert_right(net, x, "layers")
+    nn.init.constant_(net.scale, 0.7)
+    net.call = lambda m, x: (m.scale * m.body(x.transpose(0, 1)).transpose(0, 1) + m.other(x)).mean(dim=1)
+    assert_right(net, x, "layers")
+
+
+def test_a_hook_that_is_switched_on_later() -> None:
+    def hooked(m: Any, x: Tensor) -> Tensor:
+        y = m.body(x)
+        if m.on and y.requires_grad:
+            y.register_hook(lambda grad: 3 * grad)
+        return y.mean(dim=1)
+
+    net, x = model(hooked), sequences()
+    for net.on in (False, True):
+        for wrt in ("layers", "input"):
+            assert_right(net, x, wrt)
+
+
+def test_a_rule_that_is_wrong_or_fails_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Believed(Model):
+        pass
+
+    def wrong(*arguments: Any) -> Any:
+        for name, gram in linear._addmm_grams(*arguments):
+            yield name, gram * 1.001
+
+    def fails(*arguments: Any) -> Any:
+        raise KeyError("an attribute that the node has not")
+
+    torch.manual_seed(0)
+    net, x = Believed(plain).double().eval(), sequences()
+    rule = rules.RULES["AddmmBackward0"]
+    for grams, words in ((wrong, "its Gram is not autograd's"), (fails, "an attribute that the node has not")):
+        monkeypatch.setitem(rules.RULES, "AddmmBackward0", rules.Rule(rule.places, rule.batch, grams, rule.vjp))
+        with caplog.at_level(logging.WARNING, logger="influence"):
+            influence.grams.parameters._ANNOUNCED.clear()
+            assert_right(net, x, "layers")
+        assert words in caplog.text and "first.weight" in caplog.text
+
+
+def test_a_reverse_pass_that_is_wrong_or_fails_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = model(plain), sequences()
+    rule = rules.RULES["NativeLayerNormBackward0"]
+
+    def wrong(*arguments: Any) -> Any:
+        grads = rule.vjp(*arguments)
+        return [grads[0] * 1.001, *grads[1:]]
+
+    def fails(*arguments: Any) -> Any:
+        raise RuntimeError("no such thing")
+
+    for vjp in (wrong, fails):
+        broken = rules.Rule(rule.places, rule.batch, rule.grams, vjp)
+        monkeypatch.setitem(rules.RULES, "NativeLayerNormBackward0", broken)
+        assert_right(net, x, "layers")
+
+
+# -- precision --------------------------------------------------------------------------------------------------------
+
+
+class Bfloat16Body(nn.Module):
+    def __init__(self, *, autocast: bool) -> None:
+        super().__init__()
+        self.autocast = autocast
+        self.body, self.head = nn.Sequential(nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 3), nn.Tanh()), nn.Linear(3, 12)
+        if not autocast:
+            self.body.bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            y = self.body(x if self.autocast else x.bfloat16())
+        return self.head(y.float())
+
+
+@pytest.mark.parametrize("wrt", ["input", "layers"])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_the_coarsest_type_that_occurs_is_the_precision(autocast: bool, wrt: str) -> None:
+    torch.manual_seed(0)
+    net, x = Bfloat16Body(autocast=autocast).eval(), torch.randn(4, 9)
+    metric = influence.metric_tensor(net, x, wrt=wrt)
+    assert metric.dtype == torch.bfloat16
+    # Three features lie between the input and the logits: more than three directions are rounding.
+    assert (metric.rank()[:, 0] == 3).all()
+
+
+def test_logits_in_float32_of_a_bfloat16_network() -> None:
+    class Upcast(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).float()
+
+    torch.manual_seed(0)
+    net = Upcast(nn.Linear(9, 3), nn.Tanh(), nn.Linear(3, 12)).bfloat16().eval()
+    metric = influence.metric_tensor(net, torch.randn(4, 9).bfloat16())
+    assert metric.dtype == torch.bfloat16 and (metric.rank() == 3).all()
+
+
+# -- refused ----------------------------------------------------------------------------------------------------------
+
+
+def attends_across(m: Any, x: Tensor) -> Tensor:
+    y = m.body(x).mean(dim=1)
+    return (y @ y.T).softmax(dim=1) @ y
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "functional dropout": (lambda: model(lambda m, x: F.dropout(plain(m, x), 0.2)), "model.eval"),
+    "stochastic depth in training mode": (
+        lambda: trained(model(lambda m, x: m.drop(plain(m, x)), drop=lambda: StochasticDepth(0.1, "row"))),
+        "'drop' is in training mode",
+    ),
+    "mean of the batch": (
+        lambda: model(lambda m, x: plain(m, x) - 0.5 * plain(m, x).mean(dim=0)),
+        "depend on the other",
+    ),
+    "detached mean of the batch": (
+        lambda: model(lambda m, x: plain(m, x) - plain(m, x).mean(dim=0).detach()),
+        "depend on the other",
+    ),
+    "batch statistics": (
+        lambda: model(lambda m, x: F.batch_norm(m.body(x).mT, None, None, training=True).mean(dim=2)),
+        "depend on the other",
+    ),
+    "attention across": (lambda: model(attends_across), "depend on the other"),
+}
+
+
+def trained(net: Model) -> Model:
+    net.drop.train()
+    return net
+
+
+@pytest.mark.parametrize("wrt", ["input", "layers", "parameters"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str, wrt: str) -> None:
+    build, words = REFUSED[name]
+    with pytest.raises(RuntimeError, match=words):
+        influence.metric_tensor(build(), sequences(), wrt=wrt)
+
+
+def test_patches_of_examples_that_meet_are_refused() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(18, 4))
+    net.register_forward_hook(lambda m, i, out: out - out.mean(dim=0))
+    with pytest.raises(RuntimeError, match="depend on the other"):
+        influence.metric_tensor(net.eval(), torch.randn(3, 2, 3, 3), wrt=influence.Patches(2))
+
+
+@pytest.mark.parametrize("chunk_size", [2, 4])
+def test_examples_that_meet_in_a_later_chunk_are_refused(chunk_size: int) -> None:
+    """Only where the third example is in the batch, and without a trace in the logits of the first chunk."""
+
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mixed = x + 1e-3 * x.sum(dim=0) if bool((x > 90).any()) else x
+            return self.last(torch.tanh(mixed))
+
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    x[4, 0] = 99.0
+    with pytest.raises(RuntimeError, match="reaches other examples"):
+        influence.metric_tensor(Late().eval(), x, chunk_size=chunk_size)
+
+
+def test_complex_parameters_are_refused() -> None:
+    weight = nn.Parameter(torch.randn(3, dtype=torch.complex128))
+    net = model(lambda m, x: torch.fft.irfft(torch.fft.rfft(m.body(x)[..., :4]) * m.w, n=6).mean(dim=1))
+    net.w = weight
+    for wrt in ("layers", "parameters"):
+        with pytest.raises(ValueError, match=r"'w' is complex.*view_as_real"):
+            influence.metric_tensor(net, sequences(), wrt=wrt)
+    assert_right(net, sequences(), "input")
+    found = influence.metric_tensor(net, sequences(), wrt=["first", "head"])
+    expected = [
+        contrast_grams(net, row, {m: list(getattr(net, m).parameters()) for m in found.blocks}) for row in sequences()
+    ]
+    torch.testing.assert_close(found.gram, torch.stack(expected), rtol=1e-6, atol=1e-9)
+
+
+def test_models_that_draw_numbers_they_do_not_use_are_accepted() -> None:
+    net = model(lambda m, x: plain(m, x) + 0 * torch.rand(()))
+    assert_right(net, sequences(), "layers")
+
+
+def test_zero_gradients_that_are_rounding_do_not_refuse() -> None:
+    """Instance normalisation and a mean over what it normalised: the logits do not depend on the input at all."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.GroupNorm(3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+    found = influence.metric_tensor(net.double().eval(), torch.randn(5, 2, 6, 6).double())
+    assert found.gram.abs().max() < 1e-20

@@ -160,10 +160,10 @@ class Weighting:
         """
         shape = (outer, len(self.weights), -1)
         mixed = torch.tensordot(self.mixture.to(grads.dtype), grads, dims=1).reshape(shape)
-        found = row.reshape(shape) / self.weights.to(row.dtype).view(1, -1, 1)
-        size = mixed.abs()
+        gap = (row.reshape(shape) / self.weights.to(row.dtype).view(1, -1, 1)).sub_(mixed).abs_()
+        size = mixed.abs_()
         largest = size.amax(dim=(0, 2), keepdim=True)
-        return bool(((found - mixed).abs() <= 0.25 * size + self.noise * largest).all())
+        return bool((gap <= size.mul_(0.25).add_(self.noise * largest)).all())
 
 
 def gradients(output: Tensor | GradientEdge, leaves: Sequence[Tensor], seed: Tensor, *, retain: bool) -> list[Tensor]:

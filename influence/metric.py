@@ -1,11 +1,18 @@
-"""The metric tensor of a classifier in class space: for each example the K x K Gram of its logit Jacobian."""
+"""The metric tensor of a classifier in class space: for each example the K x K Gram of its logit Jacobian.
+
+To follow a layer from ``metric_tensor`` to its Gram, read ``grams/parameters.py`` (a chunk of examples: forward,
+reverse, and what is verified), ``grams/reverse.py`` (the reverse pass), ``grams/linear.py`` or another family (the
+layer's rule) and ``kernels/contraction.py`` (the product). For the input it is ``pixels.py`` alone.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -25,7 +32,7 @@ from influence.pixels import InputGrams, Patches
 _WRT = ("input", "parameters", "layers")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MetricTensor:
     r"""Everything about G = sum_k P_k (d log P_k / d omega)(d log P_k / d omega)^T that a measure needs.
 
@@ -58,6 +65,54 @@ class MetricTensor:
             raise ValueError(f"gram must have shape (N, B, K, K) = {expected}, got {tuple(self.gram.shape)}.")
         if tuple(self.dims.shape) != (len(self.blocks),):
             raise ValueError(f"dims must have shape (B,) = ({len(self.blocks)},), got {tuple(self.dims.shape)}.")
+
+    def __repr__(self) -> str:
+        """Shapes and names, not the numbers."""
+        examples, blocks, classes, _ = self.gram.shape
+        shown = ", ".join(self.blocks[:3]) + (", ..." if blocks > 3 else "")
+        return f"MetricTensor(N={examples}, B={blocks} [{shown}], K={classes}, {self.dtype}, {self.gram.device})"
+
+    def __getitem__(self, blocks: str | Sequence[str]) -> MetricTensor:
+        """The same for one block, or some, by name.
+
+        Raises:
+            KeyError: For a name that is no block.
+        """
+        chosen = [blocks] if isinstance(blocks, str) else list(blocks)
+        for name in chosen:
+            if name not in self.blocks:
+                raise KeyError(f"unknown block {name!r}: there are {list(self.blocks[:20])}.")
+        places = [self.blocks.index(name) for name in chosen]
+        return replace(self, gram=self.gram[:, places], blocks=tuple(chosen), dims=self.dims[places])
+
+    def to(self, device: torch.device | str) -> MetricTensor:
+        """The same on another device."""
+        moved = {name: getattr(self, name).to(device) for name in ("log_probs", "gram", "dims")}
+        return replace(self, **moved)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file; needs that package."""
+        from safetensors.torch import save_file
+
+        tensors = {name: getattr(self, name).contiguous() for name in ("log_probs", "gram", "dims")}
+        save_file(tensors, path, metadata={"blocks": json.dumps(self.blocks), "dtype": str(self.dtype)})
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str = "cpu") -> MetricTensor:
+        """Read what ``save`` has written.
+
+        Raises:
+            ValueError: If the file holds something else.
+        """
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt", device=device) as file:
+            metadata = file.metadata() or {}
+            if set(file.keys()) != {"log_probs", "gram", "dims"} or not {"blocks", "dtype"} <= set(metadata):
+                raise ValueError(f"{path} is no metric tensor: it holds {sorted(file.keys())[:10]}.")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        dtype = getattr(torch, metadata["dtype"].removeprefix("torch."))
+        return cls(**tensors, blocks=tuple(json.loads(metadata["blocks"])), dtype=dtype)
 
     def contrast_gram(self) -> Tensor:
         """Gram of the contrasts z_k - z_r with the predicted class r, ``(N, B, K, K)``; row and column r are zero."""
@@ -123,6 +178,7 @@ def metric_tensor(
     x: Batch,
     *,
     wrt: str | Sequence[str] | Patches = "input",
+    trainable_only: bool = False,
     chunk_size: int | None = None,
     backend: str = "auto",
 ) -> MetricTensor:
@@ -140,12 +196,15 @@ def metric_tensor(
 
     Args:
         model: Maps ``x`` to logits ``(N, K)``, or to an object with such ``.logits``.
-        x: ``(N, ...)`` inputs; floating for ``wrt="input"`` and ``Patches``.
-        wrt: What is perturbed. ``"input"``: all values of the input, one block. ``Patches``: one block for each patch
-            of an image; for many classes see ``patch_influence``. ``"parameters"``: all parameters, one block.
-            ``"layers"``: one block for each module that owns parameters, in ``named_modules()`` order, holding those it
-            owns itself. A list of module names: one block for each, holding all parameters inside it. Parameters count
-            whether or not they require a gradient; one used in two places is one parameter.
+        x: ``(N, ...)`` inputs, or a tuple or a mapping of such tensors, which the model gets by position or by name (a
+            Hugging Face batch); in each the examples are the first dimension.
+        wrt: What is perturbed. ``"input"``: all values of the input, one block; it must be floating. Of several tensors
+            it is the only floating one, or the one named, as in ``"input:pixel_values"``. ``Patches``: one block for
+            each patch of an image; for many classes see ``patch_influence``. ``"parameters"``: all parameters, one
+            block. ``"layers"``: one block for each module that owns parameters, in ``named_modules()`` order, holding
+            those it owns itself. A list of names: one block for each module, holding all parameters inside it, or
+            single parameter. Parameters count whether or not they require a gradient; one used in two places is one.
+        trainable_only: Whether to leave out parameters that require no gradient, and blocks of these alone.
         chunk_size: Examples computed at once. None: from the memory that is free, and half of it again each time that
             was too much.
         backend: Kernels for the products of gradients: "auto", "torch" or "triton", see ``kernels.backend.using``.
@@ -198,7 +257,7 @@ def computation(
         inputs = inputs.perturbing(wrt.partition(":")[2] or None)
         dims, compute = {wrt: inputs.x[0].numel()}, InputGrams(model)
     else:
-        groups, parameters = _parameter_blocks(model, wrt)
+        groups, parameters = _parameter_blocks(model, wrt, trainable_only=trainable_only)
         _require_real(groups, parameters)
         dims = {block: sum(parameters[name].numel() for name in names) for block, names in groups.items()}
         compute = ParameterGrams(model, groups, parameters)
@@ -207,42 +266,51 @@ def computation(
 
 
 def _parameter_blocks(
-    model: nn.Module, wrt: str | Sequence[str]
+    model: nn.Module, wrt: str | Sequence[str], *, trainable_only: bool = False
 ) -> tuple[dict[str, list[str]], dict[str, nn.Parameter]]:
     """Names of the parameters in each block, and the parameters by name; a shared one has one name."""
-    parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point() or p.is_complex()}
+    everything = {name: p for name, p in model.named_parameters() if p.is_floating_point() or p.is_complex()}
+    parameters = {name: p for name, p in everything.items() if p.requires_grad or not trainable_only}
     canonical = {id(p): name for name, p in parameters.items()}
     modules = dict(model.named_modules())
+    single = dict(model.named_parameters(remove_duplicate=False))
+    kind = "parameters that require a gradient" if trainable_only else "parameters"
 
     def names(module: nn.Module, *, recurse: bool) -> list[str]:
         return [canonical[id(p)] for p in module.parameters(recurse=recurse) if id(p) in canonical]
 
     if isinstance(wrt, str):
         if wrt not in _WRT:
-            hint = f" To perturb that module pass the list [{wrt!r}]." if wrt in modules else ""
-            raise ValueError(f"wrt must be one of {_WRT}, Patches(...) or a list of module names, got {wrt!r}.{hint}")
+            hint = f" To perturb it pass the list [{wrt!r}]." if wrt in modules or wrt in single else ""
+            raise ValueError(
+                f"wrt must be one of {_WRT}, 'input:NAME', Patches(...) or a list of names of modules and parameters, "
+                f"got {wrt!r}.{hint}"
+            )
         if not parameters:
-            raise ValueError(f"wrt={wrt!r} needs a model with parameters, got one without. Use wrt='input'.")
+            raise ValueError(f"wrt={wrt!r} needs a model with {kind}, got one without. Use wrt='input'.")
         if wrt == "parameters":
             return {"parameters": list(parameters)}, parameters
         owned = {name: names(module, recurse=False) for name, module in modules.items()}
         return {name: group for name, group in owned.items() if group}, parameters
     if not isinstance(wrt, Sequence) or not all(isinstance(name, str) for name in wrt):
-        raise TypeError(f"wrt must be one of {_WRT}, Patches(...) or a list of module names, got {wrt!r}.")
+        raise TypeError(f"wrt must be one of {_WRT}, 'input:NAME', Patches(...) or a list of names, got {wrt!r}.")
     if not wrt or len(set(wrt)) < len(wrt):
         raise ValueError(f"wrt must list at least one module, each once, got {list(wrt)}.")
     groups = {}
     for name in wrt:
-        if name not in modules:
+        if name in modules:
+            groups[name] = names(modules[name], recurse=True)
+        elif name in single:
+            groups[name] = [canonical[id(single[name])]] if id(single[name]) in canonical else []
+        else:
             known = [known for known in modules if known]
             raise ValueError(
                 f"unknown module {name!r}: the model has {known[:20]}{' ...' if len(known) > 20 else ''}. "
-                "Take names from model.named_modules()."
+                "Take names from model.named_modules() or model.named_parameters()."
             )
-        groups[name] = names(modules[name], recurse=True)
         if not groups[name]:
-            kind = type(modules[name]).__name__
-            raise ValueError(f"module {name!r} ({kind}) has no parameters to perturb. Name one that has.")
+            what = f"module {name!r} ({type(modules[name]).__name__})" if name in modules else f"parameter {name!r}"
+            raise ValueError(f"{what} has no {kind} to perturb. Name one that has.")
     return groups, parameters
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import influence
@@ -316,3 +318,121 @@ def test_dropout_and_batch_norm_that_evaluate_are_fine_in_a_training_model() -> 
     model[1].eval()
     model[2].eval()
     assert influence.metric_tensor(model, X).rank().tolist() == [[2], [2]]
+
+
+# -- several inputs, parts of a model, and what can be done with the result --------------------------------------------
+
+
+class Masked(nn.Module):
+    """As a Hugging Face model: keywords, an attention mask, an output with logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, pixel_values: Tensor, attention_mask: Tensor, scale: Tensor | None = None) -> SimpleNamespace:
+        y = torch.tanh(self.first(pixel_values)) * attention_mask[..., None]
+        y = y.sum(dim=1) / attention_mask.sum(dim=1, keepdim=True)
+        return SimpleNamespace(logits=self.last(y if scale is None else y * scale))
+
+
+class OfOne(nn.Module):
+    """The same with everything but the pixels fixed, for brute force on one example."""
+
+    def __init__(self, model: nn.Module, *rest: Tensor) -> None:
+        super().__init__()
+        self.model, self.rest = model, rest
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x, *self.rest).logits
+
+
+def masked_batch() -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    mask = (torch.rand(5, 7, generator=g) > 0.4).long()
+    mask[:, 0] = 1
+    return {"pixel_values": torch.randn(5, 7, 4, generator=g, dtype=torch.float64), "attention_mask": mask}
+
+
+@pytest.mark.parametrize("wrap", [dict, lambda batch: tuple(batch.values()), lambda batch: UserDict(batch)])
+@pytest.mark.parametrize("wrt", ["input", "layers"])
+def test_several_inputs(wrap, wrt: str) -> None:
+    torch.manual_seed(0)
+    model, batch = Masked().double().eval(), masked_batch()
+    metric = influence.metric_tensor(model, wrap(batch), wrt=wrt, chunk_size=2)
+    groups = blocks_of(model)
+    for n in range(5):
+        one = OfOne(model, batch["attention_mask"][n : n + 1])
+        for b, block in enumerate(metric.blocks):
+            if wrt == "input":
+                logits, jacobian = truth.input_jacobian(one, batch["pixel_values"][n])
+            else:
+                logits, jacobian = truth.parameter_jacobian(one, batch["pixel_values"][n], groups[block])
+            expected = contrasts(jacobian, int(logits.argmax()))
+            torch.testing.assert_close(metric.gram[n, b], expected, rtol=1e-10, atol=1e-14)
+
+
+def test_the_perturbed_input_is_named() -> None:
+    torch.manual_seed(0)
+    model, batch = Masked().double().eval(), masked_batch()
+    batch["scale"] = torch.ones(5, 1, dtype=torch.float64)
+    metric = influence.metric_tensor(model, batch, wrt="input:scale")
+    assert (metric.blocks, metric.dims.tolist()) == (("input:scale",), [1])
+    assert (metric.rank() == 1).all()
+    for wrt, error, words in (
+        ("input", ValueError, r"several floating tensors, \['pixel_values', 'scale'\]"),
+        ("input:pixels", ValueError, "unknown input 'pixels'"),
+        ("input:attention_mask", TypeError, "must be floating"),
+    ):
+        with pytest.raises(error, match=words):
+            influence.metric_tensor(model, batch, wrt=wrt)
+    for broken, error, words in (
+        ({**batch, "scale": torch.ones(4, 1)}, ValueError, "lengths.*'scale': 4"),
+        ({**batch, "scale": None}, TypeError, "NoneType as 'scale'"),
+        ({}, ValueError, "at least one tensor"),
+    ):
+        with pytest.raises(error, match=words):
+            influence.metric_tensor(model, broken, wrt="layers")
+
+
+def test_single_parameters_and_trainable_ones() -> None:
+    model, x = network(), images(2)
+    model.stem.requires_grad_(False)
+    model.norm.weight.requires_grad_(False)
+    metric = influence.metric_tensor(model, x, wrt=["head.bias", "stem", "norm.weight"])
+    assert metric.dims.tolist() == [5, 2 * 4 * 9 + 4, 4]
+    for n in range(2):
+        for b, group in enumerate(([model.head.bias], list(model.stem.parameters()), [model.norm.weight])):
+            for p in group:
+                p.requires_grad_()
+            logits, jacobian = truth.parameter_jacobian(model, x[n], group)
+            torch.testing.assert_close(metric.gram[n, b], contrasts(jacobian, int(logits.argmax())))
+    model.stem.requires_grad_(False)
+    model.norm.weight.requires_grad_(False)
+    some = influence.metric_tensor(model, x, wrt="layers", trainable_only=True)
+    assert some.blocks == ("norm", "shared", "layer_norm", "head")
+    assert some.dims[0] == 4
+    torch.testing.assert_close(some["head"].gram, influence.metric_tensor(model, x, wrt=["head"]).gram)
+    with pytest.raises(ValueError, match=r"module 'stem'.*require a gradient"):
+        influence.metric_tensor(model, x, wrt=["stem"], trainable_only=True)
+    with pytest.raises(ValueError, match=r"pass the list \['head.bias'\]"):
+        influence.metric_tensor(model, x, wrt="head.bias")
+
+
+def test_blocks_files_devices_and_a_short_repr(tmp_path) -> None:
+    metric = influence.metric_tensor(network(torch.float32), images(2, torch.float32), wrt="layers")
+    part = metric["head"]
+    assert part.blocks == ("head",) and torch.equal(part.gram, metric.gram[:, 4:]) and part.dims.tolist() == [25]
+    assert metric[["head", "stem"]].blocks == ("head", "stem")
+    with pytest.raises(KeyError, match="unknown block 'body'"):
+        metric["body"]
+    metric.save(tmp_path / "metric.safetensors")
+    read = influence.MetricTensor.load(tmp_path / "metric.safetensors")
+    assert (read.blocks, read.dtype) == (metric.blocks, torch.float32)
+    for name in ("log_probs", "gram", "dims"):
+        assert torch.equal(getattr(read, name), getattr(metric, name))
+    assert torch.equal(metric.to("cpu").gram, metric.gram) and metric.to("meta").gram.device.type == "meta"
+    assert repr(metric) == "MetricTensor(N=2, B=5 [stem, norm, shared, ...], K=5, torch.float32, cpu)"
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"no metric tensor.*\['weight'\]"):
+        influence.MetricTensor.load(tmp_path / "other.safetensors")

@@ -67,6 +67,8 @@ class ParameterGrams:
         self._blocks = len(blocks)
         self._generator = torch.Generator().manual_seed(0)
         self._compared = False
+        # Logits of the first example alone, until they have been compared.
+        self._first: Tensor | None = None
         self.refused: dict[str, str] = {}
 
     @property
@@ -76,7 +78,7 @@ class ParameterGrams:
 
     def bytes_per_example(self, inputs: Inputs, passes: int | None = None) -> int:
         """Memory that an example takes in so many backward passes; None: those that the classes need."""
-        logits = alone(self._model, inputs)
+        logits = self._first = alone(self._model, inputs)
         narrow = NarrowLayer.of(logits)
         needed = logits.shape[1] - 1 if narrow is None else narrow.width
         return read_graph(logits, {}).bytes_per_example(1 + (needed if passes is None else passes))
@@ -201,7 +203,7 @@ class ParameterGrams:
 
     def _reference(self, inputs: Inputs, batched: Tensor, seeds: Tensor, dtype: torch.dtype) -> Reference:
         """Compute one example alone: it must have the logits that it has in the batch."""
-        logits = alone(self._model, inputs)
+        logits, self._first = self._first if self._first is not None else alone(self._model, inputs), None
         require_same(self._model, inputs, logits.detach(), batched, dtype)
         probe = torch.randn(len(seeds), generator=self._generator, dtype=torch.float64).to(seeds.device)
         seed = (probe @ seeds.double()).to(logits.dtype)[None]

@@ -228,7 +228,7 @@ def metric_tensor(
     """
     if chunk_size is not None and (isinstance(chunk_size, bool) or chunk_size < 1):
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}. Use None for the default.")
-    inputs, dims, compute = computation(model, x, wrt)
+    inputs, dims, compute = computation(model, x, wrt, trainable_only=trainable_only)
     with exact_autograd(model, compute.perturbed), using(backend):
         size = chunk_size or examples_that_fit(compute.bytes_per_example(inputs), inputs.device)
         parts = list(in_chunks(compute, inputs, size, may_halve=chunk_size is None))
@@ -243,7 +243,7 @@ def metric_tensor(
 
 
 def computation(
-    model: nn.Module, x: Batch, wrt: str | Sequence[str] | Patches
+    model: nn.Module, x: Batch, wrt: str | Sequence[str] | Patches, *, trainable_only: bool
 ) -> tuple[Inputs, dict[str, int], InputGrams | ParameterGrams]:
     """The batch, the blocks with their sizes p, and what computes a chunk; raises as ``metric_tensor`` says."""
     if not isinstance(model, nn.Module):

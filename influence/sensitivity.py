@@ -19,6 +19,7 @@ def trace(
     x: Batch,
     *,
     wrt: str | Sequence[str] | Patches = "input",
+    trainable_only: bool = False,
     samples: int | None = None,
     generator: torch.Generator | None = None,
     chunk_size: int | None = None,
@@ -39,6 +40,7 @@ def trace(
         model: As for ``metric_tensor``.
         x: As for ``metric_tensor``.
         wrt: As for ``metric_tensor``; the blocks are in the same order.
+        trainable_only: As for ``metric_tensor``.
         samples: m. None: the exact trace, from ``metric_tensor``.
         generator: Where the signs come from, one seed for each example, so that they do not depend on the chunks; None:
             PyTorch's default one.
@@ -58,11 +60,11 @@ def trace(
         torch.Size([2, 1])
     """
     if samples is None:
-        return metric_tensor(model, x, wrt=wrt, chunk_size=chunk_size).trace()
+        return metric_tensor(model, x, wrt=wrt, trainable_only=trainable_only, chunk_size=chunk_size).trace()
     for name, value in (("samples", samples), ("chunk_size", chunk_size)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a whole number >= 1, got {value!r}. Use None for the default.")
-    inputs, _, gram_of = computation(model, x, wrt)
+    inputs, _, gram_of = computation(model, x, wrt, trainable_only=trainable_only)
     device = torch.device("cpu") if generator is None else generator.device
     seeds: list[int] = torch.randint(2**62, (len(inputs),), generator=generator, device=device).tolist()
     parts: list[Tensor] = []

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from influence.checks import require_deterministic, require_finite, require_logits
 from influence.kernels.backend import using
+from influence.kernels.elimination import pivoted_cholesky
 from influence.kernels.jacobi import jacobi_eigvals
-from influence.kernels.pivots import pivots
 from influence.memory import in_chunks
 from influence.pixels import Patches, input_grams
 from influence.rules.engine import ParameterGrams, differentiable
@@ -108,7 +108,7 @@ class MetricTensor:
         """
         examples, blocks, classes, _ = self.gram.shape
         rtol = default_rtol(self.dtype, classes=classes) if rtol is None else rtol
-        decided = pivots(self.contrast_gram().flatten(0, 1), rtol=rtol, max_rank=classes - 1)
+        decided = pivoted_cholesky(self.contrast_gram().flatten(0, 1), rtol=rtol, max_rank=classes - 1)
         return decided.rank.view(examples, blocks)
 
 

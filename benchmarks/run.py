@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from benchmarks import methods
 from influence.companion import models
 
-PEERS = ("backpack-for-pytorch", "opacus", "laplace-torch", "nngeometry", "torch", "triton")
+PEERS = ("backpack-for-pytorch", "opacus", "laplace-torch", "nngeometry", "torchjd", "torch", "triton")
 # Relative to the largest entry of a layer's Gram, in float64.
 AGREE = 1e-8
 _SIZE = 32

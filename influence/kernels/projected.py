@@ -2,8 +2,8 @@
 
 Both ways of a weight's Gram have this form: *materialise* with B = A^T (T x D), the input of the layer, so that Y_k is
 the gradient W_k of the weight; the *shared ghost* with B a root of S = A A^T (T x T). Y is made in pieces by the
-library's matrix product and goes to ``gram.products``: a piece, 32 MB, stays in the 50 MB cache of an H100, and a kernel
-of our own that writes no Y would read B once for every output channel instead.
+library's matrix product and goes to ``gram.products``: a piece, 32 MB, stays in the 50 MB cache of an H100, and a
+kernel of our own that writes no Y would read B once for every output channel instead.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """ReLU mask, BatchNorm scale and the sum at a residual connection, for the gradients of all classes in one pass.
 
-Going back through ``relu(norm(z) + identity)`` the gradient ``(m, N, C, H, W)`` of the output is a sum of two where the
-next block branches, is masked by the ReLU, goes on as it is to ``identity`` (and to the Gram of the norm's shift), and
-times the scale of the norm to z.
+Going back through ``relu(norm(z) + identity)`` the gradient ``(m, N, C, H, W)`` of the output is a sum of two where
+the next block branches, is masked by the ReLU, goes on as it is to ``identity`` (and to the Gram of the norm's shift),
+and times the scale of the norm to z.
 
 What the kernel is for, on an H100 (3.35 TB/s; the arithmetic is nothing): with E entries a class PyTorch moves 3 E m for
 the sum, 3 E m for the mask (the ReLU's output is read again for each class) and 2 E m for the scale, each 4 bytes; the
@@ -45,7 +45,7 @@ def relu_norm_backward(
     """
     fits = grad.ndim >= 3 and grad.shape[1:] == result.shape and scale.shape == result.shape[1:2]
     if not fits or (residual is not None and residual.shape != grad.shape):
-        found = [None if t is None else tuple(t.shape) for t in (grad, result, scale, residual)]
+        found = [t if t is None else tuple(t.shape) for t in (grad, result, scale, residual)]
         raise ValueError(
             f"grad, result, scale, residual must be (m, N, C, ...), (N, C, ...), (C,), (m, N, C, ...), got {found}."
         )

@@ -4,11 +4,11 @@ Going back through ``relu(norm(z) + identity)`` the gradient ``(m, N, C, H, W)``
 the next block branches, is masked by the ReLU, goes on as it is to ``identity`` (and to the Gram of the norm's shift),
 and times the scale of the norm to z.
 
-What the kernel is for, on an H100 (3.35 TB/s; the arithmetic is nothing): with E entries a class PyTorch moves 3 E m for
-the sum, 3 E m for the mask (the ReLU's output is read again for each class) and 2 E m for the scale, each 4 bytes; the
-kernel moves 4 E m + E, half of it. A ResNet50 at 32x32 has E = 2.7 M at its ReLUs: with m = 9 about 0.6 GB, 0.2 ms, an
-example against 0.4 GB, 0.12 ms, beside 0.43 ms for the ten passes at full speed in float32. In TF32, where the products
-take less, it is this part that is left.
+What the kernel is for, on an H100 (3.35 TB/s; the arithmetic is nothing): with E entries a class PyTorch moves 3 E m
+for the sum, 3 E m for the mask (the ReLU's output is read again for each class) and 2 E m for the scale, each 4 bytes;
+the kernel moves 4 E m + E, half of it. A ResNet50 at 32x32 has E = 2.7 M at its ReLUs: with m = 9 about 0.6 GB (no sum
+at two of three), 0.2 ms, an example against 0.3 GB, 0.1 ms, beside 0.43 ms for the ten passes at full speed in float32;
+in TF32, where the products take less, it weighs more.
 """
 
 from __future__ import annotations

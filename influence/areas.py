@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from influence.checks import require_deterministic, require_labels, require_logits
-from influence.measures import Influence, exact_of_jacobians, log_ceiling
+from influence.measures import Influence, exact_of_jacobians, is_predicted, log_ceiling
 from influence.metric import coarser, full_precision, require_input
 from influence.pixels import Patches, contrast_jacobian
 from influence.rules.engine import differentiable
@@ -18,7 +19,11 @@ _ENTRIES = 2**18
 
 
 def patch_influence(
-    model: nn.Module, x: Tensor, labels: Tensor | Sequence[int] | None = None, *, patches: Patches | None = None
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor | Sequence[int] | Literal["predicted"] | None = None,
+    *,
+    patches: Patches | None = None,
 ) -> Influence:
     """Exact FI of every patch, as ``first_order_influence`` gives it for ``metric_tensor(model, x, wrt=patches)``.
 
@@ -48,6 +53,7 @@ def patch_influence(
                 [2, 2, 2, 1]])
     """
     patches = Patches() if patches is None else patches
+    labels = None if is_predicted(labels) else labels
     require_input(model, x, floating=True)
     blocks = patches.blocks(x.shape[1:])
     require_deterministic(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -127,7 +128,7 @@ class Influence:
 
 def first_order_influence(
     metric: MetricTensor,
-    labels: Tensor | Sequence[int] | None = None,
+    labels: Tensor | Sequence[int] | Literal["predicted"] | None = None,
     *,
     estimator: Estimator | None = None,
 ) -> Influence:
@@ -140,7 +141,8 @@ def first_order_influence(
 
     Args:
         metric: From ``metric_tensor``.
-        labels: ``(N,)`` integer classes y; None takes the predicted class.
+        labels: ``(N,)`` integer classes y, or "predicted" for the class that the model predicts, whose FI says nothing
+            of a wrong label. None: the same.
         estimator: ``Exact()`` (the default), ``Released(epsilon)`` or ``Regularised(lam)``.
 
     Returns:
@@ -160,7 +162,7 @@ def first_order_influence(
     if not isinstance(estimator, Exact | Released | Regularised):
         raise TypeError(f"estimator must be Exact(), Released() or Regularised(lam), got {estimator!r}.")
     examples, blocks, classes, _ = metric.gram.shape
-    if labels is None:
+    if is_predicted(labels):
         labels = metric.log_probs.argmax(dim=1)
     labels = require_labels(labels, examples=examples, classes=classes, device=metric.log_probs.device)
 
@@ -209,6 +211,11 @@ class _Problems:
         return _Problems(
             self.contrast[chosen], self.log_probs[chosen], self.labels[chosen], self.log_ceiling[chosen], self.dtype
         )
+
+
+def is_predicted(labels: object) -> bool:
+    """Whether the predicted class is asked for."""
+    return labels is None or (isinstance(labels, str) and labels == "predicted")
 
 
 def log_ceiling(log_probs: Tensor, labels: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from influence.kernels import elimination
 from influence.kernels.elimination import factor_of_jacobian, pivoted_cholesky
 from influence.kernels.jacobi import jacobi_eigvals, jacobi_svd, rounds
 from influence.kernels.projection import weighted_projection
+from influence.kernels.relu_norm_backward import relu_norm_backward
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -162,3 +163,20 @@ def test_every_pair_meets_once(width: int) -> None:
     met = [pair for first, second in rounds(width) for pair in zip(first, second, strict=True)]
     assert sorted(tuple(sorted(pair)) for pair in met) == [(i, j) for i in range(width) for j in range(i + 1, width)]
     assert all(len({*first, *second}) == 2 * len(first) for first, second in rounds(width))
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        ("must be", {"grad": torch.zeros(3, 2, 5, 4, 5)}),
+        ("must be", {"scale": torch.zeros(4)}),
+        ("must be", {"residual": torch.zeros(2, 5, 4, 4)}),
+        ("one dtype", {"scale": torch.zeros(5).double()}),
+    ],
+)
+def test_relu_norm_backward_refuses_what_does_not_fit(words: str, change: dict[str, torch.Tensor]) -> None:
+    given = {"grad": torch.zeros(3, 2, 5, 4, 4), "result": torch.zeros(2, 5, 4, 4), "scale": torch.zeros(5)}
+    masked, scaled = relu_norm_backward(**given)
+    assert masked.shape == scaled.shape == (3, 2, 5, 4, 4)
+    with pytest.raises(ValueError, match=words):
+        relu_norm_backward(**(given | change))

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import influence
-from benchmarks import run as benchmarks
 from benchmarks import kernels, stability
+from benchmarks import run as benchmarks
 from influence.companion import cli, listing
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# From the components so far (steps, Q, M), the row taken (M,) and its squared residual (M,) to the components (Q, M) of
-# all rows along that residual.
+# From the components so far (steps, Q, M), the row taken (M,) and its squared residual (M,), infinite where none is, to
+# the components (Q, M) of all rows along that residual, zero where none is.
 Column = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # From the number of steps so far and which problems (m,) to their squared residuals (Q, m), computed anew.
@@ -175,13 +175,12 @@ def _gram_schmidt(rows: Tensor, steps: int) -> tuple[Column, Remainder]:
     units = _zeros(steps, width, batch, rows, wide)
 
     def column(lower: Tensor, index: Tensor, pivot: Tensor) -> Tensor:
-        del pivot
         before = units[: len(lower)]
         unit = turned.gather(1, index.expand(width, 1, batch)).squeeze(1)
         for _ in range(2):  # once more, as rounding leaves a little of them
             unit = unit - _dot(before, _dot(before.transpose(0, 1), unit))
         length = unit.square().sum(dim=0).sqrt()
-        units[len(lower)] = unit / torch.where(length > 0, length, 1.0)
+        units[len(lower)] = unit / torch.where((length > 0) & (pivot < torch.inf), length, torch.inf)
         return _dot(turned, units[len(lower)])
 
     def remainder(step: int, chosen: Tensor) -> Tensor:
@@ -233,12 +232,13 @@ def _eliminate(
         if not bool(kept.any()):
             break
         pivots[step], used[step], values[step] = index, kept, value
-        found = column(lower[:step], index, torch.where(kept, value, 1.0))
-        found = torch.where(kept if remainder is None else kept & ~gone, found, 0.0)
+        found = column(lower[:step], index, torch.where(kept, value, torch.inf))
+        if remainder is not None:
+            found = torch.where(gone, 0.0, found)
         lower[step] = found
         length = length - found.square()
         # A row that has been taken is spent: exactly zero, not rounding noise.
-        length.scatter_(0, index[None], torch.where(kept, 0.0, length.gather(0, index[None])))
+        length.scatter_(0, index[None], torch.where(kept, 0.0, value)[None])
         if remainder is not None:
             gone.scatter_(0, index[None], kept | gone.gather(0, index[None]))
     return Elimination(lower.permute(2, 1, 0).contiguous(), pivots.T, used.T, values.T, length.T)
@@ -254,5 +254,5 @@ def _zeros(first: int, second: int, batch: int, like: Tensor, wide: bool) -> Ten
 def _dot(matrix: Tensor, vector: Tensor) -> Tensor:
     """Sum over the first dimension of ``(J, Q, M)`` times ``(J, M)``: ``(Q, M)``."""
     if matrix.shape[0] * matrix.shape[1] > _WIDE:
-        return (vector.T[:, None] @ matrix.permute(2, 0, 1)).squeeze(1).T
+        return (vector.T.contiguous()[:, None] @ matrix.permute(2, 0, 1)).squeeze(1).T
     return (matrix * vector[:, None]).sum(dim=0)

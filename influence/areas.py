@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from influence.checks import require_deterministic, require_labels, require_logits
-from influence.measures import Influence, exact_of_jacobians, is_predicted, log_ceiling
+from influence.measures import Influence, exact_of_jacobians, given_labels, log_ceiling
 from influence.metric import coarser, full_precision, require_input
 from influence.pixels import Patches, contrast_jacobian
 from influence.rules.engine import differentiable
@@ -53,19 +53,19 @@ def patch_influence(
                 [2, 2, 2, 1]])
     """
     patches = Patches() if patches is None else patches
-    labels = None if is_predicted(labels) else labels
+    given = given_labels(labels)
     require_input(model, x, floating=True)
     blocks = patches.blocks(x.shape[1:])
     require_deterministic(model)
-    if labels is not None:
+    if given is not None:
         with torch.no_grad():
             logits = require_logits(model(x[:1].clone()), examples=1)
-        labels = require_labels(labels, examples=len(x), classes=logits.shape[1], device=logits.device)
+        given = require_labels(given, examples=len(x), classes=logits.shape[1], device=logits.device)
     parts = []
     for n in range(len(x)):
         with full_precision(), differentiable(model, []):
             classes, jacobian = contrast_jacobian(model, x[n : n + 1])
-        label = classes.log_probs.argmax(dim=1) if labels is None else labels[n : n + 1]
+        label = classes.log_probs.argmax(dim=1) if given is None else given[n : n + 1]
         rows = _by_class(jacobian[0].flatten(1), classes.order[0])
         dtype = coarser(classes.dtype, x.dtype)
         found = []

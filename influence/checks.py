@@ -80,8 +80,6 @@ def require_labels(
         TypeError: If the labels are not integers.
         ValueError: If there are not N of them or one is outside ``0..K-1``.
     """
-    if isinstance(labels, str):
-        raise TypeError(f"labels must be integer classes or the word 'predicted', got {labels!r}.")
     labels = torch.as_tensor(labels)
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise TypeError(f"labels must be integer classes, got {labels.dtype}. Convert with labels.long().")

@@ -162,9 +162,9 @@ def first_order_influence(
     if not isinstance(estimator, Exact | Released | Regularised):
         raise TypeError(f"estimator must be Exact(), Released() or Regularised(lam), got {estimator!r}.")
     examples, blocks, classes, _ = metric.gram.shape
-    if is_predicted(labels):
-        labels = metric.log_probs.argmax(dim=1)
-    labels = require_labels(labels, examples=examples, classes=classes, device=metric.log_probs.device)
+    given = given_labels(labels)
+    given = metric.log_probs.argmax(dim=1) if given is None else given
+    labels = require_labels(given, examples=examples, classes=classes, device=metric.log_probs.device)
 
     # From here on one problem for each example and block.
     flat = _Problems(
@@ -213,9 +213,17 @@ class _Problems:
         )
 
 
-def is_predicted(labels: object) -> bool:
-    """Whether the predicted class is asked for."""
-    return labels is None or (isinstance(labels, str) and labels == "predicted")
+def given_labels(labels: Tensor | Sequence[int] | str | None) -> Tensor | Sequence[int] | None:
+    """The labels, or None where the predicted class is asked for.
+
+    Raises:
+        TypeError: For another word than "predicted".
+    """
+    if not isinstance(labels, str):
+        return labels
+    if labels != "predicted":
+        raise TypeError(f"labels must be integer classes or the word 'predicted', got {labels!r}.")
+    return None
 
 
 def log_ceiling(log_probs: Tensor, labels: Tensor) -> Tensor:

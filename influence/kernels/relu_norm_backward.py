@@ -51,8 +51,8 @@ def relu_norm_backward(
         )
     given = [grad, result, scale] if residual is None else [grad, result, scale, residual]
     if len({(t.dtype, t.device) for t in given}) > 1:
-        found = [f"{t.dtype} on {t.device}" for t in given]
-        raise ValueError(f"all tensors must have one dtype and lie on one device, got {found}.")
+        kinds = [f"{t.dtype} on {t.device}" for t in given]
+        raise ValueError(f"all tensors must have one dtype and lie on one device, got {kinds}.")
     if grad.numel() and grad.dtype in (torch.float32, torch.float64):
         kind = (grad.dtype, residual is None, grad.shape[0].bit_length(), grad.numel().bit_length())
         arguments = (grad, result, scale, residual)

@@ -42,6 +42,11 @@ def ours(model: nn.Module, x: Tensor) -> Tensor:
     return influence.metric_tensor(model, x, wrt="layers").gram
 
 
+def ours_parameters(model: nn.Module, x: Tensor) -> Tensor:
+    """One block: all parameters."""
+    return influence.metric_tensor(model, x, wrt="parameters").gram
+
+
 def ours_input(model: nn.Module, x: Tensor) -> Tensor:
     """One block: the image."""
     return influence.metric_tensor(model, x, wrt="input").gram
@@ -104,6 +109,25 @@ def autograd_loop(model: nn.Module, x: Tensor) -> Tensor:
         jacobian = {name: torch.stack([row[i] for row in rows])[None] for i, name in enumerate(names)}
         grams.append(from_jacobian(jacobian, model))
     return torch.cat(grams)
+
+
+def torchjd_autogram(model: nn.Module, x: Tensor) -> Tensor:
+    """All parameters together: TorchJD's engine gives one Gram, of all outputs of all examples.
+
+    It refuses batch normalisation, in evaluation mode too, where examples do not meet.
+    """
+    from torchjd.autogram import Engine
+
+    copied = copy.deepcopy(model)
+    engine = Engine(copied, batch_dim=0)
+    logits = copied(x)
+    gram = engine.compute_gramian(logits)
+    return gram.view(*logits.shape, *logits.shape).diagonal(dim1=0, dim2=2).permute(2, 0, 1)[:, None]
+
+
+def parameters_by_autograd(model: nn.Module, x: Tensor) -> Tensor:
+    """All parameters together, one example and one class at a time."""
+    return autograd_loop(model, x).sum(dim=1, keepdim=True)
 
 
 def vmap_jacrev(model: nn.Module, x: Tensor) -> Tensor:
@@ -199,6 +223,7 @@ def nngeometry_jacobian(model: nn.Module, x: Tensor) -> Tensor:
 
 METHODS: dict[str, Method] = {
     "influence": ours,
+    "influence, parameters": ours_parameters,
     "influence, input": ours_input,
     "influence.score, input": score_input,
     "autograd loop": autograd_loop,
@@ -207,6 +232,7 @@ METHODS: dict[str, Method] = {
     "Opacus GradSampleModule": opacus_grad_sample,
     "laplace-torch jacobians": laplace_jacobians,
     "nngeometry Jacobian": nngeometry_jacobian,
+    "TorchJD autogram, parameters": torchjd_autogram,
 }
 
 
@@ -217,7 +243,8 @@ def truth(name: str) -> Method:
     """What the numbers of a method are checked against: ours, and autograd for ourselves."""
     by_autograd = {
         "influence": autograd_loop,
+        "influence, parameters": parameters_by_autograd,
         "influence, input": input_by_autograd,
         "influence.score, input": scores_by_autograd,
     }
-    return by_autograd.get(name, ours)
+    return by_autograd.get(name, ours_parameters if name.endswith(", parameters") else ours)

@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from benchmarks import methods
 from influence.companion.zoo import models
 
-PEERS = ("backpack-for-pytorch", "opacus", "laplace-torch", "nngeometry", "torch", "triton")
+PEERS = ("backpack-for-pytorch", "opacus", "laplace-torch", "nngeometry", "torchjd", "torch", "triton")
 # Relative to the largest entry of a layer's Gram, in float64.
 AGREE = 1e-8
 _SIZE = 32
@@ -332,8 +332,15 @@ def table(folder: Path) -> str:
     for r in results(folder):
         numbers = f"{r['seconds']:.3g} | {r['ratio']:.2f} | {r['megabytes']:.0f}" if "seconds" in r else "- | - | -"
         network = label(r["network"], r["size"])
-        lines.append(f"| {network} | {r['classes']} | {r['batch']} | {r['method']} | {numbers} | {r['status']} |")
+        lines.append(
+            f"| {network} | {r['classes']} | {r['batch']} | {r['method']} | {numbers} | {_plain(r['status'])} |"
+        )
     return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """Without what Markdown would take for markup."""
+    return text.replace("<", "&lt;").replace("|", "\\|").replace("`", "")
 
 
 def main(arguments: list[str] | None = None) -> None:

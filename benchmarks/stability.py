@@ -96,12 +96,14 @@ def status(loss: Loss, z: Tensor, w: Tensor, labels: Tensor) -> str:
     return "gives other numbers"
 
 
-def case(classes: int, batch: int, device: torch.device, repeats: int) -> list[dict[str, object]]:
+def case(
+    classes: int, batch: int, device: torch.device, repeats: int, peers: dict[str, Callable[[], Loss]] | None = None
+) -> list[dict[str, object]]:
     """One row for each peer: status, seconds (median), ratio to eager."""
     z, w, labels = problem(classes, batch, device)
     rows: dict[str, dict[str, object]] = {}
     kept: dict[str, Loss] = {}
-    for name, make in PEERS.items():
+    for name, make in (PEERS if peers is None else peers).items():
         rows[name] = {"method": name, "classes": classes, "batch": batch}
         try:
             loss = make()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from influence.checks import require_deterministic, require_labels, require_logits
 from influence.contrasts import Classes
 from influence.inputs import Inputs
-from influence.measures import Influence, exact_of_jacobians, log_ceiling
+from influence.measures import Influence, exact_of_jacobians, given_labels, log_ceiling
 from influence.metric import exact_autograd
 from influence.pixels import InputGrams, Patches
 
@@ -19,7 +20,11 @@ _ENTRIES = 2**18
 
 
 def patch_influence(
-    model: nn.Module, x: Tensor, labels: Tensor | Sequence[int] | None = None, *, patches: Patches | None = None
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor | Sequence[int] | Literal["predicted"] | None = None,
+    *,
+    patches: Patches | None = None,
 ) -> Influence:
     """Exact FI of every patch, as ``first_order_influence`` gives it for ``metric_tensor(model, x, wrt=patches)``.
 
@@ -49,18 +54,19 @@ def patch_influence(
                 [2, 2, 2, 1]])
     """
     patches = Patches() if patches is None else patches
+    given = given_labels(labels)
     inputs = Inputs.of(x).perturbing(None)
     blocks = patches.blocks(x.shape[1:])
     require_deterministic(model)
-    if labels is not None:
+    if given is not None:
         with torch.no_grad():
             logits = require_logits(model(x[:1].clone()), examples=1)
-        labels = require_labels(labels, examples=len(x), classes=logits.shape[1], device=logits.device)
+        given = require_labels(given, examples=len(x), classes=logits.shape[1], device=logits.device)
     parts, compute = [], InputGrams(model)
     for n in range(len(x)):
         with exact_autograd(model, compute.perturbed):
             classes, jacobian, dtype = compute.jacobian(inputs[n : n + 1], Classes.of)
-        label = classes.log_probs.argmax(dim=1) if labels is None else labels[n : n + 1]
+        label = classes.log_probs.argmax(dim=1) if given is None else given[n : n + 1]
         rows = _by_class(jacobian[0].flatten(1), classes.order[0])
         found = []
         for part in _of_patches(rows, patches, x.shape[1:]):

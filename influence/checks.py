@@ -27,13 +27,16 @@ def require_finite(tensor: Tensor, *, name: str, hint: str) -> None:
     )
 
 
-def require_logits(output: Any, *, examples: int | None = None, name: str = "the model's output") -> Tensor:
+def require_logits(
+    output: Any, *, examples: int | None = None, name: str = "the model's output", values: bool = True
+) -> Tensor:
     """Unwrap and check logits of shape ``(N, K)``.
 
     Args:
         output: A tensor, or an object with a ``.logits`` tensor.
         examples: N, where it is known.
         name: How the messages name the tensor.
+        values: Whether to look at the entries, for which a GPU's work is waited for.
 
     Returns:
         The logits, ``(N, K)``.
@@ -63,12 +66,15 @@ def require_logits(output: Any, *, examples: int | None = None, name: str = "the
             f"{name} must have K >= 2 classes, got K = {logits.shape[1]}. "
             "For a single binary logit z return torch.stack([zeros_like(z), z], dim=1)."
         )
-    require_finite(logits, name=name, hint="Check the inputs and the weights.")
+    if values:
+        require_finite(logits, name=name, hint="Check the inputs and the weights.")
     return logits
 
 
-def require_labels(labels: Tensor | Sequence[int], *, examples: int, classes: int, device: torch.device) -> Tensor:
-    """Check class labels and return them as int64, ``(N,)``, on ``device``.
+def require_labels(
+    labels: Tensor | Sequence[int], *, examples: int, classes: int, device: torch.device, values: bool = True
+) -> Tensor:
+    """Check class labels, and with ``values`` their range, and return them as int64, ``(N,)``, on ``device``.
 
     Raises:
         TypeError: If the labels are not integers.
@@ -82,7 +88,7 @@ def require_labels(labels: Tensor | Sequence[int], *, examples: int, classes: in
             f"labels must have shape ({examples},), one class for each example, got {tuple(labels.shape)}."
         )
     labels = labels.to(device=device, dtype=torch.int64)
-    if bool(((labels < 0) | (labels >= classes)).any()):
+    if values and bool(((labels < 0) | (labels >= classes)).any()):
         raise ValueError(
             f"labels must lie in 0..{classes - 1} for K = {classes} classes, got values from "
             f"{int(labels.min())} to {int(labels.max())}. Relabel the data or use a model with more outputs."

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from influence.checks import require_labels
-from influence.kernels.backend import using
-from influence.kernels.cholesky import Factor, factor_of_jacobian, pivoted_cholesky
+from influence.kernels.elimination import Factor, factor_of_jacobian, pivoted_cholesky
 from influence.kernels.jacobi import small_svd
-from influence.kernels.pivots import WIDE, Pivots, decide
 from influence.kernels.projection import weighted_projection
 from influence.metric import MetricTensor, default_rtol
 
@@ -129,10 +128,9 @@ class Influence:
 
 def first_order_influence(
     metric: MetricTensor,
-    labels: Tensor | Sequence[int] | None = None,
+    labels: Tensor | Sequence[int] | Literal["predicted"] | None = None,
     *,
     estimator: Estimator | None = None,
-    backend: str = "auto",
 ) -> Influence:
     r"""First-order influence of the perturbation on the loss f = -log P_y of each example.
 
@@ -143,16 +141,16 @@ def first_order_influence(
 
     Args:
         metric: From ``metric_tensor``.
-        labels: ``(N,)`` integer classes y; None takes the predicted class.
+        labels: ``(N,)`` integer classes y, or "predicted" for the class that the model predicts, whose FI says nothing
+            of a wrong label. None: the same.
         estimator: ``Exact()`` (the default), ``Released(epsilon)`` or ``Regularised(lam)``.
-        backend: Kernels for the rank decision: "auto", "torch" or "triton", see ``kernels.backend.using``.
 
     Returns:
         The influence.
 
     Raises:
         TypeError: If the labels are not integers or the estimator is none of the three.
-        ValueError: If there are not N labels or one is outside ``0..K-1``, or for an unknown backend.
+        ValueError: If there are not N labels or one is outside ``0..K-1``.
 
     Example:
         >>> from influence.metric import metric_tensor
@@ -164,9 +162,9 @@ def first_order_influence(
     if not isinstance(estimator, Exact | Released | Regularised):
         raise TypeError(f"estimator must be Exact(), Released() or Regularised(lam), got {estimator!r}.")
     examples, blocks, classes, _ = metric.gram.shape
-    if labels is None:
-        labels = metric.log_probs.argmax(dim=1)
-    labels = require_labels(labels, examples=examples, classes=classes, device=metric.log_probs.device)
+    given = given_labels(labels)
+    given = metric.log_probs.argmax(dim=1) if given is None else given
+    labels = require_labels(given, examples=examples, classes=classes, device=metric.log_probs.device)
 
     # From here on one problem for each example and block.
     flat = _Problems(
@@ -177,19 +175,18 @@ def first_order_influence(
         dtype=metric.dtype,
     )
     rtol = estimator.rtol if isinstance(estimator, Exact) else None
-    with using(backend):
-        exact = _exact(flat, default_rtol(metric.dtype, classes=classes) if rtol is None else rtol)
+    rtol = default_rtol(metric.dtype, classes=classes) if rtol is None else rtol
+    factor = pivoted_cholesky(flat.contrast, rtol=rtol, max_rank=classes - 1)
+    fi, alignment, rank, near = _exact(flat, factor, rtol)
     if isinstance(estimator, Released):
         fi, rank, near = _released(flat, estimator.epsilon)
     elif isinstance(estimator, Regularised):
-        fi, rank, near = _regularised(flat, estimator.lam), exact.rank, torch.zeros_like(exact.near)
-    else:
-        fi, rank, near = exact.fi, exact.rank, exact.near
+        fi, near = _regularised(flat, estimator.lam), torch.zeros_like(near)
     shape = (examples, blocks)
     return Influence(
         fi=fi.view(shape),
         ceiling=log_ceiling(metric.log_probs, labels).exp(),
-        alignment=exact.alignment.view(shape),
+        alignment=alignment.view(shape),
         rank=rank.view(shape),
         near_cut=near.view(shape),
         labels=labels,
@@ -216,32 +213,23 @@ class _Problems:
         )
 
 
-@dataclass(frozen=True)
-class _ExactValues:
-    fi: Tensor
-    alignment: Tensor
-    rank: Tensor
-    near: Tensor
+def given_labels(labels: Tensor | Sequence[int] | str | None) -> Tensor | Sequence[int] | None:
+    """The labels, or None where the predicted class is asked for.
+
+    Raises:
+        TypeError: For another word than "predicted".
+    """
+    if not isinstance(labels, str):
+        return labels
+    if labels != "predicted":
+        raise TypeError(f"labels must be integer classes or the word 'predicted', got {labels!r}.")
+    return None
 
 
 def log_ceiling(log_probs: Tensor, labels: Tensor) -> Tensor:
     """log((1 - P_y) / P_y) from the other classes, so that 1 - P_y keeps its digits where P_y is near 1."""
     others = log_probs.scatter(1, labels[:, None], -torch.inf)
     return others.logsumexp(dim=1) - log_probs.gather(1, labels[:, None]).squeeze(1)
-
-
-def _exact(problems: _Problems, rtol: float) -> _ExactValues:
-    """Rank first; the closed form at full rank; a factor for what is left."""
-    full = problems.log_probs.shape[1] - 1
-    if full + 1 > WIDE:
-        # A large factor decides as well, and is not made twice.
-        return _of_factor(problems, pivoted_cholesky(problems.contrast, rtol=rtol, max_rank=full), rtol)
-    decided, fi = decide(problems.contrast, problems.log_ceiling, rtol=rtol, max_rank=full)
-
-    def rows(partial: Tensor) -> Tensor:
-        return pivoted_cholesky(problems.contrast[partial], rtol=rtol, max_rank=full).rows
-
-    return _completed(problems, decided, fi, rows, rtol)
 
 
 def exact_of_jacobians(
@@ -261,29 +249,21 @@ def exact_of_jacobians(
     classes = jacobian.shape[1]
     rtol = default_rtol(dtype, classes=classes)
     problems = _Problems(jacobian, log_probs, labels, log_ceiling(log_probs, labels), dtype)
-    found = _of_factor(problems, factor_of_jacobian(jacobian, rtol=rtol, max_rank=classes - 1), rtol)
-    return found.fi, found.alignment, found.rank, found.near
+    return _exact(problems, factor_of_jacobian(jacobian, rtol=rtol, max_rank=classes - 1), rtol)
 
 
-def _of_factor(problems: _Problems, factor: Factor, rtol: float) -> _ExactValues:
+def _exact(problems: _Problems, factor: Factor, rtol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """FI, alignment, rank and near_cut: the closed form at full rank, a projection for what is left."""
     full = factor.rank == problems.log_probs.shape[1] - 1
     fi = torch.where(full, problems.log_ceiling.exp(), 0.0)
-    return _completed(problems, factor, fi, lambda partial: factor.rows[partial], rtol)
-
-
-def _completed(
-    problems: _Problems, decided: Pivots | Factor, fi: Tensor, rows: Callable[[Tensor], Tensor], rtol: float
-) -> _ExactValues:
-    """Fill in the problems that are neither empty nor of full rank, from the factor that ``rows`` gives of them."""
-    full = decided.rank == problems.log_probs.shape[1] - 1
     alignment = full.to(fi.dtype)
-    near = (decided.smallest < rtol * _PIVOT_BAND) | (decided.refused * _PIVOT_BAND > rtol)
-    partial = (~full & (decided.rank > 0)).nonzero().squeeze(1)
+    near = (factor.smallest < rtol * _PIVOT_BAND) | (factor.refused * _PIVOT_BAND > rtol)
+    partial = (~full & (factor.rank > 0)).nonzero().squeeze(1)
     if len(partial):
-        cut = (rtol * decided.largest[partial])[:, None]
-        fi[partial], alignment[partial], noise = _reach(problems[partial], rows(partial), cut)
+        cut = (rtol * factor.largest[partial])[:, None]
+        fi[partial], alignment[partial], noise = _reach(problems[partial], factor.rows[partial], cut)
         near[partial] |= noise
-    return _ExactValues(fi=fi, alignment=alignment, rank=decided.rank, near=near & (decided.largest > 0))
+    return fi, alignment, factor.rank, near & (factor.largest > 0)
 
 
 def _reach(problems: _Problems, rows: Tensor, cut: Tensor, *, penalty: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:

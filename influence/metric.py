@@ -24,8 +24,8 @@ from influence.checks import require_deterministic
 from influence.grams.parameters import ParameterGrams
 from influence.inputs import Batch, Inputs
 from influence.kernels.backend import using
+from influence.kernels.elimination import pivoted_cholesky
 from influence.kernels.jacobi import jacobi_eigvals
-from influence.kernels.pivots import pivots
 from influence.memory import examples_that_fit, in_chunks
 from influence.pixels import InputGrams, Patches
 
@@ -159,7 +159,7 @@ class MetricTensor:
         """
         examples, blocks, classes, _ = self.gram.shape
         rtol = default_rtol(self.dtype, classes=classes) if rtol is None else rtol
-        decided = pivots(self.contrast_gram().flatten(0, 1), rtol=rtol, max_rank=classes - 1)
+        decided = pivoted_cholesky(self.contrast_gram().flatten(0, 1), rtol=rtol, max_rank=classes - 1)
         return decided.rank.view(examples, blocks)
 
 

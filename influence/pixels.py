@@ -14,7 +14,7 @@ from influence.contrasts import Classes, LogitRows
 from influence.grams.graph import read_graph
 from influence.independence import Weighting, alone, darkness, gradients, refuse_dependent, require_same
 from influence.inputs import Inputs, forward
-from influence.kernels.projected import products
+from influence.kernels.gram import products
 from influence.last_layer import NarrowLayer
 from influence.memory import copies_at_once, free_bytes, is_out_of_memory
 

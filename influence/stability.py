@@ -25,6 +25,7 @@ def stability_loss(
     divergence: Literal["kl", "ce"] = "kl",
     stop_gradient: bool = False,
     backend: Literal["auto", "torch", "triton"] = "auto",
+    validate: bool = True,
 ) -> Tensor:
     r"""Cross-entropy on the clean input plus alpha times the divergence between clean and perturbed output.
 
@@ -47,7 +48,9 @@ def stability_loss(
         divergence: ``"kl"`` or ``"ce"``.
         stop_gradient: Treat the clean output as a constant in the stability term.
         backend: ``"triton"`` makes loss and gradients in one kernel (differentiable once), ``"torch"`` leaves them to
-            autograd; ``"auto"`` takes the kernel on a GPU where it gives the reference's numbers.
+            autograd; ``"auto"`` takes the kernel on a GPU where it gives the reference's numbers in less time.
+        validate: Look at the values of logits and labels, for which the host waits for a GPU. Without it NaN makes the
+            loss NaN, and a label out of range either does too or is PyTorch's own error.
 
     Returns:
         The mean over the batch, a scalar.
@@ -66,25 +69,30 @@ def stability_loss(
     _require_number(alpha, name="alpha", hint="alpha weights a penalty; use 0 for plain training.")
     if divergence not in ("kl", "ce"):
         raise ValueError(f"divergence must be 'kl' or 'ce', got {divergence!r}.")
-    require_logits(logits, name="logits")
-    require_logits(logits_perturbed, name="logits_perturbed")
-    _require_same_shape(logits, logits_perturbed, names=("logits", "logits_perturbed"))
-    labels = require_labels(labels, examples=logits.shape[0], classes=logits.shape[1], device=logits.device)
+    require_logits(logits, name="logits", values=validate)
+    require_logits(logits_perturbed, name="logits_perturbed", values=validate)
+    _require_same_shape(logits=logits, logits_perturbed=logits_perturbed)
+    examples, classes = logits.shape
+    labels = require_labels(labels, examples=examples, classes=classes, device=logits.device, values=validate)
+    kl = divergence == "kl"
     with kernels.using(backend):
-        if fused(logits.device):
-            loss: Tensor = FusedLoss.apply(logits, logits_perturbed, labels, alpha, divergence == "kl", stop_gradient)
+        if fused(logits.detach(), logits_perturbed.detach(), labels, alpha, kl=kl, stop=stop_gradient):
+            loss: Tensor = FusedLoss.apply(logits, logits_perturbed, labels, alpha, kl, stop_gradient)
             return loss.to(_result_dtype(logits))
 
     log_p = F.log_softmax(_widen(logits), dim=1)
     log_q = F.log_softmax(_widen(logits_perturbed), dim=1)
-    task = F.nll_loss(log_p, labels)
+    # Not nll_loss, which leaves a label of -100 out of the mean.
+    task = -log_p.gather(1, labels[:, None]).mean()
     target = log_p.detach() if stop_gradient else log_p
-    gap = target - log_q if divergence == "kl" else -log_q
+    gap = target - log_q if kl else -log_q
     stability = (target.exp() * gap).sum(dim=1).mean()
     return (task + alpha * stability).to(_result_dtype(logits))
 
 
-def embedding_stability_loss(z: Tensor, z_perturbed: Tensor, *, distance: Literal["l2"] = "l2") -> Tensor:
+def embedding_stability_loss(
+    z: Tensor, z_perturbed: Tensor, *, distance: Literal["l2"] = "l2", validate: bool = True
+) -> Tensor:
     r"""Mean distance between the embeddings of an input and of its perturbed copy.
 
     .. math:: L = \frac1N \sum_n \| f(x_n) - f(x'_n) \|_2
@@ -96,6 +104,7 @@ def embedding_stability_loss(z: Tensor, z_perturbed: Tensor, *, distance: Litera
         z: ``(N, D)`` embeddings of the clean inputs.
         z_perturbed: ``(N, D)`` embeddings of the perturbed inputs.
         distance: ``"l2"``.
+        validate: As for ``stability_loss``.
 
     Returns:
         The mean over the batch, a scalar in the unit of the embedding.
@@ -106,11 +115,13 @@ def embedding_stability_loss(z: Tensor, z_perturbed: Tensor, *, distance: Litera
     """
     if distance != "l2":
         raise ValueError(f"distance must be 'l2', got {distance!r}.")
-    _require_embeddings(z=z, z_perturbed=z_perturbed)
+    _require_embeddings(validate, z=z, z_perturbed=z_perturbed)
     return _distance(z, z_perturbed).mean().to(_result_dtype(z))
 
 
-def triplet_loss(query: Tensor, positive: Tensor, negative: Tensor, *, margin: float = 0.1) -> Tensor:
+def triplet_loss(
+    query: Tensor, positive: Tensor, negative: Tensor, *, margin: float = 0.1, validate: bool = True
+) -> Tensor:
     r"""Hinge on the distances of a query to a more and to a less similar image.
 
     .. math:: L_0 = \frac1N \sum_n \max\bigl(0,\; g + \|f(q) - f(p^+)\|_2 - \|f(q) - f(p^-)\|_2\bigr)
@@ -123,6 +134,7 @@ def triplet_loss(query: Tensor, positive: Tensor, negative: Tensor, *, margin: f
         positive: ``(N, D)`` embeddings of the images that are more similar to the queries.
         negative: ``(N, D)`` embeddings of the less similar ones.
         margin: g, in the unit of the embedding, >= 0.
+        validate: As for ``stability_loss``.
 
     Returns:
         The mean over the batch, a scalar.
@@ -136,7 +148,7 @@ def triplet_loss(query: Tensor, positive: Tensor, negative: Tensor, *, margin: f
         tensor(0.5000)
     """
     _require_number(margin, name="margin", hint="margin is a distance.")
-    _require_embeddings(query=query, positive=positive, negative=negative)
+    _require_embeddings(validate, query=query, positive=positive, negative=negative)
     gap = _distance(query, positive) - _distance(query, negative)
     return (margin + gap).clamp(min=0).mean().to(_result_dtype(query))
 
@@ -156,6 +168,8 @@ class StabilityObjective:
         stop_gradient: Treat the clean output as a constant in the stability term.
         clip: Range of the pixels; None does not clip.
         generator: Source of the noise; None draws from PyTorch's global one.
+        validate: Look at the values of images, logits and labels in every step, for which the host waits for a GPU
+            each time. Without it what they refuse makes the loss NaN; look at the first batch, then leave it.
 
     Example:
         >>> objective = StabilityObjective(alpha=1.0, sigma=0.1)
@@ -171,6 +185,7 @@ class StabilityObjective:
     stop_gradient: bool = False
     clip: tuple[float, float] | None = (0.0, 1.0)
     generator: torch.Generator | None = None
+    validate: bool = True
 
     def __post_init__(self) -> None:
         """Refuse a bad setting before the first step.
@@ -197,11 +212,19 @@ class StabilityObjective:
         Raises:
             TypeError, ValueError: For whatever ``gaussian_perturbation`` and ``stability_loss`` refuse.
         """
-        noisy = gaussian_perturbation(x, sigma=self.sigma, generator=self.generator, clip=self.clip)
-        both = require_logits(model(torch.cat([x, noisy])), examples=2 * len(x))
+        noisy = gaussian_perturbation(
+            x, sigma=self.sigma, generator=self.generator, clip=self.clip, validate=self.validate
+        )
+        both = require_logits(model(torch.cat([x, noisy])), examples=2 * len(x), values=False)
         clean, perturbed = both.chunk(2)
         return stability_loss(
-            clean, perturbed, labels, alpha=self.alpha, divergence=self.divergence, stop_gradient=self.stop_gradient
+            clean,
+            perturbed,
+            labels,
+            alpha=self.alpha,
+            divergence=self.divergence,
+            stop_gradient=self.stop_gradient,
+            validate=self.validate,
         )
 
 
@@ -211,6 +234,7 @@ def gaussian_perturbation(
     sigma: float = 0.04,
     generator: torch.Generator | None = None,
     clip: tuple[float, float] | None = (0.0, 1.0),
+    validate: bool = True,
 ) -> Tensor:
     """Add fresh Gaussian noise to images and clip: x' = clip(x + eps), eps ~ N(0, sigma^2 I).
 
@@ -222,6 +246,7 @@ def gaussian_perturbation(
         sigma: Standard deviation, in the unit of the pixels (of ``[0, 1]`` by default).
         generator: Source of the noise, on any device; None draws from PyTorch's global one.
         clip: Range of the pixels; None does not clip.
+        validate: Look at the pixels, for which the host waits for a GPU. Without it those outside ``clip`` become NaN.
 
     Returns:
         The perturbed images, same shape, dtype and device.
@@ -237,38 +262,44 @@ def gaussian_perturbation(
     _require_number(sigma, name="sigma", hint="sigma is a standard deviation; use 0 for no noise.")
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be floating images, got {_kind(x)}. Convert 0..255 with x.float() / 255.")
-    require_finite(x, name="x", hint="Check the images.")
+    if clip is not None and not clip[0] < clip[1]:
+        raise ValueError(f"clip must be (low, high) with low < high, got {clip}.")
+    if validate:
+        _require_pixels(x, clip)
     device = x.device if generator is None else generator.device
     # Half precision would round the noise itself: draw in float32 at least.
     wide = torch.promote_types(x.dtype, torch.float32)
-    if clip is not None:
-        low, high = clip
-        if not low < high:
-            raise ValueError(f"clip must be (low, high) with low < high, got {clip}.")
-        if x.numel() and (x.min() < low or x.max() > high):
-            raise ValueError(
-                f"x must lie within clip = {clip}, got values from {x.min().item():.6g} to {x.max().item():.6g}. "
-                "Perturb pixels before normalising them, or state their range in clip."
-            )
     noise = torch.randn(x.shape, generator=generator, device=device, dtype=wide).to(x.device)
     noisy = x.to(wide) + sigma * noise
-    return (noisy if clip is None else noisy.clamp(*clip)).to(x.dtype)
+    if clip is not None:
+        noisy = noisy.clamp(*clip)
+        if not validate:
+            noisy = noisy.masked_fill((x < clip[0]) | (x > clip[1]), torch.nan)
+    return noisy.to(x.dtype)
+
+
+def _require_pixels(x: Tensor, clip: tuple[float, float] | None) -> None:
+    require_finite(x, name="x", hint="Check the images.")
+    if clip is not None and x.numel() and (x.min() < clip[0] or x.max() > clip[1]):
+        raise ValueError(
+            f"x must lie within clip = {clip}, got values from {x.min().item():.6g} to {x.max().item():.6g}. "
+            "Perturb pixels before normalising them, or state their range in clip."
+        )
 
 
 def _distance(first: Tensor, second: Tensor) -> Tensor:
     return torch.linalg.vector_norm(_widen(first) - _widen(second), dim=1)
 
 
-def _require_embeddings(**embeddings: Tensor) -> None:
+def _require_embeddings(validate: bool, **embeddings: Tensor) -> None:
     for name, value in embeddings.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise TypeError(f"{name} must be a floating tensor (N, D), got {_kind(value)}.")
         if value.ndim != 2 or value.shape[0] == 0:
             raise ValueError(f"{name} must have shape (N, D) with N >= 1, got {tuple(value.shape)}. Flatten it first.")
-        require_finite(value, name=name, hint="Check the inputs and the weights.")
-    (first, reference), *rest = embeddings.items()
-    for name, value in rest:
-        _require_same_shape(reference, value, names=(first, name))
+        if validate:
+            require_finite(value, name=name, hint="Check the inputs and the weights.")
+    _require_same_shape(**embeddings)
 
 
 def _widen(tensor: Tensor) -> Tensor:
@@ -289,9 +320,11 @@ def _require_number(value: float, *, name: str, hint: str) -> None:
         raise ValueError(f"{name} must be finite and >= 0, got {value}. {hint}")
 
 
-def _require_same_shape(first: Tensor, second: Tensor, *, names: tuple[str, str]) -> None:
-    if first.shape != second.shape:
-        raise ValueError(
-            f"{names[0]} and {names[1]} must have the same shape, got {tuple(first.shape)} and "
-            f"{tuple(second.shape)}. Pass the same examples, clean and perturbed, in the same order."
-        )
+def _require_same_shape(**tensors: Tensor) -> None:
+    (first, reference), *rest = tensors.items()
+    for name, value in rest:
+        if value.shape != reference.shape:
+            raise ValueError(
+                f"{first} and {name} must have the same shape, got {tuple(reference.shape)} and "
+                f"{tuple(value.shape)}. Pass the same examples, clean and perturbed, in the same order."
+            )

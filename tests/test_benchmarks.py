@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import methods, run, stability
+from benchmarks import gpu, methods, run, stability
+from influence.kernels.backend import HAS_TRITON
 
 CASE = run.Case("chain1", 3, 2, "influence", 1.0, 8, 1, "cpu", False)
 
@@ -83,3 +87,50 @@ def test_the_loss_is_timed_against_peers_that_agree(tmp_path: Path, monkeypatch:
         assert found["wrong", classes]["status"] == "gives other numbers"
         assert found["Liger KL", classes]["status"].startswith(("not installed", "ok", "fails"))
     assert "| eager | 1.00 | 1.00 |" in stability.table(file)
+
+
+def test_torchjd_where_it_runs_and_where_not(tmp_path: Path) -> None:
+    pytest.importorskip("torchjd")
+    case = replace(CASE, network="torchvision:squeezenet1_1", size=32, method="TorchJD autogram, parameters")
+    assert run.run(case)["status"] == "ok"
+    assert "BatchNorm2d" in str(run.run(replace(CASE, method="TorchJD autogram, parameters"))["status"])
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_the_acceptance_on_a_gpu_is_rehearsed(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--small", "--out", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(run.__file__).parents[1])
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    stages = json.loads(file.read_text())["stages"]
+    assert list(stages) == list(gpu.STAGES) and all(stage["ok"] and stage["rows"] for stage in stages.values())
+    assert stages["scan"]["rows"][0]["hours for 50,000 images"] > 0
+    named = {row["name"].partition(" ")[0] for row in stages["agreement of kernels"]["rows"]}
+    assert named == {"gram", "relu_norm_backward", "stability_loss"}
+
+
+def test_the_acceptance_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    calls: list[str] = []
+
+    def stage(name: str, ok: bool = True, error: Exception | None = None):
+        def rows(setting: gpu.Setting):
+            calls.append(name)
+            yield {"name": name, "ok": ok}
+            if error is not None:
+                raise error
+
+        return rows
+
+    options = ["--device", "cpu", "--out", str(tmp_path / "gpu.json")]
+    monkeypatch.setattr(gpu, "STAGES", {"a": stage("a"), "b": stage("b")})
+    assert gpu.main([*options, "--limit", "0"]) == 1 and not calls
+    assert gpu.main(options) == 0 and calls == ["a", "b"]
+    assert gpu.main(options) == 0 and calls == ["a", "b"]
+    assert gpu.main([*options, "--fresh"]) == 0 and calls == ["a", "b"] * 2
+    for other in (stage("c", ok=False), stage("c", error=ValueError("no device"))):
+        monkeypatch.setattr(gpu, "STAGES", {"a": stage("a"), "c": other})
+        assert gpu.main([*options, "--fresh"]) == 1
+    assert "no device" in json.loads((tmp_path / "gpu.json").read_text())["stages"]["c"]["fails"]
+    wrong = gpu._row("x", torch.ones(2) * 1.1, torch.ones(2), 1e-3)
+    assert not wrong["ok"] and gpu._row("x", torch.ones(2), torch.ones(2), 1e-3)["ok"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from influence.kernels import projection
-from influence.kernels.cholesky import pivoted_cholesky
+from influence.kernels import elimination
+from influence.kernels.elimination import factor_of_jacobian, pivoted_cholesky
 from influence.kernels.jacobi import jacobi_eigvals, jacobi_svd, rounds
-from influence.kernels.pivots import pivots
 from influence.kernels.projection import weighted_projection
+from influence.kernels.relu_norm_backward import relu_norm_backward
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -62,9 +62,7 @@ def test_projection_equals_least_squares() -> None:
         )
 
 
-@pytest.mark.parametrize("width", [1, 7, 30])
-@pytest.mark.parametrize("spread", [0.0, 60.0, 600.0])
-def test_both_ways_to_eliminate_are_the_same(width: int, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def weighted(spread: float, width: int) -> tuple[torch.Tensor, ...]:
     """Dependent rows, rows left out and weights over hundreds of orders of magnitude included."""
     rows = torch.randn(5, 50, width, generator=generator(), dtype=torch.float64)
     rows[0, :20] = rows[0, 20:40]  # the same again
@@ -73,26 +71,69 @@ def test_both_ways_to_eliminate_are_the_same(width: int, spread: float, monkeypa
     log_weights = -spread * torch.rand(5, 50, generator=generator(1), dtype=torch.float64)
     log_weights[3, 5:9] = -torch.inf
     target = torch.randn(5, 50, generator=generator(2), dtype=torch.float64)
-    arguments = (rows, log_weights, target, torch.full((5, 1), 1e-20, dtype=torch.float64))
-    expected = weighted_projection(*arguments)
-    monkeypatch.setattr(projection, "_WIDE", 0)
-    for ours, other in zip(weighted_projection(*arguments), expected, strict=True):
+    return rows, log_weights, target, torch.full((5, 1), 1e-20, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("width", [1, 7, 30])
+@pytest.mark.parametrize("spread", [0.0, 60.0, 600.0])
+def test_the_layout_in_memory_and_the_tiles_do_not_matter(
+    width: int, spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = weighted_projection(*weighted(spread, width))
+    monkeypatch.setattr(elimination, "_WIDE", 0)
+    for ours, other in zip(weighted_projection(*weighted(spread, width)), expected, strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-9, atol=0)
+    monkeypatch.setattr(elimination, "_WIDE", 10**6)
+    many = tuple(torch.cat([tensor] * 40) for tensor in weighted(spread, width))
+    for ours, other in zip(weighted_projection(*many), expected, strict=True):
+        torch.testing.assert_close(ours, other.repeat(40), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("width", [1, 7, 30])
+@pytest.mark.parametrize("spread", [0.0, 60.0, 600.0])
+def test_each_pivot_is_the_largest_weighted_residual(width: int, spread: float) -> None:
+    """The residuals by a dense QR of the pivots before, one problem at a time."""
+    rows, log_weights, _, cut = weighted(spread, width)
+    found = elimination.eliminate_rows(rows, log_weights, cut)
+    for n in range(len(rows)):
+        residual = rows[n].clone()
+        for step in range(width):
+            length = residual.square().sum(dim=1)
+            score = torch.where(length <= 1e-20, -torch.inf, log_weights[n] + length.log())
+            assert bool(found.used[n, step]) == bool(score.max() > -torch.inf)
+            if not found.used[n, step]:
+                continue
+            pivot = int(found.pivots[n, step])
+            assert score[pivot].item() == pytest.approx(score.max().item(), abs=1e-6)
+            assert found.values[n, step].item() == pytest.approx(length[pivot].item(), rel=1e-6, abs=0)
+            basis = torch.linalg.qr(rows[n, found.pivots[n, : step + 1]].T)[0]
+            residual = rows[n] - (rows[n] @ basis) @ basis.T
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10, 33, 150])
 @pytest.mark.parametrize("rtol", [1e-12, 1e-2])
-def test_pivots_are_those_of_the_factor(classes: int, rtol: float) -> None:
-    grams = []
-    for rank in [*range(classes)] * 8:
-        a = torch.randn(classes, rank, generator=generator(len(grams)), dtype=torch.float64) * 10.0 ** (rank % 5 - 3)
-        grams.append(a @ a.T)
-    gram = torch.stack(grams)
-    ours, other = (f(gram, rtol=rtol, max_rank=classes - 1) for f in (pivots, pivoted_cholesky))
+def test_gram_and_jacobian_have_the_same_pivots(classes: int, rtol: float) -> None:
+    ranks = [*range(0, classes, max(1, classes // 10)), classes - 1]
+    rows = torch.zeros(len(ranks), classes, classes - 1, dtype=torch.float64)
+    for n, rank in enumerate(ranks):
+        a = torch.randn(classes, rank, generator=generator(n), dtype=torch.float64) * 10.0 ** (rank % 5 - 3)
+        rows[n, :, :rank] = a
+    ours = pivoted_cholesky(rows @ rows.mT, rtol=rtol, max_rank=classes - 1)
+    other = factor_of_jacobian(rows, rtol=rtol, max_rank=classes - 1)
     assert torch.equal(ours.rank, other.rank)
-    torch.testing.assert_close(ours.largest, other.largest, rtol=0, atol=0)
+    torch.testing.assert_close(ours.largest, other.largest, rtol=1e-14, atol=0)
     torch.testing.assert_close(ours.smallest, other.smallest, rtol=1e-8, atol=0)
     torch.testing.assert_close(ours.refused, other.refused, rtol=1e-8, atol=1e-13)
+    for factor in (ours, other):
+        left = rows.square().sum(dim=2) - factor.rows.square().sum(dim=2)
+        assert (left.amax(dim=1) <= (rtol + 1e-13) * factor.largest).all()
+
+
+def test_a_jacobian_tells_pivots_apart_that_its_gram_cannot() -> None:
+    rows = torch.diag(torch.tensor([1.0, 1e-6, 1e-10], dtype=torch.float64)) + torch.tensor([[0.0], [1.0], [1.0]])
+    rows = torch.cat([rows, torch.ones(3, 1, dtype=torch.float64)], dim=1)[None]
+    factor = factor_of_jacobian(rows, rtol=1e-30)
+    assert factor.rank.item() == 3 and pivoted_cholesky(rows @ rows.mT, rtol=1e-12).rank.item() == 2
 
 
 @pytest.mark.parametrize("shape", [(50, 9, 9), (7, 6, 1), (300, 5, 4), (3, 40, 23), (0, 4, 4), (2, 4, 0)])
@@ -122,3 +163,20 @@ def test_every_pair_meets_once(width: int) -> None:
     met = [pair for first, second in rounds(width) for pair in zip(first, second, strict=True)]
     assert sorted(tuple(sorted(pair)) for pair in met) == [(i, j) for i in range(width) for j in range(i + 1, width)]
     assert all(len({*first, *second}) == 2 * len(first) for first, second in rounds(width))
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        ("must be", {"grad": torch.zeros(3, 2, 5, 4, 5)}),
+        ("must be", {"scale": torch.zeros(4)}),
+        ("must be", {"residual": torch.zeros(2, 5, 4, 4)}),
+        ("one dtype", {"scale": torch.zeros(5).double()}),
+    ],
+)
+def test_relu_norm_backward_refuses_what_does_not_fit(words: str, change: dict[str, torch.Tensor]) -> None:
+    given = {"grad": torch.zeros(3, 2, 5, 4, 4), "result": torch.zeros(2, 5, 4, 4), "scale": torch.zeros(5)}
+    masked, scaled = relu_norm_backward(**given)
+    assert masked.shape == scaled.shape == (3, 2, 5, 4, 4)
+    with pytest.raises(ValueError, match=words):
+        relu_norm_backward(**(given | change))

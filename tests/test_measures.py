@@ -382,3 +382,20 @@ def test_trace_is_the_mean_divergence_under_noise() -> None:
         expected = sigma**2 / 2 * trace[n].item()
         assert abs(divergence.mean().item() - expected) < 5 * error
         assert error < 0.02 * expected
+
+
+def test_the_predicted_class_by_name() -> None:
+    metric = metric_of(gauss(4, 5, seed=3), gauss(4, 5, 2, seed=4))
+    predicted = influence.first_order_influence(metric, "predicted")
+    assert torch.equal(predicted.labels, metric.log_probs.argmax(dim=1))
+    assert torch.equal(predicted.fi, influence.first_order_influence(metric, predicted.labels).fi)
+    assert torch.equal(predicted.fi, influence.first_order_influence(metric).fi)
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(16, 5)), gauss(2, 1, 4, 4).float()
+    by_name, bare = influence.patch_influence(model, x, "predicted"), influence.patch_influence(model, x)
+    assert torch.equal(by_name.labels, bare.labels) and torch.equal(by_name.fi, bare.fi)
+    for call in (
+        lambda: influence.first_order_influence(metric, "true"),
+        lambda: influence.patch_influence(model, x, "y"),
+    ):
+        with pytest.raises(TypeError, match="'predicted'"):
+            call()

@@ -6,6 +6,7 @@ import argparse
 import re
 import subprocess
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +15,14 @@ import torch
 from torch import nn
 
 import influence
+from benchmarks import kernels, stability
 from benchmarks import run as benchmarks
-from benchmarks import stability
 from influence.companion import cli, listing
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +121,7 @@ def test_other_commands_in_the_text_are_understood(readme: str) -> None:
             usage(["score", "--model", "m", "--data", "d", *words[1:]])
 
 
-def test_benchmarks_in_the_text_run(readme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benchmarks_in_the_text_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every case that a command asks for is one that can be made; none is timed here."""
     asked: list[benchmarks.Case] = []
 
@@ -128,7 +131,7 @@ def test_benchmarks_in_the_text_run(readme: str, tmp_path: Path, monkeypatch: py
         asked.append(case)
 
     monkeypatch.setattr(benchmarks, "alone", measured)
-    commands = re.findall(r"`python -m benchmarks\.(run|stability)([^`]*)`", readme)
+    commands = re.findall(r"`python -m benchmarks\.(run|stability)([^`]*)`", BENCHMARKS)
     assert len(commands) >= 4
     for module, options in commands:
         asked.clear()
@@ -151,14 +154,19 @@ def test_table_of_claims(readme: str) -> None:
     assert body.strip() == listing.claims_markdown(), "renew it: python -m influence.companion list --claims"
 
 
-def test_table_of_benchmarks(readme: str) -> None:
-    body = readme.partition("<!-- benchmarks -->")[2].partition("<!-- /benchmarks -->")[0]
-    assert body.strip() == benchmarks.table(ROOT / "benchmarks" / "results"), (
-        "renew it: python -m benchmarks.run --table"
-    )
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("engine", lambda: benchmarks.table(RESULTS)),
+        ("loss", lambda: stability.table(RESULTS / "stability" / "cpu-loss-n128.json")),
+        ("kernels", lambda: kernels.table(RESULTS / "kernels.json")),
+    ],
+)
+def test_tables_of_benchmarks(name: str, table: Callable[[], str]) -> None:
+    body = BENCHMARKS.partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0]
+    assert body.strip() == table(), "renew it: python -m benchmarks.run, .stability or .kernels with --table"
 
 
-def test_table_of_the_loss(readme: str) -> None:
-    body = readme.partition("<!-- loss -->")[2].partition("<!-- /loss -->")[0]
-    file = ROOT / "benchmarks" / "results" / "stability" / "cpu-loss-n128.json"
-    assert body.strip() == stability.table(file), "renew it: python -m benchmarks.stability --table"
+def test_links_of_benchmarks() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", BENCHMARKS)
+    assert links and all((ROOT / "benchmarks" / link).exists() for link in links)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import influence
 from influence.kernels.stability_loss import stability_loss_torch
@@ -288,3 +289,60 @@ def test_objective_is_the_loss_on_fresh_noise_and_trains() -> None:
 def test_errors_of_objective_and_triplets(error: type[Exception], words: str, call) -> None:
     with pytest.raises(error, match=words):
         call()
+
+
+class Waits(TorchDispatchMode):
+    """Operations for which the host waits for a GPU: those that bring a value of a tensor to it."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "masked_select", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name.partition("::")[2].lstrip("_").startswith(tuple(n.lstrip("_") for n in self.NAMES)):
+            self.found.append(str(function))
+        return function(*args, **kwargs or {})
+
+
+def step(validate: bool) -> list[str]:
+    """What the host waits for in one training step with every loss, forward and backward."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    objective = influence.StabilityObjective(alpha=0.3, sigma=0.1, validate=validate)
+    x, labels = torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 1, 0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Waits() as waits:
+        loss = objective(model, x, labels)
+        z = model(x)
+        loss = loss + influence.embedding_stability_loss(z, model(x.flip(0)), validate=validate)
+        loss = loss + influence.triplet_loss(z, z + 1, z - 1, validate=validate)
+        loss.backward()
+        optimizer.step()
+    return waits.found
+
+
+def test_a_training_step_waits_for_nothing_where_nothing_is_validated() -> None:
+    assert step(validate=False) == []
+    assert len(step(validate=True)) >= 10
+
+
+def test_without_validation_bad_input_is_loud() -> None:
+    z, noisy, labels = batch()
+    both = [influence.stability_loss(z, noisy, labels, alpha=0.5, validate=v).item() for v in (True, False)]
+    assert both[0] == both[1]
+    assert influence.stability_loss(NAN, Z, Y, validate=False).isnan()
+    assert influence.embedding_stability_loss(NAN, Z, validate=False).isnan()
+    assert influence.triplet_loss(Z, Z, NAN, validate=False).isnan()
+    for label in (3, -1, -100):
+        with pytest.raises((IndexError, RuntimeError)):
+            influence.stability_loss(Z, Z, torch.tensor([0, label]), validate=False)
+    x = torch.tensor([0.5, 1.5, -0.5, float("nan")])
+    noisy = influence.gaussian_perturbation(x, sigma=0.1, validate=False)
+    assert noisy.isnan().tolist() == [False, True, True, True]
+    # What no one needs to look at is still refused.
+    with pytest.raises(ValueError, match="same shape"):
+        influence.stability_loss(Z, torch.zeros(2, 4), Y, validate=False)
+    with pytest.raises(TypeError, match="integer"):
+        influence.stability_loss(Z, Z, Y.float(), validate=False)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from torch import nn
 
 import influence
+from benchmarks import kernels
 from influence.kernels import backend
 
 ROOT = str(Path(influence.__file__).parents[1])
@@ -57,11 +61,69 @@ def test_unknown_backend_and_no_device() -> None:
             influence.metric_tensor(model, x, wrt="layers", backend="triton")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_kernels_on_the_gpu_against_their_references() -> None:
-    from influence.kernels import pivots, projected, stability_loss
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize(
+    "variant", kernels.variants() if backend.HAS_TRITON else (), ids=lambda v: f"{v.name}, {v.text}"
+)
+def test_kernels_compile_without_spills(variant: kernels.Variant) -> None:
+    version = tuple(int(part) for part in metadata.version("triton").split(".")[:2])
+    if variant.name == "gram" and version < (3, 8):
+        pytest.skip("Triton 3.6 has float64 tensor cores for sm_80 alone, and spills up to 72 bytes without them")
+    for capability in kernels.TARGETS:
+        found = kernels.compile_for(variant, capability)
+        assert found.spilled == 0, found
+        assert 0 < found.registers < 255
+        assert found.tensor_cores == (variant.name == "gram")
 
-    device = torch.device("cuda")
-    assert projected._check(device)
-    assert pivots._check(device)
-    assert stability_loss._check(device)
+
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="Triton is not installed")
+def test_every_kernel_is_compiled_and_a_spill_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    everything = list(kernels.variants())
+    sources = [file.read_text() for file in Path(backend.__file__).parent.glob("*.py")]
+    assert len({id(variant.kernel) for variant in everything}) == sum(text.count("@triton.jit") for text in sources)
+    # All classes of a block in the registers of a quarter of its threads.
+    largest = next(v for v in everything if "1024 classes" in v.text)
+    monkeypatch.setattr(kernels, "variants", lambda: [replace(largest, warps=1), replace(largest, signature={})])
+    assert kernels.main(["--targets", "90", "--out", str(tmp_path / "k.json")]) == 1
+    said = capsys.readouterr().out
+    assert "spills" in said and "stability_loss (float32, KL, 1024 classes), capability 90:" in said
+
+
+def test_auto_keeps_what_agrees_and_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def kernel(name: str, seconds: float, factor: float = 1.0) -> backend.Kernel:
+        def run() -> tuple[torch.Tensor, ...]:
+            calls.append(name)
+            time.sleep(seconds)
+            return (factor * torch.ones(3, dtype=torch.float64),)
+
+        return run
+
+    def fails() -> tuple[torch.Tensor, ...]:
+        raise ValueError("no")
+
+    reference = kernel("torch", 2e-3)
+    assert backend.is_better("k", kernel("triton", 0), reference) is True
+    assert backend.is_better("k", kernel("triton", 2e-2), reference) is False
+    assert backend.is_better("k", kernel("triton", 0, 1 + 1e-9), reference) is False
+    assert backend.is_better("k", fails, reference) is False
+    # Zeros would agree with anything that does nothing.
+    assert backend.is_better("k", kernel("triton", 0, 0.0), kernel("torch", 1e-3, 0.0)) is None
+
+    # On a GPU: found once for each kind, and kept.
+    monkeypatch.setattr(backend, "HAS_TRITON", True)
+    monkeypatch.setattr(backend, "_BETTER", {})
+    monkeypatch.setattr(backend, "_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(backend, "_capturing", lambda: False)
+    cuda = torch.device("cuda")
+    calls.clear()
+    for kind, better in ((1, True), (1, True), (2, True)):
+        assert backend.takes_triton("k", kind, cuda, triton=kernel("triton", 0), torch=reference) is better
+    assert calls.count("triton") == 2 * (1 + backend._REPEATS)
+    monkeypatch.setattr(backend, "_capturing", lambda: True)
+    calls.clear()
+    assert backend.takes_triton("k", 3, cuda, triton=kernel("triton", 0), torch=reference) is False
+    assert not calls and len(backend._BETTER) == 2

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from influence.grams.rules import RULES, Layout, Rule, Site, require_form
-from influence.kernels.projected import products
+from influence.kernels.gram import products
 
 
 def _tokens(site: Site) -> Sequence[int]:

@@ -21,7 +21,7 @@ from influence.grams.reverse import reverse
 from influence.grams.rules import RULES, Layout, Site
 from influence.independence import Weighting, alone, gradients, require_same
 from influence.inputs import Inputs, forward
-from influence.kernels.projected import products
+from influence.kernels.gram import products
 from influence.kernels.tolerances import REVERSE
 from influence.last_layer import NarrowLayer
 from influence.memory import is_out_of_memory

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from influence.grams.graph import Graph
 from influence.grams.rules import RULES, Grads, Node, Operand, Site, shape_of
-from influence.kernels.projected import products
+from influence.kernels.gram import products
 from influence.memory import is_out_of_memory
 
 

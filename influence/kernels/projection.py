@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Beyond this rank a matrix leaves the cache, and writing its residual in every step costs more than all else.
-_WIDE = 64
-# Share of a squared length below which it is computed anew.
-_LOST = 1e-6
+from influence.kernels.elimination import eliminate_rows, in_tiles
+
 # The algebra here moves a row by up to this many eps, relative to the lengths it is made of.
 _ROUNDING = 16.0
 
@@ -43,17 +41,26 @@ def weighted_projection(
         explained ``(M,)``, unexplained ``(M,)``, and sensitivity ``(M,)``: moving each row by delta, relative to its
         length, may add about delta^2 sensitivity to the unexplained part.
     """
+    cut = cut.expand_as(log_weights)
+    explained, unexplained, sensitivity = in_tiles(
+        _projection, (rows, log_weights, target, cut), entries=rows.shape[1] * rows.shape[2]
+    )
+    return explained, unexplained, sensitivity
+
+
+def _projection(rows: Tensor, log_weights: Tensor, target: Tensor, cut: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch, _, width = rows.shape
     weight_root = (0.5 * log_weights).exp()
     if width == 0:
         nothing = rows.new_zeros(batch)
         return nothing, (weight_root * target).square().sum(dim=-1), nothing
     example = torch.arange(batch, device=rows.device)
-    spent = torch.isneginf(log_weights)
-    eliminate = _eliminate_once if width > _WIDE else _eliminate
-    lower, pivots, used, spent = eliminate(rows, log_weights, cut, spent)
+    found = eliminate_rows(rows, log_weights, cut)
+    lower, pivots, used = found.lower, found.pivots, found.used
 
-    # Rows left out and spent rows take no part in the second group.
+    # Rows left out and pivots take no part in the second group.
+    taken = torch.zeros_like(log_weights).scatter_add(1, pivots, used.to(log_weights.dtype))
+    spent = torch.isneginf(log_weights) | (taken > 0)
     first = lower[example[:, None], pivots]
     first = torch.where(used[:, :, None], first, 0.0) + torch.diag_embed((~used).to(rows.dtype))
     coefficients = torch.linalg.solve_triangular(first, lower, upper=False, left=False)
@@ -84,73 +91,3 @@ def _moved(rows: Tensor, first: Tensor, coefficients: Tensor, pivots: Tensor, pi
     length = rows.square().sum(dim=-1).sqrt()
     made_of = length + (coefficients.abs() @ length.gather(1, pivots)[..., None]).squeeze(-1)
     return made_of * slope.square().sum(dim=-1, keepdim=True).sqrt()
-
-
-# lower (M, Q, r), pivots (M, r), whether a step has one (M, r), and the rows that are spent (M, Q).
-Elimination = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def _eliminate(rows: Tensor, log_weights: Tensor, cut: Tensor, spent: Tensor) -> Elimination:
-    """Take the row of the largest weighted residual r times, and its direction out of all others."""
-    batch, count, width = rows.shape
-    example = torch.arange(batch, device=rows.device)
-    residual = rows.clone()
-    lower = rows.new_zeros(batch, count, width)
-    pivots = torch.zeros(batch, width, dtype=torch.int64, device=rows.device)
-    used = torch.zeros(batch, width, dtype=torch.bool, device=rows.device)
-    for step in range(width):
-        length = residual.square().sum(dim=-1)
-        dependent = length <= cut
-        residual = torch.where(dependent[..., None], 0.0, residual)
-        score = torch.where(spent | dependent, -torch.inf, log_weights + length.log())
-        value, index = score.max(dim=-1)
-        kept = ~torch.isneginf(value)
-        pivot = residual[example, index]
-        unit = pivot / torch.where(kept, length[example, index], 1.0).sqrt()[:, None]
-        unit = torch.where(kept[:, None], unit, 0.0)
-        along = (residual @ unit[..., None]).squeeze(-1)
-        residual = residual - along[..., None] * unit[:, None, :]
-        lower[:, :, step] = along
-        pivots[:, step], used[:, step] = index, kept
-        newly = torch.zeros_like(spent)
-        newly[example, index] = kept
-        spent = spent | newly
-        residual = torch.where(newly[..., None], 0.0, residual)
-    return lower, pivots, used, spent
-
-
-def _eliminate_once(rows: Tensor, log_weights: Tensor, cut: Tensor, spent: Tensor) -> Elimination:
-    """The same without the residuals of all rows: that of the pivot alone, from the directions taken so far."""
-    batch, count, width = rows.shape
-    example = torch.arange(batch, device=rows.device)
-    lower = rows.new_zeros(width, batch, count)
-    units = rows.new_zeros(batch, width, width)
-    pivots = torch.zeros(batch, width, dtype=torch.int64, device=rows.device)
-    used = torch.zeros(batch, width, dtype=torch.bool, device=rows.device)
-    length = rows.square().sum(dim=-1)
-    sure = length.clone()
-    gone = torch.zeros_like(spent)
-    for step in range(width):
-        before = units[:, :step]
-        # What is left of a length by subtraction has lost its digits.
-        lost = (length < _LOST * sure) & ~spent & ~gone
-        if bool(lost.any()):
-            exact = (rows - (rows @ before.mT) @ before).square().sum(dim=-1)
-            length, sure = torch.where(lost, exact, length), torch.where(lost, exact, sure)
-        gone = gone | (length <= cut)
-        score = torch.where(spent | gone, -torch.inf, log_weights + length.clamp(min=0).log())
-        value, index = score.max(dim=-1)
-        kept = ~torch.isneginf(value)
-        unit = rows[example, index]
-        for _ in range(2):  # once more, as rounding leaves a little of them
-            unit = unit - (before.mT @ (before @ unit[..., None])).squeeze(-1)
-        unit = unit / torch.where(kept, unit.square().sum(dim=-1), 1.0).sqrt()[:, None]
-        units[:, step] = torch.where(kept[:, None], unit, 0.0)
-        along = torch.where(gone | spent, 0.0, (rows @ units[:, step, :, None]).squeeze(-1))
-        lower[step] = along
-        length = length - along.square()
-        pivots[:, step], used[:, step] = index, kept
-        spent[example, index] |= kept
-        if not bool(kept.any()):
-            break
-    return lower.permute(1, 2, 0).contiguous(), pivots, used, spent

@@ -1,4 +1,10 @@
-"""Cross-entropy plus alpha times the divergence of two outputs, and both gradients, without storing a probability."""
+"""Cross-entropy plus alpha times the divergence of two outputs, and both gradients, without storing a probability.
+
+What the kernel is for, on an H100 (3.35 TB/s): it reads the logits of both outputs and writes their gradients, 16 bytes
+a class in float32 (its second and third reading come from the cache). Autograd in float64 moves some 200: two copies,
+two log-softmaxes with their exponentials, products, and as much again on the way back. At K = 131,072 with 512 examples
+that is 13 GB, 4 ms, against 1.1 GB, 0.3 ms; at K = 10 both are the time of their launches, one against some thirty.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +16,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from influence.kernels.backend import HAS_TRITON, takes_triton
-from influence.kernels.tolerances import KERNEL
 
-_LARGEST_BLOCK = 4096
+# Warps of a program by the classes that it takes at once; 4,096 at once would spill registers.
+WARPS = {32: 1, 128: 1, 1024: 4}
 
 
-def fused(device: torch.device) -> bool:
-    """Whether the fused kernel runs for logits on a device; where it does not, autograd is as good."""
-    return takes_triton("stability_loss", device, _check)
+def fused(z: Tensor, w: Tensor, labels: Tensor, alpha: float, *, kl: bool, stop: bool) -> bool:
+    """Whether the fused kernel runs for these arguments; where it does not, autograd is as good."""
+    return takes_triton(
+        "stability_loss",
+        (z.dtype, w.dtype, kl, stop, z.shape[1].bit_length(), z.numel().bit_length()),
+        z.device,
+        triton=lambda: stability_loss_triton(z, w, labels, alpha, kl=kl, stop=stop),
+        torch=lambda: stability_loss_torch(z, w, labels, alpha, kl=kl, stop=stop),
+    )
 
 
 class FusedLoss(torch.autograd.Function):
@@ -73,13 +85,13 @@ def stability_loss_torch(
 
 
 if TYPE_CHECKING or not HAS_TRITON:
-    _kernel: Any = None
+    stability_loss_kernel: Any = None
 else:
     import triton
     import triton.language as tl
 
     @triton.jit
-    def _kernel(
+    def stability_loss_kernel(
         z,
         w,
         labels,
@@ -94,8 +106,8 @@ else:
         WIDE: tl.constexpr,  # noqa: N803
         BLOCK: tl.constexpr,  # noqa: N803
     ):
+        """One program: one example, read three times (normalisers, divergence, gradients) while it is in the cache."""
         alpha = tl.load(alpha)
-        # One program: one example, read three times (normalisers, divergence, gradients) while it is in the cache.
         n = tl.program_id(0).to(tl.int64)
         k = tl.arange(0, BLOCK)
         z += n * classes
@@ -127,7 +139,9 @@ else:
                 gap += log_p
             divergence += tl.sum(tl.where(inside, tl.exp(log_p) * gap, 0.0), axis=0)
         label = tl.load(labels + n)
-        log_label = tl.load(z + label).to(tl.float64) - top_z - log_z
+        # A label out of range was not looked for on the host where validate=False: it makes the loss NaN.
+        known = (label >= 0) & (label < classes)
+        log_label = tl.load(z + label, mask=known, other=float("nan")).to(tl.float64) - top_z - log_z
         tl.store(losses + n, alpha * divergence - log_label)
         for start in range(0, classes, BLOCK):
             inside = start + k < classes
@@ -154,17 +168,15 @@ def stability_loss_triton(
     z: Tensor, w: Tensor, labels: Tensor, alpha: float, *, kl: bool, stop: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same, one example in one program: no probability is ever in memory."""
-    import triton
-
     count, classes = z.shape
     z, w, labels = z.contiguous(), w.contiguous(), labels.contiguous()
     losses = torch.empty(count, dtype=torch.float64, device=z.device)
     grad_z, grad_w = torch.empty_like(z), torch.empty_like(w)
-    block = min(triton.next_power_of_2(classes), _LARGEST_BLOCK)
+    block = next((size for size in WARPS if classes <= size), max(WARPS))
     # A float argument would be rounded to float32.
     weight = torch.full((1,), alpha, dtype=torch.float64, device=z.device)
     wide = torch.float64 in (z.dtype, w.dtype)
-    _kernel[(count,)](
+    stability_loss_kernel[(count,)](
         z,
         w,
         labels,
@@ -178,20 +190,6 @@ def stability_loss_triton(
         STOP=stop,
         WIDE=wide,
         BLOCK=block,
-        num_warps=4,
+        num_warps=WARPS[block],
     )
     return losses.mean(), grad_z, grad_w
-
-
-def _check(device: torch.device) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    z = 3 * torch.randn(7, 33, generator=generator)
-    w = (z + 0.1 * torch.randn(7, 33, generator=generator)).to(device)
-    z, labels = z.to(device), torch.arange(7, device=device)
-    for kl in (True, False):
-        ours = stability_loss_triton(z, w, labels, 0.7, kl=kl, stop=not kl)
-        reference = stability_loss_torch(z, w, labels, 0.7, kl=kl, stop=not kl)
-        for mine, theirs in zip(ours, reference, strict=True):
-            if (mine - theirs).abs().max() > KERNEL[(torch.float32, device.type)] * theirs.abs().max():
-                return False
-    return True

@@ -1,0 +1,258 @@
+"""Greedy pivoted elimination, the one of this package: ranks and factors of Grams, and the order of least squares.
+
+A pivot is the squared distance of a row of a Jacobian from the span of the rows taken before it. From a Gram this is
+the pivoted Cholesky factorisation (Higham 1990); from the rows themselves it is Gram-Schmidt with row pivoting, which
+keeps the digits that a Gram squares away. Both are the loop ``_eliminate``; they differ in how one column is made.
+
+No Triton kernel: of 50,000 examples x 107 layers with K = 10 the Grams are 4.3 GB, 1.3 ms at an H100's 3.35 TB/s when
+each is read once, and 0.1 s when PyTorch's operations move 80 times that, of a scan that takes a quarter of an hour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# From the components so far (steps, Q, M), the row taken (M,) and its squared residual (M,), infinite where none is, to
+# the components (Q, M) of all rows along that residual, zero where none is.
+Column = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# From the number of steps so far and which problems (m,) to their squared residuals (Q, m), computed anew.
+Remainder = Callable[[int, Tensor], Tensor]
+
+# Entries worked on at once on a CPU: half a MB stays in a core's cache, and calls are few.
+_TILE_ENTRIES = 2**16
+# Matrices of more entries than this fill a matrix product each; smaller ones lie side by side along the batch.
+_WIDE = 2**12
+# Share of a squared length below which what subtraction has left of it is computed anew.
+_LOST = 1e-6
+# Share of it that rounding leaves of a row in the span of others.
+_NOISE = 256 * torch.finfo(torch.float64).eps ** 2
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A rank-revealing factor of a batch of Grams, ``gram ~ rows @ rows^T``.
+
+    Attributes:
+        rows: ``(M, K, R)`` float64, R the largest rank of the batch; columns from an example's rank on are zero.
+        rank: ``(M,)`` int64.
+        largest: ``(M,)`` first pivot, in the unit of the Gram.
+        smallest: ``(M,)`` last pivot kept, relative to the first; infinity at rank 0.
+        refused: ``(M,)`` first pivot left out, relative to the first; 0 where none was.
+    """
+
+    rows: Tensor
+    rank: Tensor
+    largest: Tensor
+    smallest: Tensor
+    refused: Tensor
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """What the loop did, in at most ``steps`` steps; a step that found no pivot left zeros.
+
+    Attributes:
+        lower: ``(M, Q, steps)`` components of the rows along the direction of each step.
+        pivots: ``(M, steps)`` int64, the row taken in each step.
+        used: ``(M, steps)`` bool, whether it took one.
+        values: ``(M, steps)`` squared residual of the row taken.
+        left: ``(M, Q)`` squared residuals at the end; zero for a row that was taken.
+    """
+
+    lower: Tensor
+    pivots: Tensor
+    used: Tensor
+    values: Tensor
+    left: Tensor
+
+
+def pivoted_cholesky(gram: Tensor, *, rtol: float, max_rank: int | None = None) -> Factor:
+    """Factor positive semi-definite matrices, largest pivot first, until a pivot falls to ``rtol`` of the first.
+
+    The rule does not depend on the unit of the perturbation.
+
+    Args:
+        gram: ``(M, K, K)`` float64, symmetric positive semi-definite.
+        rtol: Tolerance on the pivots (squared lengths), relative to the largest.
+        max_rank: Stop here; K - 1 for a contrast Gram. None: K.
+
+    Returns:
+        The factor.
+    """
+    classes = gram.shape[1]
+    steps = classes if max_rank is None else min(max_rank, classes)
+
+    def factor(part: Tensor) -> tuple[Tensor, ...]:
+        turned = part.permute(1, 2, 0)
+
+        def column(lower: Tensor, index: Tensor, pivot: Tensor) -> Tensor:
+            entries = turned.gather(0, index.expand(1, *turned.shape[1:])).squeeze(0)
+            before = lower.gather(1, index.expand(len(lower), 1, -1)).squeeze(1)
+            return (entries - _dot(lower, before)) * pivot.rsqrt()
+
+        return _factor(part.diagonal(dim1=-2, dim2=-1), column, rtol, steps)
+
+    return Factor(*in_tiles(factor, (gram,), entries=classes**2))
+
+
+def factor_of_jacobian(jacobian: Tensor, *, rtol: float, max_rank: int | None = None) -> Factor:
+    """Factor ``jacobian @ jacobian^T`` without forming it, where there are many classes and few values.
+
+    Args:
+        jacobian: ``(M, K, p)`` float64.
+        rtol: As for ``pivoted_cholesky``.
+        max_rank: As for ``pivoted_cholesky``.
+
+    Returns:
+        The factor.
+    """
+    _, classes, values = jacobian.shape
+    steps = min(values, classes if max_rank is None else max_rank)
+
+    def factor(part: Tensor) -> tuple[Tensor, ...]:
+        column, remainder = _gram_schmidt(part, steps)
+        return _factor(part.square().sum(dim=-1), column, rtol, steps, remainder)
+
+    return Factor(*in_tiles(factor, (jacobian,), entries=classes * values))
+
+
+def eliminate_rows(rows: Tensor, log_weights: Tensor, cut: Tensor) -> Elimination:
+    """Take the row of the largest weighted residual, and its direction out of all others, at most r times.
+
+    Args:
+        rows: ``(M, Q, r)`` float64.
+        log_weights: ``(M, Q)``; minus infinity leaves a row out.
+        cut: ``(M, Q)`` or ``(M, 1)``: a row whose squared residual (unweighted) falls to this is never taken, and has
+            no component along later directions.
+    """
+    steps = rows.shape[2]
+    column, remainder = _gram_schmidt(rows, steps)
+    return _eliminate(rows.square().sum(dim=-1), column, steps, cut, log_weights, remainder)
+
+
+def in_tiles(
+    function: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...], *, entries: int
+) -> tuple[Tensor, ...]:
+    """``function`` of problems along the first dimension, on a CPU as many at a time as the cache holds."""
+    count, step = len(tensors[0]), max(64, _TILE_ENTRIES // max(1, entries))
+    if count <= step or entries > _WIDE or tensors[0].device.type != "cpu":
+        return function(*tensors)
+    parts = [function(*part) for part in zip(*(tensor.split(step) for tensor in tensors), strict=True)]
+    return tuple(_joined(column) for column in zip(*parts, strict=True))
+
+
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    """Concatenate along the first dimension; factors of fewer columns get zeros."""
+    if parts[0].ndim < 3:
+        return torch.cat(parts)
+    width = max(part.shape[2] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[2])) for part in parts])
+
+
+def _factor(
+    diagonal: Tensor, column: Column, rtol: float, steps: int, remainder: Remainder | None = None
+) -> tuple[Tensor, ...]:
+    largest = diagonal.amax(dim=-1).clamp(min=0) if diagonal.numel() else diagonal.new_zeros(len(diagonal))
+    found = _eliminate(diagonal, column, steps, rtol * largest[:, None], remainder=remainder)
+    rank = found.used.sum(dim=1)
+    unit = torch.where(largest > 0, largest, 1.0)
+    smallest = torch.where(found.used, found.values, torch.inf).amin(dim=1) if found.used.shape[1] else unit + torch.inf
+    full = (rank == steps) | (largest == 0)
+    refused = torch.where(full, 0.0, found.left.amax(dim=1).clamp(min=0) / unit) if steps else torch.zeros_like(unit)
+    return found.lower[:, :, : int(rank.max()) if len(rank) else 0], rank, largest, smallest / unit, refused
+
+
+def _gram_schmidt(rows: Tensor, steps: int) -> tuple[Column, Remainder]:
+    """How ``_eliminate`` gets a column of rows ``(M, Q, r)``, and the squared residuals of all of them ``(Q, M)``."""
+    batch, count, width = rows.shape
+    wide = count * width > _WIDE
+    turned = _zeros(width, count, batch, rows, wide).copy_(rows.permute(2, 1, 0))
+    units = _zeros(steps, width, batch, rows, wide)
+
+    def column(lower: Tensor, index: Tensor, pivot: Tensor) -> Tensor:
+        before = units[: len(lower)]
+        unit = turned.gather(1, index.expand(width, 1, batch)).squeeze(1)
+        for _ in range(2):  # once more, as rounding leaves a little of them
+            unit = unit - _dot(before, _dot(before.transpose(0, 1), unit))
+        length = unit.square().sum(dim=0).sqrt()
+        units[len(lower)] = unit / torch.where((length > 0) & (pivot < torch.inf), length, torch.inf)
+        return _dot(turned, units[len(lower)])
+
+    def remainder(step: int, chosen: Tensor) -> Tensor:
+        before, some = units[:step, :, chosen].permute(2, 0, 1), rows[chosen]
+        return (some - (some @ before.mT) @ before).square().sum(dim=-1).T
+
+    return column, remainder
+
+
+def _eliminate(
+    length: Tensor,
+    column: Column,
+    steps: int,
+    cut: Tensor,
+    log_weights: Tensor | None = None,
+    remainder: Remainder | None = None,
+) -> Elimination:
+    """The loop.
+
+    Args:
+        length: ``(M, Q)`` squared lengths of the rows.
+        column: How the components along a residual are made.
+        steps: How many rows to take at most.
+        cut: ``(M, Q)`` or ``(M, 1)``: where a squared residual falls to this the row is not taken.
+        log_weights: ``(M, Q)``: what is largest is the weighted residual, and rows below the cut are left as they are.
+        remainder: Computes the squared residuals anew.
+    """
+    batch, count = length.shape
+    lower = _zeros(steps, count, batch, length, count * steps > _WIDE)
+    length, cut = length.T.clone(), cut.T
+    weights = None if log_weights is None else log_weights.T.contiguous()
+    sure, least = length.clone(), _NOISE * length
+    pivots = torch.zeros(steps, batch, dtype=torch.int64, device=length.device)
+    used, values = torch.zeros_like(pivots, dtype=torch.bool), length.new_zeros(steps, batch)
+    gone = torch.zeros_like(length, dtype=torch.bool)
+    for step in range(steps):
+        if remainder is not None:
+            lost = ((length < _LOST * sure) & ~gone).any(dim=0).nonzero().squeeze(1)
+            if len(lost):
+                length[:, lost] = sure[:, lost] = remainder(step, lost).masked_fill(gone[:, lost], 0.0)
+            gone |= length <= least
+        if weights is None:
+            value, index = length.max(dim=0)
+            kept = value > cut[0]
+        else:
+            gone |= length <= cut
+            score, index = torch.where(gone, -torch.inf, weights + length.log()).max(dim=0)
+            kept, value = ~torch.isneginf(score), length.gather(0, index[None]).squeeze(0)
+        if not bool(kept.any()):
+            break
+        pivots[step], used[step], values[step] = index, kept, value
+        found = column(lower[:step], index, torch.where(kept, value, torch.inf))
+        if remainder is not None:
+            found = torch.where(gone, 0.0, found)
+        lower[step] = found
+        length = length - found.square()
+        # A row that has been taken is spent: exactly zero, not rounding noise.
+        length.scatter_(0, index[None], torch.where(kept, 0.0, value)[None])
+        if remainder is not None:
+            gone.scatter_(0, index[None], kept | gone.gather(0, index[None]))
+    return Elimination(lower.permute(2, 1, 0).contiguous(), pivots.T, used.T, values.T, length.T)
+
+
+def _zeros(first: int, second: int, batch: int, like: Tensor, wide: bool) -> Tensor:
+    """``(first, second, batch)``: stored batch first for matrix products, else batch last, to run along it."""
+    if wide:
+        return like.new_zeros(batch, first, second).permute(1, 2, 0)
+    return like.new_zeros(first, second, batch)
+
+
+def _dot(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Sum over the first dimension of ``(J, Q, M)`` times ``(J, M)``: ``(Q, M)``."""
+    if matrix.shape[0] * matrix.shape[1] > _WIDE:
+        return (vector.T.contiguous()[:, None] @ matrix.permute(2, 0, 1)).squeeze(1).T
+    return (matrix * vector[:, None]).sum(dim=0)

@@ -125,6 +125,7 @@ UNUSUAL: dict[str, Callable[[], nn.Module]] = {
     "zero head": lambda: zeroed(model(plain), "head.weight"),
     "zero scale": lambda: zeroed(model(zero_scaled, other=other, scale=lambda: nn.Parameter(torch.zeros(1))), "scale"),
     "masked fine-tuning": lambda: hooked_parameter(model(plain)),
+    "squeezed": lambda: model(lambda m, x: plain(m, x)[..., None, None].squeeze()),
     "sparse embedding": lambda: model(
         lambda m, x: m.body(m.table((x.detach()[..., 0] > 0).long())).mean(dim=1),
         table=lambda: nn.Embedding(2, 4, sparse=True),

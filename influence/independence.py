@@ -6,10 +6,13 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from influence.inputs import Inputs, forward
 from influence.kernels.tolerances import REVERSE
@@ -32,7 +35,7 @@ def alone(model: nn.Module, inputs: Inputs) -> Tensor:
     logits = forward(model, inputs[:1])
     if all(torch.equal(*pair) for pair in zip(before, _random_state(inputs.device), strict=True)):
         return logits
-    # Some models draw numbers that only training uses.
+    # Some models draw a number for each layer that only training uses.
     training = [
         name or "the model itself" for name, m in model.named_modules() if m.training and not len(list(m.children()))
     ]
@@ -41,10 +44,24 @@ def alone(model: nn.Module, inputs: Inputs) -> Tensor:
             f"the model draws random numbers while {training[0]!r} is in training mode: its logits change from call "
             "to call. Call model.eval() first."
         )
-    with torch.no_grad():
-        if not all(_agree(inputs[:1].logits(model), logits, logits.dtype) for _ in range(_REPEATS)):
-            _refuse_random()
+    with torch.no_grad(), _Drawn() as drawn:
+        agree = all(_agree(inputs[:1].logits(model), logits, logits.dtype) for _ in range(_REPEATS))
+    if drawn.most > 1 or not agree:
+        _refuse_random()
     return logits
+
+
+class _Drawn(TorchDispatchMode):
+    """How many random numbers were drawn at once, at most."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            sizes = [t.numel() for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+            self.most = max([self.most, *sizes])
+        return result
 
 
 def require_same(model: nn.Module, inputs: Inputs, single: Tensor, batched: Tensor, dtype: torch.dtype) -> None:
@@ -113,7 +130,7 @@ def darkness(examples: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Weighting:
-    """One more row of seeds, in which each example has a weight of its own: does every gradient lie where we think?
+    """One row of seeds in which each example has a weight of its own: does every gradient lie where we think?
 
     The row is w_n sum_k c_k seed[k, n]. A gradient is linear in the seeds, so the entries of it that belong to example
     n are w_n times the same sum of the other rows; entries of another example show that one's weight. Weights are

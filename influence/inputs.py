@@ -114,6 +114,10 @@ class Inputs:
         """Call a model with copies of the tensors, which it may spoil; logits ``(N, K)``, checked."""
         copies = [tensor.clone() for tensor in self.tensors]
         output = model(**dict(zip(self.names, copies, strict=True))) if self.by_keyword else model(*copies)
+        logits = getattr(output, "logits", output)
+        if len(self) == 1 and isinstance(logits, Tensor) and logits.ndim == 1 and len(logits) > 1:
+            # A model that ends in squeeze() drops the dimension of a single example.
+            output = logits[None]
         return require_logits(output, examples=len(self))
 
 

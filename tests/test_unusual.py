@@ -125,6 +125,7 @@ UNUSUAL: dict[str, Callable[[], nn.Module]] = {
     "zero head": lambda: zeroed(model(plain), "head.weight"),
     "zero scale": lambda: zeroed(model(zero_scaled, other=other, scale=lambda: nn.Parameter(torch.zeros(1))), "scale"),
     "masked fine-tuning": lambda: hooked_parameter(model(plain)),
+    "squeezed": lambda: model(lambda m, x: plain(m, x)[..., None, None].squeeze()),
     "sparse embedding": lambda: model(
         lambda m, x: m.body(m.table((x.detach()[..., 0] > 0).long())).mean(dim=1),
         table=lambda: nn.Embedding(2, 4, sparse=True),
@@ -220,6 +221,20 @@ def test_a_hook_that_is_switched_on_later() -> None:
             assert_right(net, x, wrt)
 
 
+def test_a_hook_that_only_later_examples_reach() -> None:
+    """The first two examples hold nothing but padding: no gradient of theirs shows what the hook does."""
+
+    def hooked(m: Any, x: Tensor) -> Tensor:
+        y = m.body(x)
+        if y.requires_grad:
+            y.register_hook(lambda grad: 3 * grad)
+        return (y * kept(x)[..., None]).sum(dim=1)
+
+    x = torch.cat([torch.zeros(2, 5, 4, dtype=torch.float64), sequences(4)])
+    for chunk_size in (2, 3, 6):
+        assert_right(model(hooked), x, "layers", chunk_size)
+
+
 def test_a_rule_that_is_wrong_or_fails_is_not_believed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -309,6 +324,10 @@ def attends_across(m: Any, x: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "functional dropout under a head of zeros": (
+        lambda: zeroed(model(lambda m, x: F.dropout(plain(m, x), 0.2)), "head.weight"),
+        "model.eval",
+    ),
     "functional dropout": (lambda: model(lambda m, x: F.dropout(plain(m, x), 0.2)), "model.eval"),
     "stochastic depth in training mode": (
         lambda: trained(model(lambda m, x: m.drop(plain(m, x)), drop=lambda: StochasticDepth(0.1, "row"))),

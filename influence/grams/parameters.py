@@ -1,8 +1,8 @@
 """Grams of the parameters for a chunk of examples: one forward and one reverse pass, rules where they hold.
 
-Nothing that a rule assumes is trusted. In every chunk each gradient must lie at the examples it is taken for
-(``independence.Weighting``), and in the first one the Grams of two examples must be those of autograd, for a random
-combination of the classes. What fails takes the autograd path: one example alone, one class at a time.
+Nothing that a rule assumes is trusted. In every chunk the gradients must be PyTorch's own and lie at the examples they
+are taken for (``independence.Weighting``); in the first one the Grams of two examples must be those of autograd, for a
+random combination of the classes. What fails takes the autograd path: one example alone, one class at a time.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from influence.contrasts import Classes, LogitRows
 from influence.grams.graph import Graph, read_graph
 from influence.grams.reverse import reverse
-from influence.grams.rules import RULES, Layout, Site
+from influence.grams.rules import RULES, Layout, Node, Site
 from influence.independence import Weighting, alone, gradients, require_same
 from influence.inputs import Inputs, forward
 from influence.kernels.gram import products
@@ -158,46 +159,43 @@ class ParameterGrams:
             For each parameter ``(probes, 3)``: v^T gram v of the example of each probe v ``(m,)``, the size of the
             terms, and that of the largest terms at its site.
         """
-        examples = seeds.shape[1]
-        weighting = Weighting.draw(seeds, dtype, self._generator) if examples > 1 else None
-        if weighting is not None:
-            seeds = torch.cat([seeds, weighting.row(seeds)])
-        waiting = {operand.name for site in graph.sites.values() for operand in site.operands}
-        quadratic: dict[str, Tensor] = {}
+        weighting = Weighting.draw(seeds, dtype, self._generator)
+        waiting = dict(graph.sites)
+        truth: Mapping[Node, Tensor | None] = {}
+        found: list[list[tuple[str, Tensor]]] = []
+
+        def refuse(site: Site, reason: object) -> None:
+            self.refused.update(dict.fromkeys((operand.name for operand in site.operands), str(reason)))
 
         def collect(site: Site, grad: Tensor) -> None:
-            names = [operand.name for operand in site.operands]
-            waiting.difference_update(names)
+            del waiting[site.node]
             try:
-                if grad.is_complex():
-                    raise ValueError("it meets complex numbers")
-                layout = Layout(1, 1)
-                if weighting is not None:
-                    grad, row = grad[:-1], grad[-1]
-                    layout = _layout(site, grad, row, weighting)
+                layout = _layout(site, grad, truth[site.node], weighting)
                 parts = list(RULES[site.node.name()].grams(site, grad, layout))  # type: ignore[misc]
             except Exception as error:  # whatever a rule stumbles over, autograd has another way
                 if is_out_of_memory(error):
                     raise
-                self.refused.update(dict.fromkeys(names, str(error)))
+                refuse(site, error)
                 return
             for name, part in parts:
                 for block in self._of[name]:
                     gram[:, block] += part
             if probes:
-                own = torch.stack([_quadratic(part, probes) for _, part in parts]).cpu()
-                # A bias whose gradients cancel has rounding alone, of the size of what cancels.
-                largest = own[..., 1:].amax(dim=0)
-                for (name, _), values in zip(parts, own, strict=True):
-                    quadratic[name] = torch.cat([values, largest], dim=1)
+                found.append([(name, part[: len(probes)]) for name, part in parts])
 
         try:
+            truth = _pytorch_gradients(graph, weighting.row(seeds)[0])
             reverse(graph, seeds, collect)
         except Exception as error:  # the same for the way to the sites
             if is_out_of_memory(error):
                 raise
-            self.refused.update(dict.fromkeys(waiting, f"its graph cannot be followed ({error})"))
-        return quadratic
+            for site in waiting.values():
+                refuse(site, f"its graph cannot be followed ({error})")
+        for node, site in waiting.items():
+            row = truth.get(node)
+            if row is not None and bool(row.any()):
+                refuse(site, "its gradient does not arrive")
+        return _quadratic(found, probes)
 
     # -- autograd -----------------------------------------------------------------------------------------------------
 
@@ -261,24 +259,54 @@ class ParameterGrams:
         )
 
 
-def _quadratic(gram: Tensor, probes: Sequence[Tensor]) -> Tensor:
-    """v^T gram v for the examples of some probes v ``(m,)``, and the size of its terms: ``(probes, 2)``."""
-    values = []
-    for part, probe in zip(gram, probes, strict=False):
-        size = (probe.abs() @ part.diagonal().clamp(min=0).sqrt()).square()
-        values.append(torch.stack([probe @ part @ probe, size]))
-    return torch.stack(values)
+def _pytorch_gradients(graph: Graph, seed: Tensor) -> dict[Node, Tensor | None]:
+    """Gradient of the output of each site, by PyTorch's own backward pass from one seed ``(N, ...)``."""
+    if not graph.sites:
+        return {}
+    edges = [GradientEdge(node, 0) for node in graph.sites]
+    grads = torch.autograd.grad(GradientEdge(*graph.root), edges, seed, retain_graph=True, allow_unused=True)
+    return dict(zip(graph.sites, grads, strict=True))
 
 
-def _layout(site: Site, grads: Tensor, row: Tensor, weighting: Weighting) -> Layout:
-    """Find the batch dimension of a site: the one in which every example's gradient has its weight.
+def _quadratic(found: Sequence[Sequence[tuple[str, Tensor]]], probes: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What ``ParameterGrams._collect_all`` returns, from the names and Grams ``(probes, m, m)`` at each site."""
+    if not found:
+        return {}
+    grams, probe = torch.stack([gram for parts in found for _, gram in parts]), torch.stack(list(probes))
+    value = ((grams @ probe[..., None]).squeeze(-1) * probe).sum(dim=-1)
+    size = (grams.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt() * probe.abs()).sum(dim=-1).square()
+    rows = iter(torch.stack([value, size], dim=-1).cpu())
+    result = {}
+    for parts in found:
+        own = torch.stack([next(rows) for _ in parts])
+        # A bias whose gradients cancel has rounding alone, of the size of what cancels.
+        largest = own[..., 1:].amax(dim=0)
+        result.update({name: torch.cat([mine, largest], dim=1) for (name, _), mine in zip(parts, own, strict=True)})
+    return result
+
+
+def _layout(site: Site, grads: Tensor, row: Tensor | None, weighting: Weighting) -> Layout:
+    """Find the batch dimension of a site: the one in which every example's gradient is PyTorch's, with its weight.
 
     Where two would do, they differ only in entries without a gradient.
+
+    Args:
+        site: The site.
+        grads: ``(m, ...)`` our gradients.
+        row: ``(...)`` PyTorch's of the weighted row.
+        weighting: The weights.
     """
     examples = len(weighting.weights)
+    if grads.is_complex():
+        raise ValueError("it meets complex numbers")
+    if row is None:
+        raise ValueError("PyTorch has no gradient there")
     sizes = RULES[site.node.name()].batch(site)
     places = [i for i, size in enumerate(sizes) if size > 0 and size % examples == 0]
-    for outer in dict.fromkeys(abs(math.prod(sizes[:i])) for i in places):
+    outers = dict.fromkeys(abs(math.prod(sizes[:i])) for i in places) if examples > 1 else [1]
+    for outer in outers:
         if weighting.holds(grads, row, outer):
             return Layout(outer, examples)
-    raise ValueError("its examples cannot be told apart" if places else "it has no batch dimension")
+    if places or examples == 1:
+        raise ValueError("its gradient is changed on the way, or its examples cannot be told apart")
+    raise ValueError("it has no batch dimension")

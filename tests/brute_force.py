@@ -19,14 +19,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import influence
-import random_models
+import random_parts
 import truth
 from random_models import Case
 
 # Of a Gram, relative to its block's largest entry: what the engine must keep in a model's coarsest precision.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.3}
-# Blocks smaller than this share of the largest are rounding of what is zero: keys' biases under a softmax, say.
-_NOTHING = 1e-13
+# Blocks smaller than this share of the largest are rounding of what is zero: keys' biases under a softmax, say. In
+# bfloat16 every block is held against the largest.
+_NOTHING = {torch.float64: 1e-13, torch.float32: 1e-7, torch.bfloat16: 1.0}
+# So are Jacobians that move the logits by less than this share of them where the whole block is moved by its length.
+_INSENSITIVE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 0.0}
+# Logits that differ by more than this share are not the same.
+_OTHER_LOGITS = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.3}
 # A rank is beyond doubt if no singular value, relative to the largest, lies between these.
 _ABSENT, _PRESENT = 1e-9, 1e-4
 
@@ -68,13 +73,24 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
+def coarsest(case: Case) -> torch.dtype:
+    with random_parts.plainly(), torch.no_grad(), Occurring() as occurring:
+        case.model(case.x.clone())
+    return occurring.dtype
+
+
 @torch.no_grad()
-def misbehaves(model: nn.Module, x: Tensor) -> bool:
-    """Whether an example's logits are random, or depend on its neighbours, by more than rounding."""
-    whole = logits_of(model, x)
-    again = [logits_of(model, x) for _ in range(5)]
-    again.append(torch.cat([logits_of(model, row[None]) for row in x]))
-    return any(bool((whole - other).abs().max() > 1e-3 * whole.abs().max()) for other in again)
+def misbehaves(case: Case) -> bool:
+    """Whether an example's logits are random, or depend on its neighbours in a chunk, by more than rounding."""
+    chunks = case.x.split(case.chunk_size or len(case.x))
+
+    def logits() -> Tensor:
+        return torch.cat([logits_of(case.model, chunk) for chunk in chunks])
+
+    with random_parts.plainly():
+        first, limit = logits(), _OTHER_LOGITS[coarsest(case)]
+        again = [logits() for _ in range(5)] + [torch.cat([logits_of(case.model, row[None]) for row in case.x])]
+    return any(bool((first - other).abs().max() > limit * first.abs().max()) for other in again)
 
 
 def blocks_of(case: Case) -> dict[str, list[Tensor]]:
@@ -86,6 +102,23 @@ def blocks_of(case: Case) -> dict[str, list[Tensor]]:
         owned = {name: list(module.parameters(recurse=False)) for name, module in modules.items()}
         return {name: group for name, group in owned.items() if group}
     return {name: list(modules[name].parameters()) for name in case.wrt}
+
+
+def perturbs_input(case: Case) -> bool:
+    return case.wrt == "input" or isinstance(case.wrt, influence.Patches)
+
+
+def floors(case: Case, logits: Tensor, grams: Tensor, dtype: torch.dtype) -> Tensor:
+    """Entries of the Gram of each block ``(B,)`` below which there is nothing but rounding."""
+    if perturbs_input(case):
+        lengths = torch.full((len(grams),), float(case.x.double().norm() / len(case.x) ** 0.5))
+    else:
+        lengths = torch.tensor(
+            [float(sum(real(p.detach()).square().sum() for p in g)) for g in blocks_of(case).values()]
+        )
+        lengths = lengths.sqrt()
+    moved = _INSENSITIVE[dtype] * float(logits.abs().max()) / lengths.clamp(min=0.1).double()
+    return torch.clamp(moved.square(), min=_NOTHING[dtype] * float(grams.abs().max()))
 
 
 def patches_of(patches: influence.Patches, shape: tuple[int, ...]) -> list[Tensor]:
@@ -105,22 +138,20 @@ def patches_of(patches: influence.Patches, shape: tuple[int, ...]) -> list[Tenso
 
 def real(grad: Tensor) -> Tensor:
     """A complex parameter is two real ones."""
-    return (torch.view_as_real(grad) if grad.is_complex() else grad).flatten().double()
+    dense = grad.to_dense()
+    return (torch.view_as_real(dense) if dense.is_complex() else dense).flatten().double()
 
 
 def contrast_jacobians(case: Case, example: int) -> tuple[Tensor, list[Tensor]]:
     """Logits of one example ``(K,)`` in float64, and each block's Jacobian of the contrasts ``(K, p)``."""
     x = case.x[example : example + 1].clone()
-    if case.wrt == "input" or isinstance(case.wrt, influence.Patches):
-        groups = [[x.requires_grad_()]]
-    else:
-        groups = list(blocks_of(case).values())
+    groups = [[x.requires_grad_()]] if perturbs_input(case) else list(blocks_of(case).values())
     leaves = list({id(leaf): leaf for group in groups for leaf in group}.values())
     place = {id(leaf): i for i, leaf in enumerate(leaves)}
     before = [leaf.requires_grad for leaf in leaves]
     for leaf in leaves:
         leaf.requires_grad_()
-    with random_models.plainly():
+    with random_parts.plainly():
         logits = logits_of(case.model, x)[0]
     predicted = int(logits.argmax())
     rows = []
@@ -188,50 +219,53 @@ def refusal(error: Exception) -> Verdict:
     return Verdict(REFUSED if ours and documented else CRASHED, where)
 
 
-def measured(case: Case, x: Tensor, chunk_size: int | None) -> influence.MetricTensor:
-    return influence.metric_tensor(case.model, x, wrt=case.wrt, chunk_size=chunk_size)
+def measured(case: Case, x: Tensor) -> influence.MetricTensor:
+    return influence.metric_tensor(case.model, x, wrt=case.wrt, chunk_size=case.chunk_size)
 
 
 def judge(case: Case) -> Verdict:
     """Hold the engine against brute force on a case."""
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), listening() as heard:
         warnings.simplefilter("ignore")
         torch.manual_seed(case.seed)
         if case.change is not None:
             try:
-                measured(case, case.x, case.chunk_size)
-            except Exception:  # judged in the call that counts
-                pass
+                measured(case, case.x)
+            except (TypeError, ValueError, RuntimeError):
+                pass  # the second call counts
             case.change()
-        alone = len(case.x) == 1 or case.chunk_size == 1
-        with random_models.plainly():
-            hostile = case.fate == random_models.REFUSED and misbehaves(case.model, case.x)
-        with listening() as heard:
-            try:
-                metric = measured(case, case.x, case.chunk_size)
-            except Exception as error:
-                verdict = refusal(error)
-                if verdict.kind == REFUSED and case.fate == random_models.RIGHT:
-                    return Verdict(NEEDLESS, verdict.detail)
-                return verdict
-        if hostile and not alone:
+            heard.clear()
+        hostile = case.fate == random_parts.REFUSED and misbehaves(case)
+        try:
+            metric = measured(case, case.x)
+        except Exception as error:
+            verdict = refusal(error)
+            if verdict.kind == REFUSED and case.fate == random_parts.RIGHT and not insensitive(case):
+                return Verdict(NEEDLESS, verdict.detail)
+            return verdict
+        announced = "; ".join(heard)
+        if hostile:
             return Verdict(SILENT, "accepted, though its examples have no logits of their own")
-        if hostile and (logits_of(case.model, case.x) != logits_of(case.model, case.x)).any():
-            return Verdict(SILENT, "accepted, though its logits are random")
         wrong = difference(case, metric) or variation(case, metric)
-        if wrong:
-            return wrong
-        return Verdict(ANNOUNCED if heard else RIGHT, "; ".join(heard))
+        return wrong or Verdict(ANNOUNCED if announced else RIGHT, announced)
+
+
+def insensitive(case: Case) -> bool:
+    """Whether nothing that is perturbed moves the logits of some example by more than rounding."""
+    for n in range(len(case.x)):
+        logits, jacobians = contrast_jacobians(case, n)
+        grams = torch.stack([jacobian @ jacobian.T for jacobian in jacobians])
+        if bool((grams.abs().amax(dim=(1, 2)) <= floors(case, logits, grams, coarsest(case))).all()):
+            return True
+    return False
 
 
 def difference(case: Case, metric: influence.MetricTensor) -> Verdict | None:
     """Where the engine differs from brute force."""
-    with random_models.plainly(), torch.no_grad(), Occurring() as occurring:
-        case.model(case.x.clone())
-    everything = case.wrt in ("input", "layers", "parameters")
-    if everything and metric.dtype != occurring.dtype:
-        return Verdict(DTYPE, f"dtype is {metric.dtype}, the coarsest that occurs is {occurring.dtype}")
-    tolerance = TOLERANCE[occurring.dtype]
+    dtype = coarsest(case)
+    if not isinstance(case.wrt, list) and metric.dtype != dtype:
+        return Verdict(DTYPE, f"dtype is {metric.dtype}, the coarsest that occurs is {dtype}")
+    tolerance = TOLERANCE[dtype]
     found = influence.first_order_influence(metric, case.labels)
     trace, worst = metric.trace(), metric.lambda_max()
     for n in range(len(case.x)):
@@ -242,14 +276,14 @@ def difference(case: Case, metric: influence.MetricTensor) -> Verdict | None:
         if metric.dims.tolist() != [jacobian.shape[1] for jacobian in jacobians]:
             return Verdict(SILENT, f"dims {metric.dims.tolist()}")
         grams = torch.stack([jacobian @ jacobian.T for jacobian in jacobians])
-        floor = _NOTHING * float(grams.abs().max())
+        lowest = floors(case, logits, grams, dtype)
         ours = metric.contrast_gram()[n]
         for b, (block, jacobian) in enumerate(zip(metric.blocks, jacobians, strict=True)):
-            scale = max(float(grams[b].abs().max()), floor)
+            size, floor = float(grams[b].abs().max()), float(lowest[b])
             gap = float((ours[b] - grams[b]).abs().max())
-            if not gap <= tolerance * scale:
-                return Verdict(SILENT, f"Gram of example {n}, {block!r}: off by {gap:.3g} of {scale:.3g}")
-            if scale <= floor or scale == 0 or occurring.dtype != torch.float64:
+            if not gap <= (tolerance * size if size > floor else 10 * floor):
+                return Verdict(SILENT, f"Gram of example {n}, {block!r}: off by {gap:.3g} of {size:.3g}")
+            if size <= floor or dtype != torch.float64:
                 continue
             wrong = follows(
                 logits,
@@ -295,22 +329,25 @@ def variation(case: Case, metric: influence.MetricTensor) -> Verdict | None:
     """Where other chunks, another order of the examples or another unit of the input make a difference."""
     order = torch.randperm(len(case.x))
     chunk_size = int(torch.randint(1, len(case.x) + 2, ()))
-    x, model, wrt, unit = case.x[order], case.model, case.wrt, 1.0
-    if x.is_floating_point() and not isinstance(wrt, list):
+    how = f"chunk_size={chunk_size} and order {order.tolist()}"
+    x, model, unit = case.x[order], case.model, 1.0
+    if x.is_floating_point() and not isinstance(case.wrt, list):
         unit = 4.0
         x, model = unit * x, Rescaled(model, unit)
-    perturbs_input = wrt == "input" or isinstance(wrt, influence.Patches)
     try:
-        with listening():
-            other = influence.metric_tensor(model, x, wrt=wrt, chunk_size=chunk_size)
+        other = influence.metric_tensor(model, x, wrt=case.wrt, chunk_size=chunk_size)
     except Exception as error:
-        return Verdict(CRASHED, f"with chunk_size={chunk_size} and other examples first: {refusal(error).detail}")
-    expected = metric.contrast_gram()[order] / (unit**2 if perturbs_input else 1)
-    tolerance = TOLERANCE[metric.dtype]
-    scale = expected.abs().amax(dim=(2, 3), keepdim=True)
-    scale = torch.maximum(scale, _NOTHING * scale.amax(dim=1, keepdim=True))
-    gap = (other.contrast_gram() - expected).abs()
-    if not bool((gap <= tolerance * scale).all()):
-        share = float((gap / scale).nan_to_num().max())
-        return Verdict(SILENT, f"chunk_size={chunk_size} and order {order.tolist()}: off by {share:.3g}")
+        verdict = refusal(error)
+        if verdict.kind == REFUSED and (case.fate != random_parts.RIGHT or insensitive(case)):
+            return None
+        return Verdict(CRASHED, f"{how}: {verdict.detail}")
+    expected = metric.contrast_gram()[order]
+    found = other.contrast_gram() * (unit**2 if perturbs_input(case) else 1)
+    size = expected.abs().amax(dim=(2, 3))
+    lowest = torch.stack(
+        [floors(case, log_probs, g, metric.dtype) for log_probs, g in zip(other.log_probs, expected, strict=True)]
+    )
+    gap = (found - expected).abs().amax(dim=(2, 3))
+    if not bool((gap <= torch.where(size > lowest, TOLERANCE[metric.dtype] * size, 10 * lowest)).all()):
+        return Verdict(SILENT, f"{how}: off by {float((gap / size).nan_to_num().max()):.3g}")
     return None

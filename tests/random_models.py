@@ -1,14 +1,12 @@
 """Small random networks of every kind that people build, for the engine to be held against brute force on.
 
-``random_case(seed)`` composes parts by a random grammar: a few parts on vectors, sequences or images, each of which may
-hold others, then a head. The same seed gives the same network, weights, inputs and call.
+``random_case(seed)`` composes the parts of ``random_parts`` by a random grammar: a few on vectors, sequences or images,
+each of which may hold others, then a head. The same seed gives the same network, weights, inputs and call.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -16,16 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations, rnn
-from torch.utils.checkpoint import checkpoint
-from torchvision.ops import StochasticDepth
 
 import influence
-
-# What the engine owes a model. Where several parts ask for different things, the last of these counts.
-RIGHT, RIGHT_OR_REFUSED, REFUSED = "right", "right or refused", "refused"
-_FATES = (RIGHT, RIGHT_OR_REFUSED, REFUSED)
-_KINDS = {2: "vector", 3: "sequence", 4: "image"}
+from random_parts import FATES, PARTS, REFUSED, Draw, Op, chain, parameter
 
 
 @dataclass(frozen=True)
@@ -58,637 +49,31 @@ class Case:
         return f"seed {self.seed}: x {tuple(self.x.shape)} {self.x.dtype}, {' '.join(self.parts)}; {call}\n{self.model}"
 
 
-class Draw(random.Random):
-    """Random choices, and what they have brought into the network so far."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__(seed)
-        self.parts: list[str] = []
-        self.changes: list[Callable[[], object]] = []
-        self.in_training: list[nn.Module] = []
-        self.depth = 0
-
-    def maybe(self, probability: float) -> bool:
-        return self.random() < probability
-
-    def mark(self) -> tuple[int, int, int]:
-        return len(self.parts), len(self.changes), len(self.in_training)
-
-    def forget(self, mark: tuple[int, int, int]) -> None:
-        """Take back what came into the network since then."""
-        for listed, count in zip((self.parts, self.changes, self.in_training), mark, strict=True):
-            del listed[count:]
-
-
-@dataclass(frozen=True)
-class Part:
-    build: Callable[[Draw, Tensor], nn.Module | None]
-    kinds: tuple[str, ...]
-    weight: float
-    fate: str
-
-
-PARTS: dict[str, Part] = {}
-_PLAIN = False
-
-
-@contextmanager
-def plainly() -> Iterator[None]:
-    """Within it, checkpoints and compiled modules call what they hold: brute force looks at the function alone."""
-    global _PLAIN
-    _PLAIN = True
-    try:
-        yield
-    finally:
-        _PLAIN = False
-
-
-class Op(nn.Module):
-    """A function with the modules and parameters that it uses."""
-
-    def __init__(self, function: Callable[[Any, Tensor], Any], **members: Any) -> None:
-        super().__init__()
-        self.function = function
-        for name, member in members.items():
-            setattr(self, name, member)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self, x)
-
-
-def part(kinds: str, *, weight: float = 1.0, fate: str = RIGHT) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(build: Callable[[Draw, Tensor], nn.Module | None]) -> Callable[[Draw, Tensor], nn.Module | None]:
-        PARTS[build.__name__] = Part(build, tuple(kinds.split()), weight, fate)
-        return build
-
-    return register
-
-
-def parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(shape) / max(1, shape[-1]) ** 0.5)
-
-
-def activation(d: Draw) -> Callable[[Tensor], Tensor]:
-    return d.choice([torch.tanh, torch.tanh, F.gelu, F.silu, F.softplus, lambda y: F.leaky_relu(y, 0.2)])
-
-
-def kept(x: Tensor) -> Tensor:
-    """Which tokens are no padding, ``(N, T)``: more or fewer, as an example's own values have it; never none."""
-    keep = x.detach()[..., 0] > -0.1
-    keep[:, 0] = True
-    return keep
-
-
-def lengths(x: Tensor) -> Tensor:
-    return kept(x).sum(dim=1)
-
-
-# -- on the last dimension of vectors and sequences -------------------------------------------------------------------
-
-
-@part("vector sequence", weight=2)
-def linear(d: Draw, x: Tensor) -> nn.Module:
-    act = activation(d)
-    return Op(lambda m, x: act(m.a(x)), a=nn.Linear(x.shape[-1], d.randint(2, 7), bias=d.maybe(0.8)))
-
-
-@part("vector sequence")
-def norm(d: Draw, x: Tensor) -> nn.Module:
-    kinds = [nn.LayerNorm, nn.RMSNorm]
-    return d.choice(kinds)(x.shape[-1] if d.maybe(0.7) else x.shape[1:], elementwise_affine=d.maybe(0.9))
-
-
-@part("vector")
-def batch_norm(d: Draw, x: Tensor) -> nn.Module:
-    return nn.BatchNorm1d(x.shape[1])
-
-
-@part("vector sequence")
-def used_twice(d: Draw, x: Tensor) -> nn.Module:
-    return Op(lambda m, x: torch.tanh(m.a(torch.tanh(m.a(x)))), a=nn.Linear(x.shape[-1], x.shape[-1]))
-
-
-@part("vector sequence", weight=2)
-def parametrised(d: Draw, x: Tensor) -> nn.Module:
-    width, out = x.shape[-1], d.randint(2, 6)
-    kind = d.choice(["weight_norm", "spectral_norm", "low rank", "generated", "masked"])
-    if kind in ("weight_norm", "spectral_norm"):
-        return Op(lambda m, x: torch.tanh(m.a(x)), a=getattr(parametrizations, kind)(nn.Linear(width, out)))
-    if kind == "low rank":
-        merged = d.maybe(0.5)
-
-        def adapt(m: Any, x: Tensor) -> Tensor:
-            if merged:
-                return F.linear(x, m.base.weight + m.up @ m.down, m.base.bias)
-            return m.base(x) + 2 * F.linear(F.linear(x, m.down), m.up)
-
-        up = nn.Parameter(torch.zeros(out, 2)) if d.maybe(0.5) else parameter(out, 2)
-        base = nn.Linear(width, out).requires_grad_(False)
-        return Op(adapt, base=base, up=up, down=parameter(2, width))
-    if kind == "generated":
-        make = parameter(3, out * width)
-        return Op(lambda m, x: F.linear(x, (m.code @ m.make).view(out, width)), code=parameter(3), make=make)
-    mask = (torch.rand(out, width) > 0.4).to(x.dtype)
-    return Op(lambda m, x: torch.tanh(F.linear(x, m.w * mask)), w=parameter(out, width))
-
-
-@part("vector sequence")
-def parameter_hook(d: Draw, x: Tensor) -> nn.Module:
-    """Masked fine-tuning."""
-    layer = nn.Linear(x.shape[-1], d.randint(2, 6))
-    mask = torch.rand(layer.weight.shape) > 0.5
-    layer.weight.register_hook(lambda grad: grad * mask)
-    return Op(lambda m, x: torch.tanh(m.a(x)), a=layer)
-
-
-@part("vector sequence")
-def tensor_hook(d: Draw, x: Tensor) -> nn.Module:
-    module = Op(hooked, a=nn.Linear(x.shape[-1], x.shape[-1]), on=d.maybe(0.5))
-    d.changes.append(lambda: setattr(module, "on", True))
-    return module
-
-
-def hooked(m: Any, x: Tensor) -> Tensor:
-    y = torch.tanh(m.a(x))
-    if m.on and y.requires_grad:
-        y.register_hook(lambda grad: 3 * grad)
-    return y
-
-
-@part("vector sequence image", weight=0.5)
-def custom_function(d: Draw, x: Tensor) -> nn.Module:
-    function = d.choice([Sine, Straight])
-    return Op(lambda m, x: function.apply(x))
-
-
-class Sine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad * ctx.saved_tensors[0].cos()
-
-
-class Straight(torch.autograd.Function):
-    """Rounds, and passes gradients as if it did not."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return (4 * x).round() / 4
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
-@part("vector sequence", weight=0.4, fate=RIGHT_OR_REFUSED)
-def complex_parameters(d: Draw, x: Tensor) -> nn.Module:
-    """A spectral filter."""
-    weight = nn.Parameter(torch.randn(x.shape[-1] // 2 + 1, dtype=x.dtype.to_complex()))
-    return Op(lambda m, x: torch.fft.irfft(torch.fft.rfft(x) * m.w, n=x.shape[-1]), w=weight)
-
-
-@part("vector sequence")
-def vectorised(d: Draw, x: Tensor) -> nn.Module:
-    """torch.func within forward."""
-    w = parameter(x.shape[-1], x.shape[-1])
-    if d.maybe(0.5):
-        return Op(lambda m, x: torch.func.vmap(lambda row: torch.tanh(row @ m.w))(x), w=w)
-    return Op(lambda m, x: torch.func.vmap(torch.func.grad(lambda row: torch.tanh(row @ m.w).square().sum()))(x), w=w)
-
-
-@part("vector sequence")
-def inner_gradient(d: Draw, x: Tensor) -> nn.Module:
-    """The forces of a learned energy."""
-
-    def forces(m: Any, x: Tensor) -> Tensor:
-        with torch.enable_grad():
-            x = x if x.requires_grad else x.detach().requires_grad_()
-            return torch.autograd.grad((torch.tanh(x @ m.w) * x).sum(), x, create_graph=True)[0]
-
-    return Op(forces, w=parameter(x.shape[-1], x.shape[-1]))
-
-
-@part("vector sequence")
-def einsum(d: Draw, x: Tensor) -> nn.Module:
-    w, scale = parameter(x.shape[-1], d.randint(2, 5)), parameter(1)
-    return Op(lambda m, x: torch.einsum("n...d,de->n...e", torch.tanh(x), m.w) * m.scale.exp(), w=w, scale=scale)
-
-
-@part("vector sequence")
-def in_place(d: Draw, x: Tensor) -> nn.Module:
-    def change(m: Any, x: Tensor) -> Tensor:
-        y = m.a(x)
-        y.add_(m.scale).mul_(2)
-        y[..., :1] += 0.5 * x[..., :1]
-        return y.tanh_()
-
-    return Op(change, a=nn.Linear(x.shape[-1], x.shape[-1]), scale=parameter(x.shape[-1]))
-
-
-@part("vector sequence", weight=2)
-def routed(d: Draw, x: Tensor) -> nn.Module:
-    """Top-1 mixture of experts: each expert sees the tokens that are sent to it, from whatever examples."""
-    width, count = x.shape[-1], d.randint(2, 3)
-    experts = nn.ModuleList(nn.Linear(width, width) for _ in range(count))
-    ordered, act = d.maybe(0.5), activation(d)
-
-    def route(m: Any, x: Tensor) -> Tensor:
-        tokens = x.reshape(-1, width)
-        gate, chosen = m.router(tokens).softmax(dim=-1).max(dim=-1)
-        places = [(chosen == e).nonzero().squeeze(1) for e in range(count)]
-        parts = [act(expert(tokens[at])) for expert, at in zip(m.experts, places, strict=True)]
-        if ordered:
-            out = torch.cat(parts)[torch.cat(places).argsort()]
-        else:
-            out = torch.zeros_like(tokens)
-            for at, part in zip(places, parts, strict=True):
-                out = out.index_add(0, at, part.to(out.dtype))
-        return (out * gate[:, None]).view(x.shape)
-
-    return Op(route, router=nn.Linear(width, count), experts=experts)
-
-
-@part("vector sequence")
-def folded(d: Draw, x: Tensor) -> nn.Module:
-    """Heads or windows in the batch dimension, behind the examples or before them."""
-    heads, width, first = d.randint(2, 3), x.shape[-1], d.maybe(0.5)
-
-    def fold(m: Any, x: Tensor) -> Tensor:
-        y = m.split(x).unflatten(-1, (heads, -1)).movedim(-2, 1 if first else 0)
-        shape = y.shape
-        y = torch.tanh(m.norm(m.a(y.reshape(-1, *shape[2:])))).view(*shape[:-1], -1)
-        return y.movedim(1 if first else 0, -2).flatten(-2)
-
-    return Op(fold, split=nn.Linear(width, 2 * heads), a=nn.Linear(2, 3), norm=nn.LayerNorm(3))
-
-
-# -- sequences --------------------------------------------------------------------------------------------------------
-
-
-@part("sequence", weight=3)
-def attention(d: Draw, x: Tensor) -> nn.Module:
-    width, heads, kind = x.shape[-1], d.choice([1, 2]), d.choice(["by hand", "fused", "module", "encoder", "masked"])
-    if kind in ("module", "encoder") and width % heads == 0:
-        first = d.maybe(0.5)
-        if kind == "module":
-            inner: nn.Module = nn.MultiheadAttention(width, heads, batch_first=first)
-            call = lambda m, y: m.a(y, y, y, need_weights=heads == 2)[0]  # noqa: E731
-        else:
-            inner = nn.TransformerEncoderLayer(width, heads, 5, dropout=0.0, batch_first=first, norm_first=d.maybe(0.5))
-            call = lambda m, y: m.a(y)  # noqa: E731
-        return Op(lambda m, x: call(m, x) if first else call(m, x.transpose(0, 1)).transpose(0, 1), a=inner)
-    causal = d.maybe(0.5)
-
-    def attend(m: Any, x: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in m.qkv(x).chunk(3, dim=-1))
-        if kind == "fused":
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        else:
-            scores = q @ k.mT / q.shape[-1] ** 0.5
-            if kind == "masked":
-                scores = scores.masked_fill(~kept(x)[:, None, None], -torch.inf)
-            y = scores.softmax(dim=-1) @ v
-        return m.out(y.transpose(1, 2).flatten(2))
-
-    return Op(attend, qkv=nn.Linear(width, 6 * heads), out=nn.Linear(2 * heads, width))
-
-
-@part("sequence", weight=2)
-def recurrent(d: Draw, x: Tensor) -> nn.Module:
-    first, packed = d.maybe(0.5), d.maybe(0.5)
-    kind = d.choice([nn.RNN, nn.LSTM, nn.GRU])
-    layer = kind(
-        x.shape[-1], d.randint(2, 4), num_layers=d.randint(1, 2), batch_first=first, bidirectional=d.maybe(0.3)
-    )
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        y = x if first else x.transpose(0, 1)
-        if packed:
-            y = rnn.pack_padded_sequence(y, lengths(x).cpu(), batch_first=first, enforce_sorted=False)
-            y = rnn.pad_packed_sequence(m.a(y)[0], batch_first=first, total_length=x.shape[1])[0]
-        else:
-            y = m.a(y)[0]
-        return y if first else y.transpose(0, 1)
-
-    return Op(run, a=layer)
-
-
-@part("sequence", weight=3)
-def unpadded(d: Draw, x: Tensor) -> nn.Module:
-    """Tokens that are no padding, gathered from all examples and scattered back."""
-    width, way = x.shape[-1], d.choice(["assign", "masked_scatter", "index_add"])
-
-    def gather(m: Any, x: Tensor) -> Tensor:
-        keep = kept(x)
-        y = m.b(torch.tanh(m.norm(m.a(x[keep]))))
-        if way == "assign":
-            out = torch.zeros_like(x, dtype=y.dtype)
-            out[keep] = y
-            return out
-        if way == "masked_scatter":
-            return torch.zeros_like(x, dtype=y.dtype).masked_scatter(keep[..., None].expand_as(x), y)
-        at = keep.flatten().nonzero().squeeze(1)
-        return torch.zeros_like(x, dtype=y.dtype).flatten(0, 1).index_add(0, at, y).view(x.shape)
-
-    return Op(gather, a=nn.Linear(width, 4), norm=nn.LayerNorm(4), b=nn.Linear(4, width))
-
-
-@part("sequence", weight=2)
-def trimmed(d: Draw, x: Tensor) -> nn.Module:
-    """As long as the longest of the batch, sequence first."""
-    width = x.shape[-1]
-
-    def trim(m: Any, x: Tensor) -> Tensor:
-        longest = int(lengths(x).max())
-        y = torch.tanh(m.norm(m.a(x[:, :longest].transpose(0, 1))))
-        if m.scale is not None:
-            y = y * m.scale
-        y = y.transpose(0, 1) * (torch.arange(longest) < lengths(x)[:, None])[..., None]
-        return F.pad(y, (0, 0, 0, x.shape[1] - longest))
-
-    scale = parameter(width) if d.maybe(0.5) else None
-    return Op(trim, a=nn.Linear(width, width), norm=nn.LayerNorm(width), scale=scale)
-
-
-@part("sequence")
-def conv1d(d: Draw, x: Tensor) -> nn.Module:
-    width, groups = x.shape[-1], d.choice([1, x.shape[-1]])
-    size = d.randint(1, 3)
-    kind = d.choice([nn.Conv1d, nn.Conv1d, nn.ConvTranspose1d])
-    layer = kind(width, width * d.randint(1, 2), size, stride=d.randint(1, 2), padding=size // 2, groups=groups)
-    return Op(lambda m, x: torch.tanh(m.a(x.transpose(1, 2))).transpose(1, 2), a=layer)
-
-
-@part("sequence")
-def positions(d: Draw, x: Tensor) -> nn.Module:
-    if d.maybe(0.5):
-        return Op(lambda m, x: x + m.places, places=parameter(1, *x.shape[1:]))
-    return Op(lambda m, x: x + m.places(torch.arange(x.shape[1])), places=nn.Embedding(9, x.shape[2]))
-
-
-@part("sequence")
-def mixer(d: Draw, x: Tensor) -> nn.Module:
-    return Op(lambda m, x: torch.tanh(m.a(x.mT)).mT, a=nn.Linear(x.shape[1], d.randint(2, 5)))
-
-
-@part("sequence")
-def sequence_first(d: Draw, x: Tensor) -> nn.Module:
-    def turn(m: Any, x: Tensor) -> Tensor:
-        y = m.a(x.transpose(0, 1).contiguous()).flatten(0, 1)
-        return torch.tanh(m.b(y)).view(x.shape[1], x.shape[0], -1).transpose(0, 1)
-
-    return Op(turn, a=nn.Linear(x.shape[-1], 3), b=nn.Linear(3, 4))
-
-
-@part("sequence", weight=0.5)
-def pooled_sequence(d: Draw, x: Tensor) -> nn.Module:
-    kinds = [lambda m, x: x.mean(dim=1), lambda m, x: x[:, -1], lambda m, x: x.amax(dim=1), lambda m, x: x.flatten(1)]
-    return Op(d.choice(kinds))
-
-
-# -- images -----------------------------------------------------------------------------------------------------------
-
-
-@part("image", weight=4)
-def convolution(d: Draw, x: Tensor) -> nn.Module:
-    channels, side = x.shape[1], min(x.shape[2:])
-    kind = d.choice([nn.Conv2d, nn.Conv2d, nn.Conv2d, nn.ConvTranspose2d])
-    groups = d.choice([1, 1, channels])
-    stride, size = d.randint(1, 2), (d.randint(1, 3), d.randint(1, 3))
-    dilation = d.randint(1, 2) if side >= 5 or kind is nn.ConvTranspose2d else 1
-    options: dict[str, Any] = {"stride": stride, "padding": (size[0] // 2, size[1] // 2), "dilation": dilation}
-    if kind is nn.Conv2d and d.maybe(0.3) and side > 2:
-        options["padding_mode"] = d.choice(["circular", "reflect", "replicate"])
-    layer = kind(channels, channels * d.randint(1, 2), size, groups=groups, bias=d.maybe(0.7), **options)
-    last, act = d.maybe(0.3), activation(d)
-    return Op(lambda m, x: act(m.a(x.contiguous(memory_format=torch.channels_last) if last else x)), a=layer)
-
-
-@part("image")
-def conv3d(d: Draw, x: Tensor) -> nn.Module:
-    kind = d.choice([nn.Conv3d, nn.ConvTranspose3d])
-    layer = kind(1, 2, (d.randint(1, 2), 2, 1), stride=(1, d.randint(1, 2), 1), padding=(0, 1, 0))
-    return Op(lambda m, x: torch.tanh(m.a(x.unsqueeze(1))).flatten(1, 2), a=layer)
-
-
-@part("image", weight=2)
-def image_norm(d: Draw, x: Tensor) -> nn.Module:
-    channels = x.shape[1]
-    kinds = [nn.BatchNorm2d(channels), nn.GroupNorm(d.choice([1, channels]), channels)]
-    if x[0, 0].numel() > 1:
-        kinds.append(nn.InstanceNorm2d(channels, affine=True, track_running_stats=d.maybe(0.3)))
-    return d.choice(kinds)
-
-
-@part("image")
-def gated_channels(d: Draw, x: Tensor) -> nn.Module:
-    channels = x.shape[1]
-
-    def gate(m: Any, x: Tensor) -> Tensor:
-        weights = torch.sigmoid(m.b(torch.tanh(m.a(x.mean(dim=(2, 3))))))
-        return x * weights[:, :, None, None] * m.scale
-
-    return Op(gate, a=nn.Linear(channels, 2), b=nn.Linear(2, channels), scale=parameter(channels, 1, 1))
-
-
-@part("image")
-def resized(d: Draw, x: Tensor) -> nn.Module:
-    kinds: list[Callable[[Any, Tensor], Tensor]] = [
-        lambda m, x: F.adaptive_avg_pool2d(x, 2),
-        lambda m, x: F.interpolate(x, size=(3, 4), mode="bilinear"),
-        lambda m, x: x.roll((1, 1), (2, 3)),
-        lambda m, x: F.max_pool2d(x, 2, stride=1, padding=1),
-    ]
-    return Op(d.choice(kinds))
-
-
-@part("image", weight=0.7)
-def image_to_sequence(d: Draw, x: Tensor) -> nn.Module:
-    return Op(lambda m, x: x.flatten(2).transpose(1, 2) if x.shape[2] * x.shape[3] < 17 else x.mean(3).transpose(1, 2))
-
-
-@part("image", weight=0.5)
-def pooled_image(d: Draw, x: Tensor) -> nn.Module:
-    return Op(d.choice([lambda m, x: x.mean(dim=(2, 3)), lambda m, x: x.flatten(1)]))
-
-
-# -- parts that hold others -------------------------------------------------------------------------------------------
-
-
-def inner(d: Draw, x: Tensor, *, same_shape: bool = True) -> nn.Module | None:
-    """One or two parts; None where none of the right shape turns up."""
-    if d.depth == 2:
-        return None
-    d.depth += 1
-    mark, found = d.mark(), None
-    for _ in range(6):
-        module, y = chain(d, x, d.randint(1, 2))
-        if (y.shape == x.shape) if same_shape else (y.ndim == x.ndim and y.shape[2:] == x.shape[2:]):
-            found = module
-            break
-        d.forget(mark)
-    d.depth -= 1
-    return found
-
-
-def holding(kinds: str, **options: Any) -> Callable[[Callable[..., nn.Module]], Callable[..., Any]]:
-    """A part round an inner module of the same shape, if one can be had."""
-
-    def register(build: Callable[[Draw, nn.Module], nn.Module]) -> Callable[..., Any]:
-        def with_inner(d: Draw, x: Tensor) -> nn.Module | None:
-            module = inner(d, x)
-            return None if module is None else build(d, module)
-
-        with_inner.__name__ = build.__name__
-        return part(kinds, **options)(with_inner)
-
-    return register
-
-
-ANY = "vector sequence image"
-
-
-@holding(ANY, weight=2)
-def residual(d: Draw, module: nn.Module) -> nn.Module:
-    return Op(lambda m, x: x + m.f(x), f=module)
-
-
-@part(ANY)
-def dense(d: Draw, x: Tensor) -> nn.Module | None:
-    module = inner(d, x, same_shape=False) if x.ndim != 3 else inner(d, x)
-    return None if module is None else Op(lambda m, x: torch.cat([x, m.f(x)], dim=-1 if x.ndim == 3 else 1), f=module)
-
-
-@holding(ANY)
-def zero_scale(d: Draw, module: nn.Module) -> nn.Module:
-    scale = nn.Parameter(torch.zeros(1))
-    d.changes.append(lambda: nn.init.constant_(scale, 0.7))
-    return Op(lambda m, x: x + m.scale * m.f(x), f=module, scale=scale)
-
-
-@holding(ANY, weight=0.4)
-def checkpointed(d: Draw, module: nn.Module) -> nn.Module:
-    return Op(lambda m, x: m.f(x) if _PLAIN else checkpoint(m.f, x, use_reentrant=False), f=module)
-
-
-@holding(ANY, weight=0.4, fate=RIGHT_OR_REFUSED)
-def reentrant_checkpoint(d: Draw, module: nn.Module) -> nn.Module:
-    return Op(lambda m, x: m.f(x) if _PLAIN else checkpoint(m.f, x, use_reentrant=True), f=module)
-
-
-@holding(ANY, weight=0.1, fate=RIGHT_OR_REFUSED)
-def compiled(d: Draw, module: nn.Module) -> nn.Module:
-    fast = torch.compile(module, backend="aot_eager")
-    return Op(lambda m, x: (m.f if _PLAIN else fast)(x), f=module)
-
-
-@holding(ANY, weight=0.4)
-def bfloat16_body(d: Draw, module: nn.Module) -> nn.Module:
-    return Op(lambda m, x: m.f(x.bfloat16()).to(x.dtype), f=module.bfloat16())
-
-
-@holding(ANY, weight=0.4)
-def autocast_body(d: Draw, module: nn.Module) -> nn.Module:
-    """Leaves float64 alone."""
-
-    def cast(m: Any, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return m.f(x).to(x.dtype)
-
-    return Op(cast, f=module)
-
-
-# -- what has no value of its own for an example ----------------------------------------------------------------------
-
-
-@part(ANY, weight=0.1, fate=REFUSED)
-def functional_dropout(d: Draw, x: Tensor) -> nn.Module:
-    return Op(lambda m, x: F.dropout(x, 0.5))
-
-
-@part(ANY, weight=0.1, fate=REFUSED)
-def stochastic_depth(d: Draw, x: Tensor) -> nn.Module:
-    module = StochasticDepth(0.5, d.choice(["row", "batch"]))
-    d.in_training.append(module)
-    return Op(lambda m, x: x + m.drop(torch.tanh(m.scale * x)), drop=module, scale=parameter(1))
-
-
-@part(ANY, weight=0.2, fate=REFUSED)
-def batch_statistics(d: Draw, x: Tensor) -> nn.Module | None:
-    if len(x) == 1:
-        return None
-    kinds: list[Callable[[Any, Tensor], Tensor]] = [
-        lambda m, x: x - 0.5 * x.mean(dim=0),
-        lambda m, x: F.batch_norm(x if x.ndim != 3 else x.mT, None, None, training=True).view(x.shape),
-        lambda m, x: torch.einsum("nm,m...->n...", (x.flatten(1) @ x.flatten(1).T).softmax(dim=1), x),
-        lambda m, x: x / x.abs().max(),
-    ]
-    return Op(d.choice(kinds))
-
-
-# -- whole networks ---------------------------------------------------------------------------------------------------
-
-
-def chain(d: Draw, x: Tensor, count: int) -> tuple[nn.Module, Tensor]:
-    """Some parts, one after another, and what becomes of ``x`` in them."""
-    modules: list[nn.Module] = []
-    while len(modules) < count:
-        fitting = {name: p for name, p in PARTS.items() if _KINDS[x.ndim] in p.kinds}
-        name = d.choices(list(fitting), [p.weight for p in fitting.values()])[0]
-        mark = d.mark()
-        d.parts.append(name)
-        module = fitting[name].build(d, x)
-        y = None if module is None else tried(settled(module), x)
-        if module is None or y is None:
-            d.forget(mark)
-        else:
-            modules.append(module)
-            x = y
-    return nn.Sequential(*modules), x
-
-
-def tried(module: nn.Module, x: Tensor) -> Tensor | None:
-    """What becomes of ``x``; None where PyTorch cannot do it."""
-    try:
-        with torch.enable_grad():
-            y = module(x.detach().requires_grad_()).detach()
-    except (RuntimeError, ValueError):
-        return None
-    return y if 1 < y[0].numel() <= 200 and bool(y.isfinite().all()) else None
-
-
-def settled(module: nn.Module) -> nn.Module:
-    """In evaluation mode, with normalisation that does something."""
-    for m in module.eval().modules():
-        if "Norm" in type(m).__name__:
-            for p in m.parameters(recurse=False):
-                nn.init.normal_(p, mean=0.6, std=0.3)
-            if getattr(m, "running_mean", None) is not None:
-                nn.init.normal_(m.running_mean, std=0.3)
-                nn.init.uniform_(m.running_var, 0.5, 1.5)
-    return module
-
-
-def embedding(d: Draw, classes: int) -> nn.Module:
+def embedding(d: Draw, classes: int) -> nn.Embedding | nn.EmbeddingBag:
     """Tokens to vectors; as many words as classes, so that the head can share the table."""
-    return nn.Embedding(max(classes, 4), d.randint(2, 5), padding_idx=d.choice([None, 0]))
+    words, width = max(classes, 4), d.randint(2, 5)
+    if d.maybe(0.15):
+        return nn.EmbeddingBag(words, width, mode=d.choice(["sum", "mean", "max"]))
+    options: dict[str, Any] = d.choice([{}, {}, {"padding_idx": 0}, {"padding_idx": 0}, {"sparse": True}])
+    return nn.Embedding(words, width, **options, scale_grad_by_freq=d.maybe(0.1))
 
 
-def head(d: Draw, x: Tensor, classes: int, table: nn.Embedding | None) -> nn.Module:
+def head(d: Draw, x: Tensor, classes: int, table: nn.Embedding | nn.EmbeddingBag | None) -> nn.Module:
     """From vectors to logits."""
     width = x.shape[1]
-    kind = d.choice(["plain", "plain", "plain", "narrow", "zero", "cosine", "tied", "bfloat16"])
+    kind = d.choice(["plain", "plain", "plain", "narrow", "narrow", "zero", "cosine", "tied", "bfloat16", "ensemble"])
+    if kind == "tied" and table is None:
+        kind = "plain"
     d.parts.append(f"{kind}_head")
     if kind == "narrow":
         few = d.randint(1, max(1, classes - 2))
         return nn.Sequential(nn.Linear(width, few), *([nn.Tanh()] if d.maybe(0.5) else []), nn.Linear(few, classes))
     if kind == "cosine":
         return Op(lambda m, x: 5 * F.linear(F.normalize(x), F.normalize(m.w)), w=parameter(classes, width))
-    if kind == "tied" and table is not None:
+    if kind == "ensemble":
+        a, b = nn.Linear(width, classes), nn.Linear(width, classes, bias=False)
+        return Op(lambda m, x: (m.a(x).log_softmax(dim=1) + m.b(x)) / 2, a=a, b=b)
+    if kind == "tied":
         a = nn.Linear(width, table.embedding_dim)
         return Op(lambda m, x: F.linear(m.a(x), m.table)[:, :classes], a=a, table=table.weight)
     layer = nn.Linear(width, classes, bias=d.maybe(0.7))
@@ -715,7 +100,7 @@ def random_case(seed: int) -> Case:
 def _case(d: Draw, seed: int) -> Case:
     examples, classes = d.randint(1, 9), d.choice([2, 3, 4, 5, 6, 8, 10, 12, 3, 5, 4, 70])
     form = d.choice(["vector", "sequence", "tokens", "image", "image"])
-    table = None
+    table: nn.Embedding | nn.EmbeddingBag | None = None
     if form == "tokens":
         table = embedding(d, classes)
         x = torch.randint(0, table.num_embeddings, (examples, d.randint(2, 6)))
@@ -723,6 +108,8 @@ def _case(d: Draw, seed: int) -> Case:
         x = torch.randn(examples, d.randint(1, 3), d.randint(3, 6), d.randint(3, 6))
     else:
         x = torch.randn(examples, *[d.randint(2, 6) for _ in range(1 if form == "vector" else 2)])
+    if d.maybe(0.2):
+        x = x.expand(2, *x.shape).movedim(0, -1)[..., 0]  # not contiguous
     body, y = chain(d, x if table is None else table(x), d.randint(1, 4))
     pool = nn.Identity()
     if y.ndim > 2:
@@ -738,7 +125,7 @@ def _case(d: Draw, seed: int) -> Case:
     model = Op(whole, table=table, body=body, pool=pool, head=last).eval()
     for module in d.in_training:
         module.train()
-    fate = max((PARTS[name].fate for name in d.parts if name in PARTS), key=_FATES.index)
+    fate = max((PARTS[name].fate for name in d.parts if name in PARTS), key=FATES.index)
     named = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
     options: list[Any] = ["layers", "layers", "parameters", sorted(d.sample(named, min(len(named), d.randint(1, 3))))]
     if table is None:

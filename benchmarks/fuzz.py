@@ -31,6 +31,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "fuzz.json"
 sys.path.insert(0, str(ROOT / "tests"))
 
 import brute_force  # noqa: E402
+import random_layers  # noqa: E402
 import random_models  # noqa: E402
 import random_parts  # noqa: E402
 
@@ -41,7 +42,7 @@ _COLUMNS = (brute_force.RIGHT, brute_force.ANNOUNCED, brute_force.REFUSED)
 def fingerprint() -> str:
     """Of the engine and of the networks."""
     files = [*Path(influence.__file__).parent.glob("*.py"), *Path(influence.__file__).parent.glob("*/*.py")]
-    files += [Path(module.__file__) for module in (random_models, random_parts, brute_force)]
+    files += [Path(module.__file__) for module in (random_models, random_layers, random_parts, brute_force)]
     files = [file for file in files if "companion" not in file.parts]
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
 

@@ -1,7 +1,8 @@
 """Small random networks of every kind that people build, for the engine to be held against brute force on.
 
-``random_case(seed)`` composes the parts of ``random_parts`` by a random grammar: a few on vectors, sequences or images,
-each of which may hold others, then a head. The same seed gives the same network, weights, inputs and call.
+``random_case(seed)`` composes the parts of ``random_parts`` and ``random_layers`` by a random grammar: a few on
+vectors, sequences or images, each of which may hold others, then a head. The same seed gives the same network, weights,
+inputs and call.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import influence
+import random_layers  # noqa: F401 (registers its parts)
 from random_parts import FATES, PARTS, REFUSED, Draw, Op, chain, parameter
 
 

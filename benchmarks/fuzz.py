@@ -5,7 +5,7 @@
     python -m benchmarks.fuzz --part routed           # only networks that hold this part
 
 The networks are those of tests/random_models.py, the judge is tests/brute_force.py. A run that was interrupted goes on
-where it stopped, unless the engine or the networks have changed since.
+where it stopped, unless the engine or the networks have changed since; its result is benchmarks/results/fuzz/cpu.json.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import multiprocessing
 import platform
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch
 import influence
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "fuzz.json"
+RESULTS = ROOT / "benchmarks" / "results" / "fuzz" / "cpu.json"
 sys.path.insert(0, str(ROOT / "tests"))
 
 import brute_force  # noqa: E402
@@ -36,28 +36,28 @@ import random_models  # noqa: E402
 import random_parts  # noqa: E402
 
 _SAVE_EVERY = 50
-_COLUMNS = (brute_force.RIGHT, brute_force.ANNOUNCED, brute_force.REFUSED)
+_GOOD = (brute_force.RIGHT, brute_force.ANNOUNCED, brute_force.REFUSED)
 
 
 def fingerprint() -> str:
     """Of the engine and of the networks."""
-    files = [*Path(influence.__file__).parent.glob("*.py"), *Path(influence.__file__).parent.glob("*/*.py")]
+    folder = Path(influence.__file__).parent
+    files = [file for file in folder.rglob("*.py") if "companion" not in file.parts]
     files += [Path(module.__file__) for module in (random_models, random_layers, random_parts, brute_force)]
-    files = [file for file in files if "companion" not in file.parts]
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
 
 
 def judged(seed: int) -> dict[str, Any]:
-    """One network, as it goes into the file."""
+    """What came of one network."""
     torch.set_num_threads(1)
     case = random_models.random_case(seed)
     verdict = brute_force.judge(case)
     torch.compiler.reset()
-    parts = sorted(set(case.parts))
-    return {"seed": seed, "kind": verdict.kind, "parts": parts} | ({} if verdict.good else {"detail": verdict.detail})
+    return {"seed": seed, "kind": verdict.kind, "parts": sorted(set(case.parts)), "detail": verdict.detail}
 
 
 def results(seeds: list[int], jobs: int) -> Iterator[dict[str, Any]]:
+    """In the order of the seeds."""
     if jobs == 1:
         yield from map(judged, seeds)
         return
@@ -65,17 +65,13 @@ def results(seeds: list[int], jobs: int) -> Iterator[dict[str, Any]]:
         yield from pool.imap(judged, seeds, chunksize=8)
 
 
-def table(cases: Iterable[dict[str, Any]]) -> str:
+def table(counts: Mapping[str, Mapping[str, int]]) -> str:
     """Markdown: how many networks hold a part, and what came of them."""
-    counts: dict[str, Counter[str]] = {}
-    for case in cases:
-        for name in [*case["parts"], "**all**"]:
-            counts.setdefault(name, Counter())[case["kind"]] += 1
-    lines = [f"| part | networks | {' | '.join(_COLUMNS)} | wrong |", "|---|" + "--:|" * (len(_COLUMNS) + 2)]
+    lines = [f"| part | networks | {' | '.join(_GOOD)} | wrong |", "|---|" + "--:|" * (len(_GOOD) + 2)]
     for name, kinds in sorted(counts.items()):
-        good = [kinds[kind] for kind in _COLUMNS]
-        cells = [name, *map(str, [kinds.total(), *good, kinds.total() - sum(good)])]
-        lines.append(f"| {' | '.join(cells)} |")
+        good = [kinds.get(kind, 0) for kind in _GOOD]
+        everything = sum(kinds.values())
+        lines.append(f"| {' | '.join([name, *map(str, [everything, *good, everything - sum(good)])])} |")
     return "\n".join(lines)
 
 
@@ -85,42 +81,53 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models", type=int, default=2000)
     parser.add_argument("--start", type=int, default=0, help="first seed")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--part", help="judge only networks that hold it")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON to write and to go on from")
+    parser.add_argument("--part", help="judge only networks that hold it; no result is written")
+    parser.add_argument("--results", type=Path, help="JSON to go on from and to write; none unless it starts at seed 0")
     options = parser.parse_args(arguments)
+    file = options.results or (RESULTS if options.start == 0 and options.part is None else None)
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
 
-    seeds = list(range(options.start, options.start + options.models))
+    run: dict[str, Any] = {
+        "engine": fingerprint(),
+        "start": options.start,
+        "models": 0,
+        "seconds": 0.0,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "wrong": [],
+        "counts": {},
+    }
+    if file is not None and file.exists():
+        before = json.loads(file.read_text())
+        if all(before[key] == run[key] for key in ("engine", "start", "torch")):
+            run = before
+    seeds = list(range(options.start + run["models"], options.start + options.models))
     if options.part:
         seeds = [seed for seed in seeds if options.part in random_models.random_case(seed).parts]
     if len(seeds) == 1:
         print(random_models.random_case(seeds[0]))
-    run = {"engine": fingerprint(), "torch": torch.__version__, "python": platform.python_version(), "seconds": 0.0}
-    cases: dict[int, dict[str, Any]] = {}
-    if options.results.exists():
-        before = json.loads(options.results.read_text())
-        if before["engine"] == run["engine"]:
-            run["seconds"] = before["seconds"]
-            cases = {case["seed"]: case for case in before["cases"]}
 
     def save() -> None:
-        options.results.parent.mkdir(parents=True, exist_ok=True)
-        listed = ",\n".join(json.dumps(cases[seed]) for seed in sorted(cases))
-        head = json.dumps(run | {"seconds": round(run["seconds"], 1)})[:-1]
-        options.results.write_text(f'{head}, "cases": [\n{listed}\n]}}\n')
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(run | {"seconds": round(run["seconds"], 1)}, indent=1, sort_keys=True) + "\n")
 
-    before = time.perf_counter()
-    for done, case in enumerate(results([seed for seed in seeds if seed not in cases], options.jobs), start=1):
-        cases[case["seed"]] = case
-        run["seconds"] += time.perf_counter() - before
-        before = time.perf_counter()
-        if case["kind"] not in _COLUMNS:
+    clock = time.perf_counter()
+    for case in results(seeds, options.jobs):
+        for name in [*case["parts"], "**all**"]:
+            kinds = run["counts"].setdefault(name, {})
+            kinds[case["kind"]] = kinds.get(case["kind"], 0) + 1
+        if case["kind"] not in _GOOD:
+            run["wrong"].append(case)
             print(f"{case['seed']}: {case['kind']}: {' '.join(case['parts'])}: {case['detail']}", flush=True)
-        if done % _SAVE_EVERY == 0:
+        run["models"] += 1
+        run["seconds"] += time.perf_counter() - clock
+        clock = time.perf_counter()
+        if run["models"] % _SAVE_EVERY == 0:
             save()
     save()
-    asked = [cases[seed] for seed in seeds]
-    print(table(asked))
-    return int(any(case["kind"] not in _COLUMNS for case in asked))
+    print(table(run["counts"]))
+    return int(bool(run["wrong"]))
 
 
 if __name__ == "__main__":

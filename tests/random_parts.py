@@ -228,7 +228,7 @@ def batch_statistics(d: Draw, x: Tensor) -> nn.Module | None:
         return None
     kinds: list[Callable[[Any, Tensor], Tensor]] = [
         lambda m, x: x - 0.5 * x.mean(dim=0),
-        lambda m, x: F.batch_norm(x if x.ndim != 3 else x.mT, None, None, training=True).view(x.shape),
+        lambda m, x: F.batch_norm(x.unsqueeze(-1).expand(*x.shape, 2), None, None, training=True)[..., 0],
         lambda m, x: torch.einsum("nm,m...->n...", (x.flatten(1) @ x.flatten(1).T).softmax(dim=1), x),
         lambda m, x: x / x.detach().abs().max(),
         lambda m, x: x + 0.3 * torch.arange(len(x)).view(-1, *(1,) * (x.ndim - 1)).to(x.dtype),

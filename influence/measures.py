@@ -260,10 +260,21 @@ def _exact(problems: _Problems, factor: Factor, rtol: float) -> tuple[Tensor, Te
     near = (factor.smallest < rtol * _PIVOT_BAND) | (factor.refused * _PIVOT_BAND > rtol)
     partial = (~full & (factor.rank > 0)).nonzero().squeeze(1)
     if len(partial):
-        cut = (rtol * factor.largest[partial])[:, None]
+        cut = _noise(problems, factor, rtol)[partial, None]
         fi[partial], alignment[partial], noise = _reach(problems[partial], factor.rows[partial], cut)
         near[partial] |= noise
     return fi, alignment, factor.rank, near & (factor.largest > 0)
+
+
+def _noise(problems: _Problems, factor: Factor, rtol: float) -> Tensor:
+    """Squared length up to which a row of the factor may be rounding: of the Jacobian, or of the Gram by its pivots.
+
+    A row far below ``rtol`` of the longest still has its component along a direction that was kept, to many digits.
+    """
+    classes = problems.log_probs.shape[1]
+    of_jacobian = 1024 * classes * torch.finfo(problems.dtype).eps ** 2
+    of_gram = (classes * _GRAM_EPS) ** 2 / factor.smallest
+    return factor.largest * of_gram.clamp(min=of_jacobian).clamp(max=rtol)
 
 
 def _reach(problems: _Problems, rows: Tensor, cut: Tensor, *, penalty: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -358,5 +369,5 @@ def _near_absolute_cut(
 
 def _regularised(problems: _Problems, lam: float) -> Tensor:
     factor = _factor(problems)
-    cut = problems.log_probs.shape[1] * _GRAM_EPS * factor.largest
+    cut = _noise(problems, factor, problems.log_probs.shape[1] * _GRAM_EPS)
     return _reach(problems, factor.rows, cut[:, None], penalty=lam)[0]

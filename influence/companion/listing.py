@@ -80,5 +80,7 @@ def problems() -> list[str]:
     """Everything below the results folder that is not as its ledger says."""
     root, stems = paths.results_dir(), set(discover())
     folders = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
-    profiles = [p.name for p in folders if not p.name.startswith(".") and p.resolve() != paths.REFERENCE]
+    profiles = [
+        p.name for p in folders if not p.name.startswith(".") and p.resolve() not in (paths.REFERENCE, paths.ZOO)
+    ]
     return [problem for profile in profiles for problem in manifest.problems(profile, stems)]

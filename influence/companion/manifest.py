@@ -14,7 +14,7 @@ from . import cache, paths, reference
 from .notebook import LAST, Notebook
 
 NAME = "manifest.json"
-_RESERVED = "reference"
+_RESERVED = ("reference", "zoo")
 
 
 class ManifestError(RuntimeError):
@@ -25,10 +25,10 @@ def folder(profile: str) -> Path:
     """Where the results of a profile lie; no two profiles share one.
 
     Raises:
-        ValueError: not a name for a folder, or the folder of the reference values.
+        ValueError: not a name for a folder, or the folder of the reference values or of the trained networks.
     """
-    if not profile.replace("_", "").replace("-", "").isalnum() or profile == _RESERVED:
-        raise ValueError(f"profile {profile!r}: expected letters, digits, - and _, and not {_RESERVED!r}")
+    if not profile.replace("_", "").replace("-", "").isalnum() or profile in _RESERVED:
+        raise ValueError(f"profile {profile!r}: expected letters, digits, - and _, and not {' or '.join(_RESERVED)}")
     return paths.results_dir() / profile
 
 

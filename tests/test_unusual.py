@@ -125,7 +125,6 @@ UNUSUAL: dict[str, Callable[[], nn.Module]] = {
     "zero head": lambda: zeroed(model(plain), "head.weight"),
     "zero scale": lambda: zeroed(model(zero_scaled, other=other, scale=lambda: nn.Parameter(torch.zeros(1))), "scale"),
     "masked fine-tuning": lambda: hooked_parameter(model(plain)),
-    "squeezed": lambda: model(lambda m, x: plain(m, x)[..., None, None].squeeze()),
     "sparse embedding": lambda: model(
         lambda m, x: m.body(m.table((x.detach()[..., 0] > 0).long())).mean(dim=1),
         table=lambda: nn.Embedding(2, 4, sparse=True),
@@ -401,6 +400,13 @@ def test_complex_parameters_are_refused() -> None:
         contrast_grams(net, row, {m: list(getattr(net, m).parameters()) for m in found.blocks}) for row in sequences()
     ]
     torch.testing.assert_close(found.gram, torch.stack(expected), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("wrt", ["layers", "input"])
+def test_a_model_that_squeezes_a_single_example_away(wrt: str) -> None:
+    net, x = model(lambda m, x: plain(m, x)[..., None, None].squeeze()), sequences(5)
+    found = influence.metric_tensor(net, x, wrt=wrt, chunk_size=4).gram
+    torch.testing.assert_close(found, influence.metric_tensor(model(plain), x, wrt=wrt).gram, rtol=1e-10, atol=1e-14)
 
 
 def test_models_that_draw_numbers_they_do_not_use_are_accepted() -> None:

@@ -274,7 +274,7 @@ def judge(case: Case) -> Verdict:
 def reproducible(case: Case) -> bool:
     """Whether the truth is: random features under a head of zeros have gradients that change from call to call."""
     one, other = (torch.cat(contrast_jacobians(case, 0)[1], dim=1) for _ in range(2))
-    return torch.equal(one, other)
+    return bool((one - other).abs().max() <= _OTHER_LOGITS[coarsest(case)] * one.abs().max())
 
 
 def insensitive(case: Case) -> bool:

@@ -281,7 +281,7 @@ def tried(module: nn.Module, x: Tensor) -> Tensor | None:
     try:
         with torch.enable_grad():
             y = module(x.detach().requires_grad_()).detach()
-    except (RuntimeError, ValueError):
+    except (RuntimeError, ValueError, IndexError):
         return None
     return y if 1 < y[0].numel() <= 200 and bool(y.isfinite().all()) else None
 

@@ -52,6 +52,8 @@ def test_recipes_of_the_papers() -> None:
     mnist = recipes.recipe("paper", "mnist", "densenet121")
     assert mnist.phases == tuple((50, rate) for rate in (1e-3, 5e-4, 2.5e-4, 1e-4))
     assert recipes.recipe("cpu", "cifar10", "resnet50", seed=1) == recipes.named("paper-resnet50-cifar10-1")
+    names = recipes.with_seeds(["smoke-resnet50-digits", "resnet20", "paper-resnet50-mnist-2"], [0, 3])
+    assert names == ["smoke-resnet50-digits-0", "smoke-resnet50-digits-3", "resnet20", "paper-resnet50-mnist-2"]
     with pytest.raises(RecipeError, match=r"no recipe for 'resnet50' on 'svhn' in profile 'cpu'; there are: paper-"):
         recipes.recipe("cpu", "svhn", "resnet50")
     with pytest.raises(RecipeError, match="unknown network 'paper-resnet50-cifar10-9'"):

@@ -19,7 +19,7 @@ from ..detection import agreement
 from ..evaluation import expected_calibration_error, mean_interval, rank_agreement
 from ..results import Run
 from ..scores import positions
-from ..zoo import training
+from ..zoo import recipes, training
 from .common import classifier, dataset, named
 from .definition import influence_by_definition
 from .keyed import bound
@@ -30,20 +30,21 @@ _CHUNK = 64
 # -- table of accuracies ----------------------------------------------------------------------------------------------
 
 
-def accuracy(run: Run, networks: Sequence[str]) -> pd.DataFrame:
+def accuracy(run: Run, networks: Sequence[str], seeds: Sequence[int]) -> pd.DataFrame:
     """Accuracy, mean loss and calibration error of each network on its training, validation and test images.
 
     Args:
         run: the artifact.
-        networks: names of `recipes.yaml` with a seed, such as "paper-resnet50-mnist-0", and of `pretrained.NAMES`. The
-            latter were trained on all training images of their set: there is no validation part.
+        networks: names of `recipes.yaml`, with a seed or without, such as "paper-resnet50-mnist-0", and of
+            `pretrained.NAMES`. The latter were trained on all training images of their set and have no validation part.
+        seeds: of networks that are named without one.
 
     Returns:
         One row per network and part: network, dataset, seed, part, n (images), accuracy, loss (mean -log P_y, nats),
         calibration_error, gate (the accuracy below which no verdict rests on the network; NaN for none).
     """
     rows = []
-    for name in progress_bar(networks, desc="accuracies", unit="network", leave=False):
+    for name in progress_bar(recipes.with_seeds(networks, seeds), desc="accuracies", unit="network", leave=False):
         chosen = named(run, name)
         for part, split in chosen.parts.items():
             logits = training.predict(chosen.model, split.images, device=run.device).double()

@@ -242,6 +242,11 @@ def named(name: str) -> Recipe:
     raise RecipeError(f"unknown network {name!r}: `influence zoo` lists them all")
 
 
+def with_seeds(names: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    """Names with a seed: one of a recipe without a seed becomes one for each of `seeds`, others stay as they are."""
+    return [full for name in names for full in ([f"{name}-{s}" for s in seeds] if name in _rows() else [name])]
+
+
 def everything() -> Iterator[Recipe]:
     """The networks of the zoo, each recipe with each of its seeds: all but those that a profile trains by itself."""
     for stem, row in _rows().items():

@@ -390,6 +390,20 @@ def test_the_life_of_a_published_network(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_network_too_large_to_publish_is_loaded_where_it_was_trained(
+    zoo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipes, "_rows", lambda: {"tiny": {**ROW, "published": False}})
+    published.train("tiny-0")
+    assert sorted(p.name for p in zoo.iterdir()) == ["ledger.json", "tiny-0.csv"]
+    assert cli.main(["zoo"]) == 0 and "not published: too large" in capsys.readouterr().out
+    monkeypatch.setattr(training, "train", None)  # from here on nothing may train
+    recipe = recipes.named("tiny-0")
+    model = training.fit(recipe, recipe.dataset()).model
+    stored = published.ledger()["tiny-0"]["accuracy"]["test"]
+    assert training.accuracy(model, recipe.dataset().test) == stored
+
+
 def test_a_recipe_that_changed_is_no_longer_the_published_network(
     zoo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

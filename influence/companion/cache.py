@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import subprocess
-import types
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
@@ -88,21 +87,6 @@ def code_digest(source: str) -> str:
                 case ast.Expr(value=ast.Constant(value=str())):
                     node.body = node.body[1:]
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
-
-
-def source_hash(*modules: str | types.ModuleType) -> str:
-    """Sha256 of the code of modules, without comments and docstrings.
-
-    Args:
-        *modules: modules of this package, or their dotted names; a package stands for all of its files. None: the whole
-            package.
-
-    Raises:
-        ValueError: a module is not a part of this package.
-    """
-    names = sorted({m if isinstance(m, str) else m.__name__ for m in modules})
-    files = {file for name in names for file in _files(name)} if names else set(paths.PACKAGE.rglob("*.py"))
-    return _hash_files(files)
 
 
 def table(name: str, key: Mapping[str, Any], compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:

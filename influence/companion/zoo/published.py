@@ -44,22 +44,27 @@ def ledger() -> dict[str, Row]:
 
 
 def load(key: str, model: nn.Module) -> Record | None:
-    """Put the weights of the published network with this key into `model`; None where there is none.
+    """Put the weights of the trained network with this key into `model`; None where there are none here.
 
     Raises:
         TrainingError: the weights are damaged.
     """
     for name, row in ledger().items():
-        if row["key"] == key and row["published"]:
+        # One too large to publish has its weights only where it was trained.
+        if row["key"] == key and (row["published"] or _file(name, row["published"]).exists()):
             training.load_weights(_checked(name, row), model)
             history = pd.read_csv(paths.ZOO / f"{name}.csv").to_dict("records")
             return [{str(k): v for k, v in line.items()} for line in history], row["seconds"]
     return None
 
 
+def _file(name: str, published: bool) -> Path:
+    return (paths.ZOO if published else training.folder()) / f"{name}.safetensors"
+
+
 def _checked(name: str, row: Row) -> Path:
     """The file of the weights, its checksum verified."""
-    file = paths.ZOO / f"{name}.safetensors"
+    file = _file(name, row["published"])
     if not file.exists():
         raise TrainingError(
             f"{name}: {file} is missing: restore it with git checkout, or run `influence zoo train {name}`"
@@ -90,7 +95,7 @@ def train(name: str, *, device: torch.device | str = "cpu", data_dir: Path | Non
     row = ledger().get(name)
     if row is not None and row["key"] == key:
         return f"{_said(recipe, row)}, trained already"
-    weights = (paths.ZOO if recipe.published else training.folder()) / f"{name}.safetensors"
+    weights = _file(name, recipe.published)
     resume, made_by = paths.ZOO / f"{name}.resume.pt", training.provenance()
     with training.alone(training.folder() / f"{name}.lock", name):
         model = recipe.build(dataset).to(device)

@@ -176,11 +176,10 @@ class Weighting:
             outer: Entries before the batch dimension.
         """
         shape = (outer, len(self.weights), -1)
+        row = row.reshape(shape)
         mixed = torch.tensordot(self.mixture.to(grads.dtype), grads, dims=1).reshape(shape)
-        gap = (row.reshape(shape) / self.weights.to(row.dtype).view(1, -1, 1)).sub_(mixed).abs_()
-        size = mixed.abs_()
-        largest = size.amax(dim=(0, 2), keepdim=True)
-        return bool((gap <= size.mul_(0.25).add_(self.noise * largest)).all())
+        wrong = mixed.mul_(self.weights.to(row.dtype).view(1, -1, 1)).sub_(row).abs_().amax(dim=(0, 2))
+        return bool((wrong <= self.noise * row.abs().amax(dim=(0, 2))).all())
 
 
 def gradients(output: Tensor | GradientEdge, leaves: Sequence[Tensor], seed: Tensor, *, retain: bool) -> list[Tensor]:

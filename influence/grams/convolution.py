@@ -82,6 +82,15 @@ def _vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
         index: tuple[Any, ...] = (..., *(slice(None, None, step) for step in node._saved_stride))
         result[index] = seen.view(result[index].shape)
         return [result.unflatten(0, (classes, batch)), None, None]
+    if _is_convolution(node, grad):
+        # With the weight turned round: a library's forward pass is its fastest.
+        turned = weight.flip(*range(2, weight.ndim)).transpose(0, 1)
+        sides = zip(weight.shape[2:], node._saved_padding, node._saved_dilation, strict=True)
+        padding, ones = [d * (size - 1) - p for size, p, d in sides], [1] * (weight.ndim - 2)
+        result = torch.convolution(
+            grad.flatten(0, 1), turned, None, ones, padding, node._saved_dilation, False, [0] * len(ones), 1
+        )
+        return [result.unflatten(0, (classes, batch)), None, None]
     # Only the shape of the input matters: untouched memory on a CPU, a single number on a GPU.
     like = grad.new_empty(shape) if grad.device.type == "cpu" else grad.new_empty(()).expand(shape)
     result = torch.ops.aten.convolution_backward(
@@ -106,6 +115,14 @@ def _is_product(node: Node, grad: Tensor) -> bool:
     plain = node._saved_groups == 1 and not any(node._saved_padding) and not node._saved_transposed
     many = grad.device.type == "cpu" and math.prod(grad.shape[3:]) >= _MANY_POSITIONS
     return one and plain and (many or any(step > 1 for step in node._saved_stride))
+
+
+def _is_convolution(node: Node, grad: Tensor) -> bool:
+    """Whether going back is a convolution too: no stride, and no padding that reaches beyond the window."""
+    sides = zip(node._saved_weight.shape[2:], node._saved_padding, node._saved_dilation, strict=True)
+    inside = all(dilation * (size - 1) >= padding for size, padding, dilation in sides)
+    plain = node._saved_groups == 1 and not node._saved_transposed and all(step == 1 for step in node._saved_stride)
+    return plain and inside and grad.device.type == "cpu" and math.prod(grad.shape[3:]) >= 4 * _MANY_POSITIONS
 
 
 RULES["ConvolutionBackward0"] = Rule(frozenset({1, 2}), grams=_grams, vjp=_vjp)

@@ -69,6 +69,11 @@ def _relu_vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
     return None if grads[0] is None else [torch.ops.aten.threshold_backward(grads[0], node._saved_result, 0)]
 
 
+def _relu_over(node: Node, grad: Tensor) -> bool:
+    torch.ops.aten.threshold_backward.grad_input(grad, node._saved_result, 0, grad_input=grad)
+    return True
+
+
 def _cat_vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
     grad = grads[0]
     if grad is None:
@@ -96,5 +101,5 @@ RULES["SubBackward0"] = Rule(frozenset({0, 1}), _broadcast, _grams)
 RULES["MulBackward0"] = Rule(frozenset({0, 1}), _broadcast, _grams)
 RULES["ExpandBackward0"] = Rule(frozenset({0}), _broadcast, _grams)
 RULES["CatBackward0"] = Rule(vjp=_cat_vjp)
-RULES["ReluBackward0"] = Rule(vjp=_relu_vjp)
+RULES["ReluBackward0"] = Rule(vjp=_relu_vjp, over=_relu_over)
 RULES["UnsafeViewBackward0"] = RULES["ViewBackward0"] = Rule(vjp=_view_vjp)

@@ -58,14 +58,26 @@ def _batch_grams(site: Site, grad: Tensor, layout: Layout) -> Iterator[tuple[str
     yield from _scale_and_shift(site, _channels(grad, layout, 1), _channels(normal, layout, 0))
 
 
+def _factor(node: Node, grad: Tensor) -> Tensor:
+    """Weight / deviation, in the shape that multiplies a gradient ``(m, N, C, ...)``."""
+    scale = _deviation(node)
+    if node._saved_weight is not None:
+        scale = scale * node._saved_weight.detach().double()
+    return scale.to(grad.dtype).view(-1, *(1,) * (grad.ndim - 3))
+
+
 def _batch_vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
     grad = grads[0]
     if grad is None or any(wanted[1:]) or not _evaluates(node):
         return None
-    scale = _deviation(node)
-    if node._saved_weight is not None:
-        scale = scale * node._saved_weight.detach().double()
-    return [grad * scale.to(grad.dtype).view(-1, *(1,) * (grad.ndim - 3)), None, None]
+    return [grad * _factor(node, grad), None, None]
+
+
+def _batch_over(node: Node, grad: Tensor) -> bool:
+    if not _evaluates(node):
+        return False
+    grad.mul_(_factor(node, grad))
+    return True
 
 
 # -- group ------------------------------------------------------------------------------------------------------------
@@ -136,7 +148,7 @@ def _rms_grams(site: Site, grad: Tensor, layout: Layout) -> Iterator[tuple[str, 
 
 
 for _name in ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0"):
-    RULES[_name] = Rule(frozenset({1, 2}), grams=_batch_grams, vjp=_batch_vjp)
+    RULES[_name] = Rule(frozenset({1, 2}), grams=_batch_grams, vjp=_batch_vjp, over=_batch_over)
 RULES["NativeGroupNormBackward0"] = Rule(frozenset({1, 2}), grams=_group_grams, vjp=_group_vjp)
 RULES["NativeLayerNormBackward0"] = Rule(frozenset({1, 2}), _unnormalised, _layer_grams, _layer_vjp)
 RULES["FusedRmsNormBackward0"] = Rule(frozenset({1}), _unnormalised, _rms_grams)

@@ -1,8 +1,8 @@
 """Grams of the parameters for a chunk of examples: one forward and one reverse pass, rules where they hold.
 
 Nothing that a rule assumes is trusted. In every chunk the gradients must be PyTorch's own and lie at the examples they
-are taken for (``independence.Weighting``); in the first one the Grams of two examples must be those of autograd, for a
-random combination of the classes. What fails takes the autograd path: one example alone, one class at a time.
+are taken for (``independence.Weighting``); in the first one the Gram of one example, or of two, must be autograd's, for
+a random combination of the classes. What fails takes the autograd path: one example alone, one class at a time.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from influence.memory import is_out_of_memory
 _LOG = logging.getLogger("influence")
 # Models and parameters whose slower way has been announced.
 _ANNOUNCED: set[tuple[str, tuple[str, ...]]] = set()
-# Examples of the first chunk whose Grams are compared with autograd's.
-_COMPARED = 2
+# Of so many examples of the first chunk the Gram of one is compared with autograd's: of one at least, of two at most.
+_FOR_EACH_COMPARED = 8
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class ParameterGrams:
         seeds = chosen.seeds(logits.dtype)
         references = []
         if not self._compared:
-            for n in range(min(_COMPARED, len(inputs))):
+            for n in range(1 if len(inputs) < 2 * _FOR_EACH_COMPARED else 2):
                 references.append(self._reference(inputs[n : n + 1], logits[n : n + 1].detach(), seeds[:, n], dtype))
         gram = logits.new_zeros(len(inputs), self._blocks, chosen.count, chosen.count, dtype=torch.float64)
         probes = [reference.probe for reference in references]
@@ -207,7 +207,7 @@ class ParameterGrams:
         seed = (probe @ seeds.double()).to(logits.dtype)[None]
         grads = gradients(logits, self.perturbed, seed, retain=False)
         return Reference(
-            probe, {name: g.double().square().sum() for name, g in zip(self._parameters, grads, strict=True)}
+            probe, {name: _square(g) for name, g in zip(self._parameters, grads, strict=True)}
         )
 
     def _refuse_what_differs(
@@ -257,6 +257,12 @@ class ParameterGrams:
             "; ".join(shown),
             more,
         )
+
+
+def _square(grad: Tensor) -> Tensor:
+    """Squared length, to single precision at least: a copy in double would take longer than the gradient."""
+    flat = grad.flatten() if grad.itemsize >= 4 else grad.flatten().float()
+    return torch.dot(flat, flat).double()
 
 
 def _pytorch_gradients(graph: Graph, seed: Tensor) -> dict[Node, Tensor | None]:

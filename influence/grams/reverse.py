@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,32 +33,70 @@ def reverse(graph: Graph, seeds: Tensor, collect: Callable[[Site, Tensor], None]
     visited, further = graph.visited()
     if graph.root[0] not in visited:
         return
-    pending: dict[Node, Grads] = {}
-    _deliver(pending, graph.root, seeds)
+    pending: dict[Node, _Waiting] = {}
+    _deliver(pending, graph.root, seeds, owned=False)
     with torch.no_grad():
         for node in graph.order:
             if node not in visited or node not in pending:
                 continue
-            grads = pending.pop(node)
-            if node in graph.sites and grads[0] is not None:
-                collect(graph.sites[node], grads[0])
-            if node not in further:
-                continue
-            wanted = [source in visited for source, _ in node.next_functions]
-            below = vjp(node, grads, wanted)
-            del grads
-            for edge, grad, want in zip(node.next_functions, below, wanted, strict=True):
-                if want and grad is not None:
-                    _deliver(pending, edge, _fit(grad, *edge))
-            del below
+            waiting = pending.pop(node)
+            if node in graph.sites and waiting.grads[0] is not None:
+                collect(graph.sites[node], waiting.grads[0])
+            if node in further:
+                _pass_on(node, waiting, pending, [source in visited for source, _ in node.next_functions])
+            del waiting
 
 
-def _deliver(pending: dict[Node, Grads], edge: tuple[Node, int], grad: Tensor) -> None:
-    """Add to what a node waits for."""
+@dataclass
+class _Waiting:
+    """What a node waits for: the gradients of its outputs, and which of them nothing else looks at."""
+
+    grads: Grads
+    owned: list[bool]
+
+
+def _deliver(pending: dict[Node, _Waiting], edge: tuple[Node, int], grad: Tensor, *, owned: bool) -> None:
+    """Add to what a node waits for, in place where the sum is ours alone."""
     node, output = edge
-    grads = pending.setdefault(node, [None] * len(node._input_metadata))
-    before = grads[output]
-    grads[output] = grad if before is None else before + grad
+    outputs = len(node._input_metadata)
+    waiting = pending.setdefault(node, _Waiting([None] * outputs, [False] * outputs))
+    before = waiting.grads[output]
+    if before is None:
+        waiting.grads[output], waiting.owned[output] = grad, owned
+        return
+    if waiting.owned[output]:
+        before.add_(grad)
+    else:
+        waiting.grads[output] = grad.add_(before) if owned else before + grad
+    waiting.owned[output] = True
+
+
+def _pass_on(node: Node, waiting: _Waiting, pending: dict[Node, _Waiting], wanted: Sequence[bool]) -> None:
+    """Deliver the gradients of a node's inputs, as far as they are wanted."""
+    grads = waiting.grads
+    below = _over(node, waiting, wanted) or vjp(node, grads, wanted)
+    alone = waiting.owned[0] and sum(grad is grads[0] for grad in below) == 1
+    for edge, grad, want in zip(node.next_functions, below, wanted, strict=True):
+        if want and grad is not None:
+            fitted = _fit(grad, *edge)
+            owned = node.name() in RULES and (alone if fitted is grads[0] else _is_new(fitted, grads))
+            _deliver(pending, edge, fitted, owned=owned)
+
+
+def _over(node: Node, waiting: _Waiting, wanted: Sequence[bool]) -> Grads | None:
+    """The gradient of the first input, written over that of the output; None where it cannot be."""
+    rule, grad = RULES.get(node.name()), waiting.grads[0]
+    if rule is None or rule.over is None or grad is None or not waiting.owned[0] or any(wanted[1:]):
+        return None
+    return [grad] + [None] * (len(wanted) - 1) if rule.over(node, grad) else None
+
+
+def _is_new(tensor: Tensor, grads: Grads) -> bool:
+    """Whether a rule made memory for a gradient, each entry with a place of its own."""
+    memory = tensor.untyped_storage()
+    return memory.nbytes() == tensor.numel() * tensor.itemsize and all(
+        grad is None or grad.untyped_storage()._cdata != memory._cdata for grad in grads
+    )
 
 
 def _fit(grad: Tensor, node: Node, output: int) -> Tensor:

@@ -94,12 +94,15 @@ class Rule:
             that the rule was made for; any error sends the site's parameters to the autograd path.
         vjp: Gives the gradients of the inputs, from the node, those of its outputs and which inputs are asked for;
             None where the node is not of the form that it was made for.
+        over: The same for an operator with one input that takes a gradient, written over the gradient of the output,
+            which nothing else looks at; False, and nothing written, where it cannot be.
     """
 
     places: frozenset[int] = frozenset()
     batch: Callable[[Site], Sequence[int]] = first_dimension
     grams: Callable[[Site, Tensor, Layout], Iterable[tuple[str, Tensor]]] | None = None
     vjp: Callable[[Node, Grads, Sequence[bool]], Grads | None] | None = None
+    over: Callable[[Node, Tensor], bool] | None = None
 
 
 # By the name of the node; each file of a family adds its own.

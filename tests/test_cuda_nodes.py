@@ -35,9 +35,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
     """Inside, tensors are on a GPU that is not there."""
     seen, vjp = Seen(), reverse.vjp
 
-    def listening(node: Any, *arguments: Any) -> Any:
+    def listening(node: Any, *arguments: Any, **options: Any) -> Any:
         seen.nodes.add(node.name())
-        return vjp(node, *arguments)
+        return vjp(node, *arguments, **options)
 
     def zeros(output: Tensor, leaves: Any, seed: Tensor, *, retain: bool) -> list[Tensor]:
         return [torch.zeros_like(leaf) for leaf in leaves]

@@ -74,7 +74,19 @@ def _deliver(pending: dict[Node, _Waiting], edge: tuple[Node, int], grad: Tensor
 def _pass_on(node: Node, waiting: _Waiting, pending: dict[Node, _Waiting], wanted: Sequence[bool]) -> None:
     """Deliver the gradients of a node's inputs, as far as they are wanted."""
     grads = waiting.grads
-    below = _over(node, waiting, wanted) or vjp(node, grads, wanted)
+    below = vjp(node, grads, wanted, over=waiting.owned[0])
+    alone = waiting.owned[0] and sum(grad is grads[0] for grad in below) == 1
+    for edge, grad, want in zip(node.next_functions, below, wanted, strict=True):
+        if want and grad is not None:
+            fitted = _fit(grad, *edge)
+            owned = node.name() in RULES and (alone if fitted is grads[0] else _is_new(fitted, grads))
+            _deliver(pending, edge, fitted, owned=owned)
+
+
+def _pass_on(node: Node, waiting: _Waiting, pending: dict[Node, _Waiting], wanted: Sequence[bool]) -> None:
+    """Deliver the gradients of a node's inputs, as far as they are wanted."""
+    grads = waiting.grads
+    below = vjp(node, grads, wanted, over=waiting.owned[0])
     alone = waiting.owned[0] and sum(grad is grads[0] for grad in below) == 1
     for edge, grad, want in zip(node.next_functions, below, wanted, strict=True):
         if want and grad is not None:
@@ -111,18 +123,22 @@ def _fit(grad: Tensor, node: Node, output: int) -> Tensor:
     return grad.to(meta.dtype)
 
 
-def vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads:
+def vjp(node: Node, grads: Grads, wanted: Sequence[bool], *, over: bool = False) -> Grads:
     """Gradients of a node's inputs, each ``(m, ...)``, from those of its outputs.
 
     Args:
         node: The node.
         grads: One for each output, None where there is none.
         wanted: Which inputs are asked for; the others may come back as None.
+        over: Whether that of the first output may be overwritten.
 
     Returns:
         One for each input.
     """
-    rule = RULES.get(node.name())
+    rule, first = RULES.get(node.name()), grads[0]
+    if rule is not None and rule.over is not None and over and first is not None and not any(wanted[1:]):
+        if rule.over(node, first):
+            return [first] + [None] * (len(wanted) - 1)
     if rule is not None and rule.vjp is not None:
         result = rule.vjp(node, grads, wanted)
         if result is not None:

@@ -120,4 +120,3 @@ def test_the_grid_and_its_choice() -> None:
     best = sweep.best(table)
     assert best["alpha"].tolist() == [1.0, 1.0]  # the strongest costs too much clean accuracy
     assert len(figures.classification.alpha_sigma(table, best).axes) == 5
-    assert experiments.sweep is sweep

@@ -197,4 +197,3 @@ def test_distances_of_a_network_that_is_known(photos: data.Dataset) -> None:
     negatives = found[(found["kind"] == "negative") & (found["distortion"] == "original")]
     labels = part.labels.numpy()
     assert (labels[negatives["first"]] == labels[negatives["second"]]).all() and (negatives["distance"] > 0).all()
-    assert experiments.near_duplicates is near_duplicates

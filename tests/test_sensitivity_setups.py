@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import influence
-from influence.companion import data, experiments, figures, layerwise, pixelwise
+from influence.companion import data, experiments, figures, layerwise, pixelwise, scores
 from influence.companion.experiments.keyed import bound
 from influence.companion.zoo import pretrained
 from truth import influence as brute_force
@@ -145,7 +145,7 @@ def test_intervention_favours_what_moves_the_output(digits: data.Split) -> None:
 
 def test_exact_fi_does_not_know_the_unit_and_the_jacobian_does(digits: data.Split) -> None:
     metric = influence.metric_tensor(network().double(), digits.images.double())
-    other = experiments.meaning.scores.in_unit(metric, 255.0)
+    other = scores.in_unit(metric, 255.0)
     before, after = (influence.first_order_influence(m, digits.labels).fi for m in (metric, other))
     torch.testing.assert_close(after, before, rtol=1e-9, atol=0)
     torch.testing.assert_close(other.trace(), 255**2 * metric.trace())

@@ -29,7 +29,7 @@ die() { say "error: $*"; exit 1; }
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
 
 # has_everything PYTHON EXTRA...: does it meet pyproject.toml with these extras?
-has_everything() { new_enough "$1" && "$1" -P "$root/influence/companion/environment.py" "${@:2}" >/dev/null 2>&1; }
+has_everything() { new_enough "$1" && "$1" -P "$root/influence/companion/runner/environment.py" "${@:2}" >/dev/null 2>&1; }
 
 # The environment the reader has activated, or an interpreter on PATH that happens to have everything.
 active_python() {
@@ -119,7 +119,7 @@ companion() {
     exec "$python" -c '
 import sys
 try:
-    from influence.companion.cli import main
+    from influence.companion.runner.cli import main
     status = main(sys.argv[1:])
 except KeyboardInterrupt:
     print("\ninterrupted: nothing had begun", file=sys.stderr)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from influence.companion import paths
+from influence.companion.ledger import paths
 from workspace import Workspace
 
 

@@ -9,8 +9,13 @@ import pandas as pd
 import pytest
 import torch
 
-from influence.companion import data, experiments, figures
-from influence.companion.experiments import arms, stability, sweep
+from influence.companion.artifacts.stability import (
+    comparison,
+    fig_alpha_sigma,
+    fig_generalisation,
+    table_classification,
+)
+from influence.companion.images import data
 from influence.companion.zoo import finetuning, training
 from influence.companion.zoo.finetuning import Arm
 from influence.companion.zoo.recipes import Recipe
@@ -65,7 +70,7 @@ def test_augmentation_with_a_distortion(digits: data.Dataset) -> None:
 
 
 def test_standard_arms() -> None:
-    chosen = arms.standard([0.01, 1.0], sigma=0.1, steps=5, learning_rate=1e-3, variants=True)
+    chosen = comparison.standard([0.01, 1.0], sigma=0.1, steps=5, learning_rate=1e-3, variants=True)
     assert list(chosen) == [
         "control", "augmentation", "stability 0.01", "stability 1", "stability 1 CE", "stability 1 stopped"
     ]  # fmt: skip
@@ -90,22 +95,22 @@ def runs_with(gain: dict[str, float], arm: str = "stability 1") -> pd.DataFrame:
     ],
 )
 def test_claim_vi_leaves_noise_and_originals_out(gain: dict[str, float], holds: bool, share: float) -> None:
-    claim = stability.generalisation_claim(runs_with(gain), "stability 1")
+    claim = fig_generalisation.claims(runs_with(gain), "stability 1")
     assert claim["gaussian_training_generalises"] is holds and claim["distortions_gained"] == pytest.approx(share)
-    figure = figures.classification.generalisation(arms.summary(runs_with(gain)))
+    figure = fig_generalisation.draw(comparison.summary(runs_with(gain)))
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == list(gain)
 
 
 def test_classification_claims_need_every_data_set() -> None:
     good = runs_with({"original": 0.0, "jpeg-50": 0.01, "jpeg-10": 0.05}).assign(dataset="mnist")
     bad = runs_with({"original": -0.05, "jpeg-50": 0.0, "jpeg-10": 0.0}).assign(dataset="cifar10")
-    assert stability.classification_claims(good, "stability 1", lowest=10)["clean_accuracy_does_not_fall"] is True
+    assert table_classification.claims(good, "stability 1", lowest=10)["clean_accuracy_does_not_fall"] is True
     both = pd.concat([good, bad], ignore_index=True)
-    claims = stability.classification_claims(both, "stability 1", lowest=10)
+    claims = table_classification.claims(both, "stability 1", lowest=10)
     assert claims["clean_accuracy_does_not_fall"] is False and claims["gain_grows_as_quality_falls"] is True
-    table = stability.classification_table(both)
+    table = table_classification.summary(both)
     assert len(table) == 2 * 2 * 3 * 2 and set(table["at"]) == {1, 5}
-    assert len(figures.classification.classification(table).axes) == 2
+    assert len(table_classification.draw(table).axes) == 2
 
 
 def test_the_grid_and_its_choice() -> None:
@@ -115,8 +120,10 @@ def test_the_grid_and_its_choice() -> None:
         rows += [(0, arm, "original", clean), (0, arm, "jpeg-10", distorted)]
     rows += [(0, "control", "original", 0.8), (0, "control", "jpeg-10", 0.4)]
     runs = pd.DataFrame(rows, columns=["seed", "arm", "distortion", "precision_at_1"])
-    table = pd.concat([sweep._grid(runs).assign(layers=layers) for layers in ("all", "last")], ignore_index=True)
+    table = pd.concat(
+        [fig_alpha_sigma._grid(runs).assign(layers=layers) for layers in ("all", "last")], ignore_index=True
+    )
     assert table["distorted_gain"].tolist()[:3] == pytest.approx([0.1, 0.2, 0.3])
-    best = sweep.best(table)
+    best = fig_alpha_sigma.best(table)
     assert best["alpha"].tolist() == [1.0, 1.0]  # the strongest costs too much clean accuracy
-    assert len(figures.classification.alpha_sigma(table, best).axes) == 5
+    assert len(fig_alpha_sigma.draw(table, best).axes) == 5

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from influence.companion import data
+from influence.companion.images import data
 
 
 def test_digits_are_the_published_ones_split_class_by_class() -> None:
@@ -108,7 +108,7 @@ def test_a_failed_download_is_one_line_that_says_how_to_get_the_data(
         raise OSError("Network is unreachable\nsecond line")
 
     monkeypatch.setattr(data, "_download", offline)
-    monkeypatch.setattr("influence.companion.paths.BUILD", tmp_path)
+    monkeypatch.setattr("influence.companion.ledger.paths.BUILD", tmp_path)
     with pytest.raises(data.DataError, match=r"mnist: the download failed .*--data DIR or INFLUENCE_DATA") as caught:
         data.require(["mnist"])
     assert "\n" not in str(caught.value)

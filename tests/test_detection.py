@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from influence.companion import detection
+from influence.companion.scores import detection
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from influence.companion import data, distortions
+from influence.companion.images import data, distortions
 
 
 def test_jpeg_is_the_encoders_own() -> None:

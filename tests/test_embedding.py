@@ -9,8 +9,13 @@ import pandas as pd
 import pytest
 import torch
 
-from influence.companion import data, experiments, figures
-from influence.companion.experiments import near_duplicates, ranking
+from influence.companion.artifacts.stability import (
+    embeddings,
+    fig_distance_distribution,
+    fig_near_duplicates,
+    table_ranking,
+)
+from influence.companion.images import data
 from influence.companion.zoo import embedding, inception, training
 from influence.companion.zoo.embedding import EmbeddingArm, EmbeddingRecipe
 
@@ -121,7 +126,7 @@ def test_detection_at_fixed_levels() -> None:
             "distance": [0.1, 0.2, 0.3, 0.4],
         }
     )  # fmt: skip
-    values = near_duplicates.detection(pairs, levels=[0.7, 0.9]).set_index("metric")["value"]
+    values = fig_near_duplicates.detection(pairs, levels=[0.7, 0.9]).set_index("metric")["value"]
     assert values["recall@p0.9"] == pytest.approx(2 / 3) and values["recall@p0.7"] == 1
     assert values["precision@r0.9"] == pytest.approx(3 / 4)
     assert values["average precision"] == pytest.approx((1 + 1 + 3 / 4) / 3)
@@ -130,21 +135,21 @@ def test_detection_at_fixed_levels() -> None:
 @pytest.mark.parametrize(("gain", "holds"), [(0.5, True), (0.0, False), (-0.5, False)])
 def test_claims_iii_and_iv_follow_their_rules(gain: float, holds: bool) -> None:
     pairs = pairs_with(gain)
-    found = near_duplicates.detection(pairs, levels=[0.9, 0.95])
-    assert near_duplicates.detection_claim(found, ARM)["better_for_all_distortions_and_levels"] is holds
-    shares = near_duplicates.concentration(pairs, threshold=0.2)
-    claim = near_duplicates.concentration_claim(shares, ARM)
+    found = fig_near_duplicates.detection(pairs, levels=[0.9, 0.95])
+    assert fig_near_duplicates.claims(found, ARM)["better_for_all_distortions_and_levels"] is holds
+    shares = fig_distance_distribution.concentration(pairs, threshold=0.2)
+    claim = fig_distance_distribution.claims(shares, ARM)
     assert claim["distances_concentrate_at_zero"] is holds and claim["gain_of_negatives"] == 0
-    figure = figures.embedding.near_duplicates(near_duplicates.curves(pairs))
+    figure = fig_near_duplicates.draw(fig_near_duplicates.curves(pairs))
     assert [axes.get_title() for axes in figure.axes] == ["jpeg-50", "crop-1"]
 
 
 def test_a_collapse_shows_in_the_negatives_and_gains_nothing() -> None:
     pairs = pairs_with(0.9, collapse=0.9)
-    claim = near_duplicates.concentration_claim(near_duplicates.concentration(pairs, threshold=0.2), ARM)
+    claim = fig_distance_distribution.claims(fig_distance_distribution.concentration(pairs, threshold=0.2), ARM)
     assert claim["distances_concentrate_at_zero"] and claim["gain_of_negatives"] > 0.9
-    found = near_duplicates.detection(pairs, levels=[0.9])
-    assert near_duplicates.detection_claim(found, ARM)["better_for_all_distortions_and_levels"] is False
+    found = fig_near_duplicates.detection(pairs, levels=[0.9])
+    assert fig_near_duplicates.claims(found, ARM)["better_for_all_distortions_and_levels"] is False
 
 
 def test_ranking_counts_triplets() -> None:
@@ -152,14 +157,14 @@ def test_ranking_counts_triplets() -> None:
     x = np.array([0.0, 1.0, 5.0, 1.5])  # the query 3 has two of the other class nearer than its own
     gaps = np.abs(x[:, None] - x[None])
     # per query (positive, two negatives): 0 and 1: both right, both right; 2: 3.5 < 4, 5; 3: 3.5 > 1.5, 0.5
-    found = ranking.ordered(gaps, labels, top=3)
+    found = table_ranking.ordered(gaps, labels, top=3)
     assert found["triplets"] == found["triplets_at_top"] == 8
     assert found["triplet_accuracy"] == pytest.approx(
         np.mean([gaps[0, 1] < gaps[0, 2], gaps[0, 1] < gaps[0, 3], gaps[1, 0] < gaps[1, 2], gaps[1, 0] < gaps[1, 3],
                  gaps[2, 3] < gaps[2, 0], gaps[2, 3] < gaps[2, 1], gaps[3, 2] < gaps[3, 0], gaps[3, 2] < gaps[3, 1]])
     )  # fmt: skip
     assert found["score_at_top"] == 2 * 8 * found["triplet_accuracy"] - 8
-    assert ranking.ordered(gaps, labels, top=1)["triplets_at_top"] < 8
+    assert table_ranking.ordered(gaps, labels, top=1)["triplets_at_top"] < 8
 
 
 @pytest.mark.parametrize(("clean", "distorted"), [(0.0, 0.05), (-0.05, 0.05), (0.0, 0.0)])
@@ -174,13 +179,13 @@ def test_claim_v_follows_its_rule(clean: float, distorted: float) -> None:
                      "score_at_top": 9, "score_share": value}
                 )  # fmt: skip
     runs = pd.DataFrame(rows)
-    claim = ranking.ranking_claim(runs, ARM)
+    claim = table_ranking.claims(runs, ARM)
     assert claim["ranking_not_hurt_on_clean"] is (clean == 0) and claim["ranking_better_on_distorted"] is (
         distorted > 0
     )
-    table = ranking.ranking_table(runs)
+    table = table_ranking.summary(runs)
     assert len(table) == 12
-    figures.embedding.ranking(table)
+    table_ranking.draw(table)
 
 
 def test_distances_of_a_network_that_is_known(photos: data.Dataset) -> None:
@@ -189,7 +194,7 @@ def test_distances_of_a_network_that_is_known(photos: data.Dataset) -> None:
             return x.mean(dim=(2, 3)) / 255
 
     part = photos.test.sample(6)
-    found = near_duplicates._distances(
+    found = embeddings._distances(
         training.Trained(Mean(), "", [], 0.0), part, ["original", "brightness-0.1"], torch.device("cpu")
     )
     same = found[(found["kind"] == "near-duplicate") & (found["distortion"] == "original")]

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from influence.companion import environment
+from influence.companion.runner import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = ("companion", "test")
@@ -94,6 +94,6 @@ def test_unmet_says_what_is_missing() -> None:
 
 
 def test_check_runs_as_a_file() -> None:
-    command = [sys.executable, "-P", str(ROOT / "influence/companion/environment.py"), *EXTRAS]
+    command = [sys.executable, "-P", str(ROOT / "influence/companion/runner/environment.py"), *EXTRAS]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert (finished.returncode, finished.stdout) == (0, "nothing is missing\n")

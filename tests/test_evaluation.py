@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from influence.companion import evaluation
+from influence.companion.scores import evaluation
 
 
 def test_calibration_error_by_hand() -> None:

@@ -9,8 +9,10 @@ import torch
 from matplotlib.axes import Axes
 from torch import nn
 
-from influence.companion import data, experiments, figures
-from influence.companion.experiments.definition import influence_by_definition
+from influence.companion.artifacts.sensitivity import fig_outlier_ranking, table_accuracy
+from influence.companion.artifacts.stability import fig_jpeg_quality
+from influence.companion.images import data
+from influence.companion.scores.definition import influence_by_definition
 from truth import influence as brute_force
 from truth import input_jacobian
 
@@ -32,7 +34,7 @@ def test_scores_of_setup_1() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
     with torch.no_grad():
         model[1].weight.mul_(0.05)
-    scores = experiments.sensitivity.score_images(model, digits, epsilon=1e-3)
+    scores = fig_outlier_ranking.score_images(model, digits, epsilon=1e-3)
     assert scores["image"].tolist() == digits.index.tolist() and scores["label"].tolist() == digits.labels.tolist()
     with torch.no_grad():
         log_p = model(digits.images.float()).double().log_softmax(1)
@@ -66,7 +68,7 @@ def runs_with(gain: dict[str, float]) -> pd.DataFrame:
     ],
 )
 def test_claims_follow_the_rules(gain: dict[str, float], clean: bool, grows: bool) -> None:
-    claims = experiments.stability.jpeg_claims(runs_with(gain), "stability 1", lowest=10)
+    claims = fig_jpeg_quality.claims(runs_with(gain), "stability 1", lowest=10)
     assert claims["clean_accuracy_does_not_fall"] is clean
     assert claims["gain_grows_as_quality_falls"] is grows
     assert claims["clean_change"] == pytest.approx(gain["original"], abs=1e-9)
@@ -74,12 +76,12 @@ def test_claims_follow_the_rules(gain: dict[str, float], clean: bool, grows: boo
 
 
 def test_jpeg_table_pairs_by_seed() -> None:
-    table = experiments.stability.jpeg_table(runs_with({"original": 0.0, "jpeg-10": 0.05}))
+    table = fig_jpeg_quality.summary(runs_with({"original": 0.0, "jpeg-10": 0.05}))
     row = table.set_index(["distortion", "arm"]).loc[("jpeg-10", "stability 1")]
     assert row["gain"] == pytest.approx(0.05) and row["gain_low"] < 0.05 < row["gain_high"] < 0.054
     control = table[table["arm"] == "control"]
     assert (control[["gain", "gain_low", "gain_high"]] == 0).all(axis=None)
-    figure = figures.stability.jpeg_quality(table)
+    figure = fig_jpeg_quality.draw(table)
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
     assert lines[r"stability, $\alpha$ = 1"] == pytest.approx([0.6, 0.65])
 
@@ -94,13 +96,13 @@ def accuracies(networks: Sequence[str], values: Sequence[float]) -> pd.DataFrame
 
 def test_accuracy_table_and_its_figure() -> None:
     runs = accuracies(["smoke-resnet50-digits", "group-resnet32-mnist"], [0.8, 0.9, 1.0])
-    table = experiments.sensitivity.accuracy_table(runs)
+    table = table_accuracy.summary(runs)
     assert len(table) == 6 and table["accuracy"].to_numpy() == pytest.approx(0.9)
     assert (table["high"] == 1).all() and table["low"].to_numpy() == pytest.approx(
         0.9 - 4.302652729911275 * 0.1 / 3**0.5
     )
     assert table["gate_met"].tolist() == [True, True, False] * 2  # one seed of three is below
-    figure = figures.sensitivity.accuracy(table)
+    figure = table_accuracy.draw(table)
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert sorted(legend) == ["gate (test)", "test", "train", "validation"]
     half = 4.302652729911275 * 0.05 / 3**0.5
@@ -123,7 +125,7 @@ def drawn_intervals(axes: Axes) -> np.ndarray:
 
 
 def test_one_seed_is_drawn_without_an_interval() -> None:
-    figure = figures.sensitivity.accuracy(experiments.sensitivity.accuracy_table(accuracies(["resnet20"], [0.9])))
+    figure = table_accuracy.draw(table_accuracy.summary(accuracies(["resnet20"], [0.9])))
     accuracy, calibration = (drawn_intervals(axes) for axes in figure.axes)
     assert (accuracy == 0.9).all() and calibration == pytest.approx(0.05)
 
@@ -138,7 +140,7 @@ def test_outlier_figures_draw_every_image() -> None:
             "released": np.where(loss > 0.1, np.expm1(loss), 0), "rank": 9, "classes": 10,
         }
     )  # fmt: skip
-    figure = figures.sensitivity.outlier_ranking(scores)
+    figure = fig_outlier_ranking.draw(scores)
     left, zoomed, middle, right = figure.axes
     assert zoomed.get_ylim()[1] < left.get_ylim()[1]
     assert len(left.collections[0].get_offsets()) == len(middle.collections[0].get_offsets()) == 200
@@ -146,7 +148,7 @@ def test_outlier_figures_draw_every_image() -> None:
     zeros = f"released = 0 ({(loss <= 0.1).mean():.0%})"
     assert zeros in [text.get_text() for text in right.get_legend().get_texts()]
     check = scores.assign(by_definition=scores["ceiling"] * 1.5)
-    summary = experiments.sensitivity.outlier_summary(scores, check).iloc[0]
+    summary = fig_outlier_ranking.outlier_summary(scores, check).iloc[0]
     assert summary["largest_gap_of_definition_to_ceiling"] == pytest.approx(0.5)
     assert summary["released_zero_share"] == pytest.approx((loss <= 0.1).mean())
     assert summary["full_rank_share"] == 1 and summary["top100_exact_in_loss"] == 100

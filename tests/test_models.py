@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import influence
-from influence.companion.experiments.definition import influence_by_definition
+from influence.companion.scores.definition import influence_by_definition
 from influence.companion.zoo import models
 from truth import released
 

@@ -13,8 +13,9 @@ import nbformat
 import pytest
 import yaml
 
-from influence.companion import notebook, paths, run
-from influence.companion.notebook import Notebook
+from influence.companion.ledger import notebook, paths
+from influence.companion.ledger.notebook import Notebook
+from influence.companion.runner import run
 
 NOTEBOOKS = list(notebook.discover().values())
 CHECK = "nbval-check-output"

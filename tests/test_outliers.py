@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from influence.companion import data, outliers
+from influence.companion.images import data, outliers
 
 
 @pytest.fixture(scope="module")

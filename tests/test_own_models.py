@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import influence
-from influence.companion import adapt, figures, material
-from influence.companion.experiments import adapt as study
-from influence.companion.experiments import adapt_examples, adapt_layers, adapt_maps, adapt_robustness, adapt_words
+from influence.companion.own_model import by_example, by_layer, draw, loading, maps, material, robustness, words
+from influence.companion.own_model import study as study
 
 
 def network(inputs: int = 6, classes: int = 4) -> nn.Sequential:
@@ -171,28 +170,28 @@ def _subject(shape: tuple[int, ...], classes: int, *, images: int = 12, last: nn
         size = 2 * 2 * 4
         layers = [nn.Conv2d(shape[0], 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
         model = nn.Sequential(*layers, last or nn.Linear(size, classes)).eval()
-    model = adapt.prepare(model, examples)
-    assert adapt.check(model, examples) == classes
+    model = loading.prepare(model, examples)
+    assert loading.check(model, examples) == classes
     return study.Subject(model, found, classes, torch.device("cpu"), True, "test")
 
 
 @pytest.mark.parametrize(("shape", "classes"), [((1, 8, 8), 2), ((3, 24, 24), 5), ((3, 16, 16), 100)])
 def test_all_analyses(shape: tuple[int, ...], classes: int) -> None:
     subject = _subject(shape, classes)
-    scores = adapt_examples.scores(subject, images=8)
-    curves = adapt_robustness.robustness(subject, alpha=1.0, sigma=0.04, steps=1, learning_rate=1e-3, images=8)
+    scores = by_example.scores(subject, images=8)
+    curves = robustness.robustness(subject, alpha=1.0, sigma=0.04, steps=1, learning_rate=1e-3, images=8)
     tables = {
-        "beyond": adapt_examples.beyond_the_loss(scores, count=3),
-        "layers": adapt_layers.layers(subject, images=3),
-        "parts": adapt_examples.train_against_test(scores, repeats=20),
-        "maps": adapt_maps.maps(subject, scores, images=1),
+        "beyond": by_example.beyond_the_loss(scores, count=3),
+        "layers": by_layer.layers(subject, images=3),
+        "parts": by_example.train_against_test(scores, repeats=20),
+        "maps": maps.maps(subject, scores, images=1),
         "curves": curves,
     }
     assert (scores["fi"] <= scores["ceiling"] * (1 + 1e-6)).all()
     assert set(curves["arm"]) == {"as it is", "continued", "stability 1"}
     assert len(tables["layers"]) == 2 and np.isclose(tables["layers"]["share"].sum(), 1)
     assert tables["maps"]["trace"][0].shape == shape[1:]
-    text = adapt_words.in_words(subject, scores=scores, tables=tables)
+    text = words.in_words(subject, scores=scores, tables=tables)
     assert f"K - 1 = {classes - 1}" in text and "nan" not in text
 
 
@@ -205,25 +204,25 @@ def test_traces_of_pixels_and_of_layers_are_those_of_the_metric_tensor() -> None
 
 def test_estimated_trace_is_near_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = _subject((1, 8, 8), 10)
-    exact = adapt_layers.layers(subject, images=12)
+    exact = by_layer.layers(subject, images=12)
     monkeypatch.setattr(study, "MANY_CLASSES", 4)
-    estimated = adapt_layers.layers(subject, images=12)
+    estimated = by_layer.layers(subject, images=12)
     assert np.allclose(estimated["divergence"], exact["divergence"], rtol=0.25)
     assert not np.array_equal(estimated["divergence"], exact["divergence"])
 
 
 def _words(subject: study.Subject, scores: pd.DataFrame) -> str:
-    return " ".join(adapt_words._warnings(subject, scores))
+    return " ".join(words._warnings(subject, scores))
 
 
 def _with_passes(subject: study.Subject) -> pd.DataFrame:
-    return adapt_examples._score_part(subject, subject.material.train, adapt_examples.METRIC)
+    return by_example._score_part(subject, subject.material.train, by_example.METRIC)
 
 
 def test_many_classes_at_low_rank_take_the_features() -> None:
     subject = _subject((3, 16, 16), 100)
-    scores = adapt_examples.scores(subject, images=0)
-    assert set(scores["way"]) == {adapt_examples.FEATURES} and (scores["rank"] <= 16).all()
+    scores = by_example.scores(subject, images=0)
+    assert set(scores["way"]) == {by_example.FEATURES} and (scores["rank"] <= 16).all()
     expected = _with_passes(subject)
     train = scores[scores["part"] == "train"]
     for column in ("fi", "fi_predicted", "alignment"):
@@ -236,8 +235,8 @@ def test_a_feature_that_is_shut_is_not_moved() -> None:
     subject = _subject((3, 16, 16), 100)
     with torch.no_grad():
         subject.model.model[0].bias[:2] = -1e6  # two channels, eight features
-    scores = adapt_examples.scores(subject, images=0)
-    assert set(scores["way"]) == {adapt_examples.FEATURES} and (scores["rank"] == 8).all()
+    scores = by_example.scores(subject, images=0)
+    assert set(scores["way"]) == {by_example.FEATURES} and (scores["rank"] == 8).all()
     np.testing.assert_allclose(scores["fi"][:12], _with_passes(subject)["fi"], rtol=1e-3)
 
 
@@ -246,8 +245,8 @@ def test_many_classes_at_full_rank_take_the_closed_form() -> None:
     wide = nn.Sequential(nn.Flatten(), nn.Linear(768, 200), nn.Tanh(), nn.Linear(200, 70)).eval()
     wide[1].weight.data /= 255
     subject = replace(_subject((3, 16, 16), 70), model=wide)
-    scores = adapt_examples.scores(subject, images=0)
-    assert set(scores["way"]) == {adapt_examples.CLOSED_FORM} and (scores["fi"] == scores["ceiling"]).all()
+    scores = by_example.scores(subject, images=0)
+    assert set(scores["way"]) == {by_example.CLOSED_FORM} and (scores["fi"] == scores["ceiling"]).all()
     np.testing.assert_allclose(scores["fi"][:12], _with_passes(subject)["fi"], rtol=1e-6)
 
 
@@ -255,11 +254,11 @@ def test_what_takes_too_long_is_left_out_and_said(monkeypatch: pytest.MonkeyPatc
     # Three numbers in the middle: the features cannot move on their own, and there is nothing faster than the passes.
     torch.manual_seed(0)
     subject = _subject((3, 16, 16), 100, last=nn.Sequential(nn.Linear(16, 3), nn.Linear(3, 16), nn.Linear(16, 100)))
-    scores = adapt_examples.scores(subject, images=10)
-    assert set(scores["way"]) == {adapt_examples.METRIC} and len(scores) == 20 and (scores["rank"] == 3).all()
+    scores = by_example.scores(subject, images=10)
+    assert set(scores["way"]) == {by_example.METRIC} and len(scores) == 20 and (scores["rank"] == 3).all()
     assert "left out" not in _words(subject, scores)
-    monkeypatch.setattr(adapt_examples, "_MOST_IN_JACOBIANS", 5 * 99 * 768)
-    fewer = adapt_examples.scores(subject, images=10)
+    monkeypatch.setattr(by_example, "_MOST_IN_JACOBIANS", 5 * 99 * 768)
+    fewer = by_example.scores(subject, images=10)
     assert fewer["part"].value_counts().to_dict() == {"train": 5, "test": 5} and set(fewer["asked"]) == {10}
     assert "up to 99 backward passes" in _words(subject, fewer)
     assert "the 20 asked for were scored" in _words(subject, fewer) and "left out" in _words(subject, fewer)
@@ -268,13 +267,13 @@ def test_what_takes_too_long_is_left_out_and_said(monkeypatch: pytest.MonkeyPatc
 def test_all_of_a_small_sample_is_not_called_shared() -> None:
     table = pd.DataFrame({"part": "train", "example": range(4), "alignment": 1.0})
     table = table.assign(loss=[4.0, 3, 2, 1], fi=[4.0, 3, 2, 1], trace=[1.0, 2, 3, 4])
-    beyond = adapt_examples.beyond_the_loss(table, count=20)
+    beyond = by_example.beyond_the_loss(table, count=20)
     assert beyond["of"].tolist() == [2, 2] and beyond["shared"].tolist() == [2, 0]
 
 
 def test_labels_of_a_model_with_more_outputs_are_questioned() -> None:
     subject = _subject((1, 8, 8), 5)
-    scores = adapt_examples.scores(subject, images=4)
+    scores = by_example.scores(subject, images=4)
     assert _words(subject, scores) == ""
     fewer = replace(subject, material=replace(subject.material, classes=("a", "b")))
     assert "name 2 classes, the model has K = 5" in _words(fewer, scores)
@@ -283,26 +282,26 @@ def test_labels_of_a_model_with_more_outputs_are_questioned() -> None:
 def test_large_images_in_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = _subject((3, 16, 16), 5)
     options = {"alpha": 1.0, "sigma": 0.04, "steps": 2, "learning_rate": 0.01}
-    whole = adapt_robustness.stabilise(subject, **options).state_dict()
-    curves = adapt_robustness.robustness(subject, **options, images=8)
+    whole = robustness.stabilise(subject, **options).state_dict()
+    curves = robustness.robustness(subject, **options, images=8)
     monkeypatch.setattr(study, "BATCH_VALUES", 2 * 768)
     assert subject.at_once(64) == 2
-    for name, value in adapt_robustness.stabilise(subject, **options).state_dict().items():
+    for name, value in robustness.stabilise(subject, **options).state_dict().items():
         torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-5)
-    pd.testing.assert_frame_equal(adapt_robustness.robustness(subject, **options, images=8), curves)
+    pd.testing.assert_frame_equal(robustness.robustness(subject, **options, images=8), curves)
 
 
 def test_patches_of_many_classes_are_those_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = _subject((3, 16, 16), 5)
-    scores = adapt_examples.scores(subject, images=4)
-    by_gram = adapt_maps.maps(subject, scores, images=1)["patch"][0]
-    monkeypatch.setattr(adapt_maps, "_MOST_PRODUCTS", 10 * 768 - 1)
+    scores = by_example.scores(subject, images=4)
+    by_gram = maps.maps(subject, scores, images=1)["patch"][0]
+    monkeypatch.setattr(maps, "_MOST_PRODUCTS", 10 * 768 - 1)
     assert by_gram.shape == (16, 16)
-    np.testing.assert_allclose(adapt_maps.maps(subject, scores, images=1)["patch"][0], by_gram, rtol=1e-6)
-    monkeypatch.setattr(adapt_maps, "_MOST_FACTORS", 3 * 8 * 8)
-    areas = adapt_maps.maps(subject, scores, images=1)
+    np.testing.assert_allclose(maps.maps(subject, scores, images=1)["patch"][0], by_gram, rtol=1e-6)
+    monkeypatch.setattr(maps, "_MOST_FACTORS", 3 * 8 * 8)
+    areas = maps.maps(subject, scores, images=1)
     np.testing.assert_allclose(areas["patch"][0], by_gram[::2, ::2], rtol=1e-6)
-    assert "of all 3 x 3 patches reach 99% of it" in adapt_words._areas(areas, "images")
+    assert "of all 3 x 3 patches reach 99% of it" in words._areas(areas, "images")
 
 
 def test_normalised_images_are_not_distorted() -> None:
@@ -310,26 +309,26 @@ def test_normalised_images_are_not_distorted() -> None:
     x, labels = subject.material.train.batch(range(12))
     examples = material._tensors((x - 128) / 64, labels, "test")
     subject = replace(subject, material=replace(subject.material, train=examples, test=examples))
-    curves = adapt_robustness.robustness(subject, alpha=1.0, sigma=0.04, steps=1, learning_rate=0.01, images=4)
+    curves = robustness.robustness(subject, alpha=1.0, sigma=0.04, steps=1, learning_rate=0.01, images=4)
     assert not len(curves)
     with pytest.raises(ValueError, match="before normalisation"):
-        adapt_robustness.stabilise(subject, alpha=1.0, sigma=0.04, steps=1, learning_rate=0.01)
+        robustness.stabilise(subject, alpha=1.0, sigma=0.04, steps=1, learning_rate=0.01)
 
 
 def test_words_say_what_the_numbers_say() -> None:
     subject = _subject((1, 8, 8), 5)
-    scores = adapt_examples.scores(subject, images=0)
-    beyond = adapt_examples.beyond_the_loss(scores, count=3)
-    assert any("nothing that the loss does not" in line for line in adapt_words._suspicious(subject, scores, beyond))
+    scores = by_example.scores(subject, images=0)
+    beyond = by_example.beyond_the_loss(scores, count=3)
+    assert any("nothing that the loss does not" in line for line in words._suspicious(subject, scores, beyond))
     beyond["shared"] = 0
-    assert any("something that the loss does not" in line for line in adapt_words._suspicious(subject, scores, beyond))
+    assert any("something that the loss does not" in line for line in words._suspicious(subject, scores, beyond))
 
 
 def test_fine_tuning_leaves_the_model_and_what_is_frozen_alone() -> None:
     subject = _subject((1, 8, 8), 5)
     subject.model.model[0].weight.requires_grad_(False)
     before = {name: value.clone() for name, value in subject.model.state_dict().items()}
-    tuned = adapt_robustness.stabilise(subject, alpha=1.0, sigma=0.04, steps=2, learning_rate=0.01)
+    tuned = robustness.stabilise(subject, alpha=1.0, sigma=0.04, steps=2, learning_rate=0.01)
     after = tuned.state_dict()
     assert all(torch.equal(value, before[name]) for name, value in subject.model.state_dict().items())
     assert torch.equal(after["model.0.weight"], before["model.0.weight"])
@@ -337,7 +336,7 @@ def test_fine_tuning_leaves_the_model_and_what_is_frozen_alone() -> None:
     for p in subject.model.parameters():
         p.requires_grad_(False)
     with pytest.raises(ValueError, match="frozen"):
-        adapt_robustness.stabilise(subject, alpha=1.0, sigma=0.04, steps=1, learning_rate=0.01)
+        robustness.stabilise(subject, alpha=1.0, sigma=0.04, steps=1, learning_rate=0.01)
 
 
 def test_image_folder(tmp_path: object) -> None:
@@ -373,7 +372,7 @@ def test_every_row_leads_back_to_its_example(tmp_path: object) -> None:
     found = material.load_data(f"{tmp_path}/data.npz")
     subject = study.Subject(FirstPixel(), found, 3, torch.device("cpu"), True, "test")
     for count in (0, 15):
-        scores = adapt_examples.scores(subject, images=count)
+        scores = by_example.scores(subject, images=count)
         assert set(scores["part"]) == {"all"} and len(scores) == (count or 40)
         if not count:
             assert scores["example"].tolist() == list(range(40))
@@ -381,31 +380,31 @@ def test_every_row_leads_back_to_its_example(tmp_path: object) -> None:
         first = images[scores["example"], 0, 0] / 100
         logits = torch.tensor(np.stack([first, 0 * first, 0 * first], axis=1)).log_softmax(1).numpy()
         np.testing.assert_allclose(-scores["loss"], logits[np.arange(len(scores)), scores["label"]], rtol=1e-5)
-        top = adapt_examples.suspicious(subject, scores, count=5)
+        top = by_example.suspicious(subject, scores, count=5)
         for row in top.to_dict("records"):
             assert round(row["pixels"][0, 0, 0] * 255) == images[row["example"], 0, 0]
-        for row in adapt_maps.maps(subject, scores, images=2).to_dict("records"):
+        for row in maps.maps(subject, scores, images=2).to_dict("records"):
             assert round(row["pixels"][0, 0, 0] * 255) == images[row["example"], 0, 0]
 
 
 def test_data_without_parts_are_one_part_in_words() -> None:
     subject = _subject((1, 8, 8), 5, images=30)
     subject = replace(subject, material=replace(subject.material, test=None))
-    scores = adapt_examples.scores(subject, images=0)
+    scores = by_example.scores(subject, images=0)
     assert len(scores) == 30
     options = {"alpha": 1.0, "sigma": 0.04, "steps": 1, "learning_rate": 1e-3, "images": 0}
     tables = {
-        "beyond": adapt_examples.beyond_the_loss(scores, count=3),
-        "layers": adapt_layers.layers(subject, images=3),
-        "parts": adapt_examples.train_against_test(scores),
-        "maps": adapt_maps.maps(subject, scores, images=1),
-        "curves": adapt_robustness.robustness(subject, **options),
+        "beyond": by_example.beyond_the_loss(scores, count=3),
+        "layers": by_layer.layers(subject, images=3),
+        "parts": by_example.train_against_test(scores),
+        "maps": maps.maps(subject, scores, images=1),
+        "curves": robustness.robustness(subject, **options),
     }
-    assert not len(tables["parts"]) and not figures.adapt.train_against_test(scores, tables["parts"]).axes
+    assert not len(tables["parts"]) and not draw.train_against_test(scores, tables["parts"]).axes
     # A fifth of each class is held out of the fine-tuning alone.
     assert set(tables["curves"]["n"]) == {5} and tables["curves"]["arm"].nunique() == 3
-    text = adapt_words.in_words(subject, scores=scores, tables=tables)
+    text = words.in_words(subject, scores=scores, tables=tables)
     assert "**Train against test** is left out: the data have no parts" in text and "test examples" not in text
     assert "Of 30 examples scored" in text and "held out of the steps" in text
-    whole = adapt_robustness.robustness(subject, **{**options, "steps": 0})
+    whole = robustness.robustness(subject, **{**options, "steps": 0})
     assert set(whole["n"]) == {30} and set(whole["arm"]) == {"as it is"}

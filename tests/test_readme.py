@@ -17,7 +17,7 @@ from torch import nn
 import influence
 from benchmarks import kernels, stability
 from benchmarks import run as benchmarks
-from influence.companion import cli, listing
+from influence.companion.runner import cli, listing
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -146,7 +146,7 @@ def test_what_pip_is_told_to_install_exists(readme: str) -> None:
     (extra,) = re.findall(r'`pip install -e "\.\[(\w+)\]"`', readme)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert extra in project["optional-dependencies"]
-    assert project["scripts"]["influence"] == "influence.companion.cli:main"
+    assert project["scripts"]["influence"] == "influence.companion.runner.cli:main"
 
 
 def test_table_of_claims(readme: str) -> None:

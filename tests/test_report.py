@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 import pytest
 
-from influence.companion import cli, report
+from influence.companion.runner import cli, report
 from workspace import Workspace
 
 STEMS = ["sensitivity/fig_a", "00_overview"]

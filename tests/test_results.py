@@ -16,9 +16,10 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from influence.companion import cache, manifest, paths, reference, results, run
-from influence.companion.notebook import NotebookError
-from influence.companion.results import Run
+from influence.companion.ledger import cache, manifest, paths, reference, results
+from influence.companion.ledger.notebook import NotebookError
+from influence.companion.ledger.results import Run
+from influence.companion.runner import run
 from workspace import Workspace
 
 STEM = "sensitivity/good"
@@ -305,21 +306,27 @@ def test_code_digest_sees_code_alone() -> None:
 
 
 def test_hashes_of_code_differ_by_what_they_cover() -> None:
-    one, other = (cache.computing_hash(f"influence.companion.{name}") for name in ("paths", "cache"))
+    one, other = (cache.computing_hash(f"influence.companion.images.{name}") for name in ("data", "distortions"))
     assert len({one, other, cache.package_hash(), cache.computing_hash("elsewhere")}) == 4
     assert cache.computing_hash("json") == cache.computing_hash("elsewhere")  # outside the package: all of it
 
 
-def test_a_table_depends_on_what_its_module_imports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_table_depends_on_the_code_that_computes_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    one = (
+        "import influence\nfrom ..images import data\nfrom ..ledger.cache import x\nfrom . import style\n"
+        "def helper():\n    return data.x\n\ndef compute():\n    return helper() + influence.solve\n\n"
+        "def draw():\n    return style.colour\n"
+    )
     sources = {
         "__init__.py": "from .kernel import solve\n",
         "kernel.py": "solve = 1\n",
         "companion/__init__.py": "",
-        "companion/run.py": "x = 1\n",
-        "companion/data.py": "x = 1\n",
-        "companion/experiments/__init__.py": "from . import one, two\n",
-        "companion/experiments/one.py": "import influence\nfrom .. import data\nfrom ..run import x\n",
-        "companion/experiments/two.py": "from .one import data\n",
+        "companion/ledger/cache.py": "x = 1\n",
+        "companion/images/data.py": "x = 1\n",
+        "companion/artifacts/__init__.py": "",
+        "companion/artifacts/style.py": "colour = 1\n",
+        "companion/artifacts/one.py": one,
+        "companion/artifacts/two.py": "from . import one\ndef compute():\n    return one.compute()\n",
     }
     package = tmp_path / "influence"
     monkeypatch.setattr(paths, "PACKAGE", package)
@@ -329,19 +336,22 @@ def test_a_table_depends_on_what_its_module_imports(monkeypatch: pytest.MonkeyPa
             (package / name).parent.mkdir(parents=True, exist_ok=True)
             (package / name).write_text(source)
         cache.computing_hash.cache_clear()
-        return [cache.computing_hash(f"influence.companion.experiments.{name}") for name in ("one", "two")]
+        return [cache.computing_hash(f"influence.companion.artifacts.{name}", "compute") for name in ("one", "two")]
 
     try:
         before = hashes()
-        for name, affected in {
-            "kernel.py": (True, True),
-            "companion/data.py": (True, True),
-            "companion/run.py": (False, False),
-            "companion/experiments/one.py": (True, True),
-            "companion/experiments/two.py": (False, True),
-        }.items():
-            after = hashes(**{name: sources[name] + "new = 2\n"})
-            assert tuple(x != y for x, y in zip(before, after, strict=True)) == affected, name
+        for name, (old, new), affected in (
+            ("kernel.py", ("1", "2"), (True, True)),
+            ("companion/images/data.py", ("1", "2"), (True, True)),
+            ("companion/ledger/cache.py", ("1", "2"), (False, False)),
+            ("companion/artifacts/style.py", ("1", "2"), (False, False)),
+            ("companion/artifacts/one.py", ("data.x", "data.x + 1"), (True, True)),
+            ("companion/artifacts/one.py", ("style.colour", "style.colour + 1"), (False, False)),
+            ("companion/artifacts/two.py", ("one.compute()", "-one.compute()"), (False, True)),
+        ):
+            assert old in sources[name]
+            after = hashes(**{name: sources[name].replace(old, new)})
+            assert tuple(x != y for x, y in zip(before, after, strict=True)) == affected, (name, old)
     finally:
         cache.computing_hash.cache_clear()
 

@@ -11,7 +11,9 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from influence.companion import attacks, experiments, figures, smoothing
+from influence.companion.artifacts.bridge import fig_trace
+from influence.companion.artifacts.stability import table_certified
+from influence.companion.scores import attacks, smoothing
 
 
 class Halfspace(nn.Module):
@@ -100,12 +102,12 @@ def test_table_and_findings() -> None:
                     for e, a in ((0.0, 0.9), (0.1, 0.1))
                 ]
     certificates, attacked = pd.DataFrame(rows), pd.DataFrame(hits)
-    findings = experiments.robustness.robustness_findings(certificates, attacked, "stability 1")
+    findings = table_certified.claims(certificates, attacked, "stability 1")
     assert findings["certified_radius_grows"] is True and findings["no_adversarial_robustness"] is True
     assert findings["gain_of_radius"] == pytest.approx(0.1)
-    table = experiments.robustness.robustness_table(certificates, attacked)
+    table = table_certified.summary(certificates, attacked)
     assert set(table["quantity"]) == {"certified", "fgsm", "pgd"} and len(table) == 12
-    assert len(figures.classification.robustness(table).axes) == 3
+    assert len(table_certified.draw(table).axes) == 3
 
 
 def test_trace_tables() -> None:
@@ -117,13 +119,13 @@ def test_trace_tables() -> None:
         for arm, trace in (("control", 8.0 + image), ("stability 1", (8.0 + image) / (2 + 0.01 * seed)))
     ]  # fmt: skip
     found = pd.DataFrame(rows)
-    table, changes = experiments.trace.losses(found), experiments.trace.effect(found)
+    table, changes = fig_trace.losses(found), fig_trace.effect(found)
     assert table["ratio"].to_numpy() == pytest.approx(1.01)
     assert table["ratio_error"].to_numpy() == pytest.approx(0.1 / 12**0.5, rel=0.05)
     halved = changes.set_index("measure").loc["trace"]
     assert halved["ratio"] == pytest.approx(math.exp(-np.mean(np.log([2, 2.01, 2.02])))) and halved["high"] < 0.51
-    claims = experiments.trace.trace_claims(table, changes, "stability 1")
+    claims = fig_trace.claims(table, changes, "stability 1")
     assert claims["loss_is_half_sigma_squared_trace"] is True and claims["training_shrinks_the_trace"] is True
-    worse = experiments.trace.trace_claims(table.assign(ratio=1.2), changes.assign(high=1.1), "stability 1")
+    worse = fig_trace.claims(table.assign(ratio=1.2), changes.assign(high=1.1), "stability 1")
     assert worse["loss_is_half_sigma_squared_trace"] is False and worse["training_shrinks_the_trace"] is False
-    assert len(figures.classification.trace(table, changes).axes) == 2
+    assert len(fig_trace.draw(table, changes).axes) == 2

@@ -13,7 +13,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from influence.companion import notebook, paths, run
+from influence.companion.ledger import notebook, paths
+from influence.companion.runner import run
 from workspace import BODY, PARAMETERS, Workspace
 
 ROOT = Path(__file__).resolve().parents[1]

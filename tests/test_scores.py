@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import influence
-from influence.companion import data, scores
-from influence.companion.detection import detection
+from influence.companion.images import data
+from influence.companion.scores import imagewise
+from influence.companion.scores.detection import detection
 
 
 def relu_network(smooth: bool = False) -> nn.Module:
@@ -30,8 +31,8 @@ def images() -> data.Split:
 
 def test_scores_against_autograd(images: data.Split) -> None:
     model = relu_network()
-    table = scores.all_scores(model, images)
-    assert table.columns[6:].tolist() == list(scores.NAMES)
+    table = imagewise.all_scores(model, images)
+    assert table.columns[6:].tolist() == list(imagewise.NAMES)
     for i in range(len(images)):
         x, y = images.images[i : i + 1].double().requires_grad_(), images.labels[i]
         network = relu_network().double()
@@ -52,7 +53,7 @@ def test_scores_against_autograd(images: data.Split) -> None:
 def test_local_influence_is_the_largest_eigenvalue_of_the_hessian(images: data.Split, smooth: bool) -> None:
     model = relu_network(smooth).double()
     x = images.images[:4].double()
-    found = scores.local_influence(model, x, images.labels[:4], steps=64 if smooth else None)
+    found = imagewise.local_influence(model, x, images.labels[:4], steps=64 if smooth else None)
     for i in range(4):
         hessian = torch.autograd.functional.hessian(
             lambda z, i=i: F.cross_entropy(model(z.view(1, 1, 8, 8)), images.labels[i : i + 1]), x[i].flatten()
@@ -65,19 +66,21 @@ def test_local_influence_is_the_largest_eigenvalue_of_the_hessian(images: data.S
 
 def test_several_labels_share_one_metric(images: data.Split) -> None:
     other = (images.labels + 1) % 10
-    both = scores.all_scores(relu_network(), images, given={"a": images.labels, "b": other}, without=["cook", "grand"])
+    both = imagewise.all_scores(
+        relu_network(), images, given={"a": images.labels, "b": other}, without=["cook", "grand"]
+    )
     for name, labels in (("a", images.labels), ("b", other)):
-        alone = scores.all_scores(
+        alone = imagewise.all_scores(
             relu_network(), data.Split(images.images, labels, images.index), without=["cook", "grand"]
         )
         part = both[both["given"] == name].drop(columns="given").reset_index(drop=True)
         assert part.equals(alone[part.columns])
     with pytest.raises(ValueError, match="unknown score 'curvature'"):
-        scores.all_scores(relu_network(), images, without=["curvature"])
+        imagewise.all_scores(relu_network(), images, without=["curvature"])
 
 
 def test_exact_fi_and_loss_have_one_auroc_at_full_rank() -> None:
-    table = scores.all_scores(relu_network(), data.load("digits").test, without=["cook", "grand"])
+    table = imagewise.all_scores(relu_network(), data.load("digits").test, without=["cook", "grand"])
     table = table[table["rank"] == 9]
     assert len(table) > 200
     wrong = table["label"] != table["predicted"]
@@ -98,15 +101,15 @@ def test_closed_form_is_the_released_estimator_at_full_rank(epsilon: float) -> N
     metric = influence.metric_tensor(model, x)
     found = influence.first_order_influence(metric, y, estimator=influence.Released(epsilon=epsilon))
     assert (found.rank == 9).all()
-    expected = scores.released_at_full_rank(metric.log_probs.exp().numpy(), y.numpy(), epsilon=epsilon)
+    expected = imagewise.released_at_full_rank(metric.log_probs.exp().numpy(), y.numpy(), epsilon=epsilon)
     np.testing.assert_allclose(found.fi[:, 0], expected, rtol=1e-9)
 
 
 def test_closed_form_peaks_near_266() -> None:
     p = np.geomspace(1e-6, 0.5, 100_001)
-    values = scores.released_at_full_rank(np.column_stack([p, 1 - p]), 0)
+    values = imagewise.released_at_full_rank(np.column_stack([p, 1 - p]), 0)
     assert values.max() == pytest.approx(266.05, abs=0.05) and p[values.argmax()] == pytest.approx(9.4e-4, rel=0.01)
-    assert scores.released_at_full_rank(np.array([1e-12, 1 - 1e-12]), 0) == pytest.approx(1, abs=5e-3)
+    assert imagewise.released_at_full_rank(np.array([1e-12, 1 - 1e-12]), 0) == pytest.approx(1, abs=5e-3)
 
 
 # P_pred and FI as logged in the released code, and how far that FI is from (1 - P) / P at most.
@@ -117,7 +120,7 @@ LOGGED = [(0.50197196, 0.991784453, 4e-4), (0.5075366, 0.968201160, 2.2e-3), (0.
 def test_logged_pairs(p: float, logged: float, stated: float) -> None:
     """P alone leaves the closed form free within .4%: the rest of the probability on one class, or on all nine."""
     one, even = [p, 1 - p, *[0] * 8], [p, *[(1 - p) / 9] * 9]
-    low, high = (float(scores.released_at_full_rank(np.array(probs), 0)) for probs in (one, even))
+    low, high = (float(imagewise.released_at_full_rank(np.array(probs), 0)) for probs in (one, even))
     assert low < high < low * 1.006
     assert abs(logged / ((1 - p) / p) - 1) <= stated
     # Inside that range, or no farther below it than the digits stated; below, since a cut direction only lowers FI.

@@ -12,8 +12,11 @@ import torch
 from torch import nn
 
 import influence
-from influence.companion import data, experiments, figures, layerwise, pixelwise, scores
-from influence.companion.experiments.keyed import bound
+from influence.companion.artifacts import style
+from influence.companion.artifacts.common import bound
+from influence.companion.artifacts.sensitivity import fig_layers, fig_vulnerable_areas, fig_what_fi_measures
+from influence.companion.images import data
+from influence.companion.scores import imagewise, layerwise, pixelwise
 from influence.companion.zoo import pretrained
 from truth import influence as brute_force
 from truth import input_jacobian
@@ -49,14 +52,14 @@ def test_full_rank_layers_agree_per_image(digits: data.Split) -> None:
     assert (full["exact"] / full["image"].map(whole) - 1).abs().max() <= 1e-6
     assert (full["exact"] / full["ceiling"] - 1).abs().max() <= 1e-6
     assert full["effective_rank"].between(1, 9).all()
-    table = experiments.layers.layer_table(frame.assign(dataset="digits", model="resnet50"))
+    table = fig_layers.summary(frame.assign(dataset="digits", model="resnet50"))
     assert table["number"].tolist() == [0, 1, 2, 3] and (table["gap_to_all"] <= 1e-6).all()
 
 
 def test_patches_of_nine_values_are_flat_by_definition_too(digits: data.Split) -> None:
     model, x = network().double(), digits.images[:1].double()
     frame = pixelwise.patch_maps(network(), digits.take([0]), 1e-3, torch.device("cpu"))
-    flat = experiments.vulnerability.flatness(frame.assign(kind="correct"), 10).set_index("size")
+    flat = fig_vulnerable_areas.flatness(frame.assign(kind="correct"), 10).set_index("size")
     assert (flat.loc[[3, 5, 7], "spread"] <= 1e-6).all() and flat.loc[7, "full_rank_share"] == 1
     assert flat.loc[1, "full_rank_share"] == 0 and flat.loc[1, "alignment_low"] < 0.9
     jacobian = torch.autograd.functional.jacobian(lambda z: model(z)[0], x)[:, 0, 0]
@@ -100,8 +103,8 @@ def test_patches_of_a_trained_network_are_flat_where_their_rank_is_nine(name: st
         # A single value falls short of it: FI = s_y^2 / sum_k P_k s_k^2.
         assert share[rank == 1].max() < 1 - 1e-9
         probs, single = logits.softmax(0), contrasts[:, :, ::5, ::5].flatten(1)
-        scores = single - probs @ single
-        torch.testing.assert_close(fi[rank == 1], scores[y] ** 2 / (probs @ scores**2), rtol=1e-9, atol=0)
+        imagewise = single - probs @ single
+        torch.testing.assert_close(fi[rank == 1], imagewise[y] ** 2 / (probs @ imagewise**2), rtol=1e-9, atol=0)
         single_shares.append(share[rank == 1])
     # Not by much where two classes share nearly all of P, for then one direction is nearly all there is.
     assert torch.cat(single_shares).min() < 0.1
@@ -136,16 +139,16 @@ def test_intervention_favours_what_moves_the_output(digits: data.Split) -> None:
         model[1].weight[0, 5] = 0.05
         model[1].bias.copy_(5.0 * (torch.arange(10) == 1))
     frame = pixelwise.intervene(model, digits, (1,), 3, 1e-3, 0, torch.device("cpu"))
-    table = experiments.vulnerability.intervention_table(frame.assign(dataset="digits", model="resnet50"))
+    table = fig_vulnerable_areas.intervention_table(frame.assign(dataset="digits", model="resnet50"))
     rows = table[(table["target"] == "entries") & (table["change"] == "farther")].set_index("ranking")
     assert rows.loc["saliency", "drop"] == rows.loc["trace", "drop"] > rows.loc["random", "drop"]
     assert (table["images"] == 6).all() and rows.loc["random", "beyond_random"] == 0
-    assert len(figures.vulnerability.intervention(table).axes) == 2
+    assert len(fig_vulnerable_areas.draw_intervention(table).axes) == 2
 
 
 def test_exact_fi_does_not_know_the_unit_and_the_jacobian_does(digits: data.Split) -> None:
     metric = influence.metric_tensor(network().double(), digits.images.double())
-    other = scores.in_unit(metric, 255.0)
+    other = imagewise.in_unit(metric, 255.0)
     before, after = (influence.first_order_influence(m, digits.labels).fi for m in (metric, other))
     torch.testing.assert_close(after, before, rtol=1e-9, atol=0)
     torch.testing.assert_close(other.trace(), 255**2 * metric.trace())
@@ -174,7 +177,7 @@ def test_practice_takes_the_cheapest_of_the_best() -> None:
             "drop_high": [0.2, 0.01],
         }
     )
-    table = experiments.meaning.practice(outlier=outlier, layer=layer, generalisation=gap, pixels=pixels, classes=10)
+    table = fig_what_fi_measures.practice(outlier=outlier, layer=layer, generalisation=gap, pixels=pixels, classes=10)
     used = table[table["use"]].set_index("task")["score"].to_dict()
     assert used == {
         "1 find outliers": "loss",
@@ -196,4 +199,4 @@ def test_notebooks_show_figures_as_small_pictures() -> None:
 
     figure = Figure()
     figure.subplots().plot([0, 1])
-    assert figures.style.small_png(figure).startswith(b"\x89PNG")
+    assert style.small_png(figure).startswith(b"\x89PNG")

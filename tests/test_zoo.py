@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from influence.companion import cache, cli, data, outliers, paths
+from influence.companion.images import data, outliers
+from influence.companion.ledger import cache, paths
+from influence.companion.runner import cli
 from influence.companion.zoo import finetuning, pretrained, published, recipes, training
 from influence.companion.zoo.finetuning import Arm
 from influence.companion.zoo.recipes import Recipe, RecipeError

@@ -13,7 +13,7 @@ from typing import Any
 import nbformat
 import yaml
 
-from influence.companion import run
+from influence.companion.runner import run
 
 PARAMETERS = 'profile: str = "smoke"\nseeds: list[int] = [3]\nscale: float = 2.0\nlimit: int | None = None'
 BODY = """table = pd.DataFrame({"x": [0.1, scale / 3], "y": ["a", "b"]})

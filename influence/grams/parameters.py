@@ -206,9 +206,7 @@ class ParameterGrams:
         probe = torch.randn(len(seeds), generator=self._generator, dtype=torch.float64).to(seeds.device)
         seed = (probe @ seeds.double()).to(logits.dtype)[None]
         grads = gradients(logits, self.perturbed, seed, retain=False)
-        return Reference(
-            probe, {name: _square(g) for name, g in zip(self._parameters, grads, strict=True)}
-        )
+        return Reference(probe, {name: _square(g) for name, g in zip(self._parameters, grads, strict=True)})
 
     def _refuse_what_differs(
         self, references: Sequence[Reference], quadratic: Mapping[str, Tensor], dtype: torch.dtype

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import influence
 
-from .. import cache
-from ..data import Dataset, Split
+from ..images.data import Dataset, Split
+from ..ledger import cache
 from . import inception, training
 from .inception import Embedding
 from .training import Record, Trained, pixels

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import data
+from ..images import data
 from . import training
 from .training import Shuffled
 

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 import influence
 
-from .. import cache, distortions
-from ..data import Dataset
+from ..images import distortions
+from ..images.data import Dataset
+from ..ledger import cache
 from . import models, training
 from .recipes import Recipe, adam
 from .training import Record, Shuffled, Trained, pixels

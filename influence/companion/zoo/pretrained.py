@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data import DataError
+from ..images.data import DataError
 
 
 @dataclass(frozen=True)

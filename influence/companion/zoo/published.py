@@ -18,7 +18,7 @@ from filelock import FileLock
 from tabulate import tabulate
 from torch import nn
 
-from .. import cache, paths
+from ..ledger import cache, paths
 from . import recipes, training
 from .recipes import Recipe, RecipeError
 from .training import Record, TrainingError

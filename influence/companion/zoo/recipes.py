@@ -13,8 +13,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from .. import paths
-from ..data import Dataset
+from ..images.data import Dataset
+from ..ledger import paths
 from . import models
 from .inception import SmallInception
 from .pretrained import CifarResNet
@@ -274,7 +274,7 @@ def _rows() -> dict[str, dict[str, Any]]:
 
 @remember
 def _dataset(name: str, labels: str | None, fold: tuple[int, int] | None, data_dir: Path | None) -> Dataset:
-    from .. import data, outliers
+    from ..images import data, outliers
 
     found = data.load(name, data_dir)
     if labels is None and fold is None:

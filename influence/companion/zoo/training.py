@@ -35,8 +35,8 @@ from torch.nn import functional as F
 
 from influence.progress import progress_bar
 
-from .. import cache, paths
-from ..data import Dataset, Split
+from ..images.data import Dataset, Split
+from ..ledger import cache, paths
 from .recipes import Recipe
 
 

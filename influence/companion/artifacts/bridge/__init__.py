@@ -1,0 +1,1 @@
+"""The metric tensor and the stability loss."""

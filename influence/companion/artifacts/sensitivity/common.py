@@ -1,0 +1,274 @@
+"""What the artifacts of Shu & Zhu (2019) share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...images import outliers
+from ...images.data import DataError, Split
+from ...ledger import cache, paths
+from ...ledger.results import Run
+from ...scores import imagewise
+from ...scores.definition import influence_by_definition
+from ...scores.detection import detection, two_sample
+from ...scores.imagewise import predicted_class_scores
+from ...zoo import pretrained, training
+from .. import style
+from ..common import bound, classifier, dataset
+
+
+def ceiling_check(run: Run, datasets: Sequence[str], models: Sequence[str], *, seed: int, images: int) -> pd.DataFrame:
+    """FI from its definition (float64, thin SVD, no closed form) over (1 - P_y) / P_y, for some training images.
+
+    Returns:
+        One row per data set, model and image: image, p_label, by_definition (FI), ceiling.
+    """
+    frames = []
+    for name in datasets:
+        for model in models:
+            network = copy.deepcopy(classifier(run, name, model, seed=seed).model).double()
+            split = dataset(run, name).train.sample(images, seed=seed)
+            x, labels = training.pixels(split.images, run.device).double(), split.labels.to(run.device)
+            with torch.no_grad():
+                log_p = F.log_softmax(network(x), dim=1)
+            others = log_p.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
+            log_label = log_p.gather(1, labels[:, None])[:, 0]
+            values = {
+                "image": split.index.numpy(),
+                "p_label": log_label.exp().cpu().numpy(),
+                "by_definition": influence_by_definition(network, x, labels).cpu().numpy(),
+                "ceiling": (others - log_label).exp().cpu().numpy(),
+            }
+            frames.append(pd.DataFrame(values).assign(dataset=name, model=model))
+    return pd.concat(frames, ignore_index=True)
+
+
+# What the gap is read through: FI needs no label, the loss does.
+MEASURES = {
+    "exact": "FI of the predicted class, exact",
+    "released": "FI of the predicted class, as released",
+    "loss": "-log P of the true class",
+    "margin": "-log P of the predicted class",
+}
+
+
+def predicted_influence(
+    run: Run, datasets: Sequence[str], models: Sequence[str], *, seed: int, images: int | None, epsilon: float
+) -> pd.DataFrame:
+    """Setup 3: FI of the whole image, f = -log P(y_pred), for training and test images of each network.
+
+    Args:
+        run: the artifact.
+        datasets: names of `data.NAMES`.
+        models: names of `models.NAMES`.
+        seed: of the networks and of the choice of images.
+        images: images of each part to score, drawn at random; None for all.
+        epsilon: e of the released code.
+
+    Returns:
+        One row per data set, model, part ("train", "test") and image: image, label, predicted, p_predicted, loss (nats,
+        true class), margin (nats, predicted class), ceiling, exact, released, rank, position (of a Manhattan plot by
+        true class).
+    """
+    frames = []
+    for name in datasets:
+        for model in models:
+            trained = classifier(run, name, model, seed=seed)
+            for part in ("train", "test"):
+                split = dataset(run, name).train if part == "train" else dataset(run, name).test
+                key: dict[str, object] = {
+                    "model": trained.key,
+                    "data": dataset(run, name).digest,
+                    "part": part,
+                    "images": images,
+                }
+                compute = bound(
+                    predicted_class_scores, trained.model, split.sample(images, seed=seed), epsilon, run.device
+                )
+                key |= {"seed": seed, "epsilon": epsilon, "device": run.device.type}
+                frame = cache.table(f"setup3/{name}-{model}-{part}", key, compute)
+                frames.append(frame.assign(dataset=name, model=model, part=part))
+    return pd.concat(frames, ignore_index=True)
+
+
+def gap(frame: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
+    """Training against test images through each measure: tests, and the size of the effect with its interval.
+
+    Returns:
+        One row per data set, model and measure: accuracies and mean values of both parts, ks, ks_p, mw_p, effect
+        (probability that a test image's value exceeds a training image's, ties half) with its 95% interval.
+    """
+    rows = []
+    for (name, model), group in frame.groupby(["dataset", "model"], sort=False):
+        parts = {str(part): rest for part, rest in group.groupby("part")}
+        hits = {f"accuracy_{part}": float((rest["label"] == rest["predicted"]).mean()) for part, rest in parts.items()}
+        for measure in MEASURES:
+            values = {part: rest[measure].to_numpy() for part, rest in parts.items()}
+            means = {f"mean_{part}": float(x.mean()) for part, x in values.items()}
+            tests = two_sample(values["train"], values["test"], seed=seed)
+            row = {"dataset": name, "model": model, "measure": measure, "images": len(values["train"])}
+            rows.append({**row, **hits, **means, **tests})
+    return pd.DataFrame(rows)
+
+
+SYNTHETIC = "flipped"
+
+
+def noisy_scores(
+    run: Run,
+    dataset_name: str,
+    models: Sequence[str],
+    kinds: Sequence[str],
+    *,
+    seed: int,
+    images: int | None,
+    share: float,
+    without: Sequence[str] = (),
+) -> pd.DataFrame:
+    """Every score of training images under the labels given to them, by each network.
+
+    All networks were trained on verified labels: this asks how well a score finds wrong labels where the network was
+    not fitted to them. Images are drawn from the validation part, which our own networks have not seen; the
+    pretrained ones have.
+
+    Args:
+        run: the artifact.
+        dataset_name: "cifar10", or one whose labels are flipped.
+        models: names of `models.NAMES` and, for CIFAR-10, of `pretrained.NAMES`.
+        kinds: "flipped", or labels of CIFAR-10N.
+        seed: of the networks, the choice of images and the flips.
+        images: how many, drawn at random; None for all.
+        share: of the labels that "flipped" replaces.
+        without: scores to leave out.
+
+    Returns:
+        One row per model, kind and image: wrong (bool: the given label is not the verified one) and the columns of
+        `scores.all_scores`.
+
+    Raises:
+        DataError: labels of CIFAR-10N for another data set, or not in the order of the training images.
+    """
+    split = dataset(run, dataset_name).valid.sample(images, seed=seed)
+    frames = []
+    for model in models:
+        network, key = _network(run, dataset_name, model, seed)
+        given = {kind: _given(run, dataset_name, split, kind, share=share, seed=seed) for kind in kinds}
+        entry: dict[str, object] = {
+            "model": key,
+            "data": dataset(run, dataset_name).digest,
+            "images": images,
+            "seed": seed,
+        }
+        entry |= {"kinds": list(kinds), "share": share, "without": list(without), "device": run.device.type}
+        compute = bound(imagewise.all_scores, network, split, given=given, device=run.device, without=without)
+        frame = cache.table(f"labels/{dataset_name}-{model}", entry, compute)
+        verified = dict(zip(split.index.tolist(), split.labels.tolist(), strict=True))
+        wrong = frame["label"] != frame["image"].map(verified)
+        frames.append(frame.rename(columns={"given": "kind"}).assign(model=model, wrong=wrong))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _network(run: Run, dataset_name: str, model: str, seed: int) -> tuple[nn.Module, str]:
+    if model in pretrained.NAMES:
+        network, digest = pretrained.load(model, paths.data_dir(), device=run.device)
+        run.add_input(model, digest)
+        return network, digest
+    trained = classifier(run, dataset_name, model, seed=seed)
+    return trained.model, trained.key
+
+
+def _given(run: Run, dataset_name: str, split: Split, kind: str, *, share: float, seed: int) -> Tensor:
+    if kind == SYNTHETIC:
+        classes = len(dataset(run, dataset_name).classes)
+        return outliers.flip_labels(split.labels, share=share, classes=classes, seed=seed)
+    if dataset_name != "cifar10":
+        raise DataError(f"labels {kind!r} belong to cifar10, not to {dataset_name!r}")
+    given, verified = outliers.human_labels(kind, paths.data_dir())
+    if not torch.equal(verified[split.index], split.labels):
+        raise DataError("CIFAR-10N: its verified labels are not those of the training images, another order?")
+    run.add_input(f"cifar10n {kind}", cache.fingerprint(given.tolist()))
+    return given[split.index]
+
+
+def detection_table(frame: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
+    """AUROC and average precision of each score for finding wrong labels, with 95% bootstrap intervals over images."""
+    rows = []
+    for (model, kind), group in frame.groupby(["model", "kind"], sort=False):
+        hits = {"accuracy": float((group["predicted"] == group["label"])[~group["wrong"]].mean())}
+        counts = {"images": len(group), "wrong": int(group["wrong"].sum())}
+        for score in (name for name in imagewise.NAMES if name in group):
+            found = detection(group[score], group["wrong"], seed=seed)
+            rows.append({"model": model, "kind": kind, "score": score, **counts, **hits, **found})
+    return pd.DataFrame(rows)
+
+
+def manhattan(axes: Axes, position: pd.Series, score: pd.Series, label: pd.Series) -> None:
+    """The paper's own form: x = class, images of class i spread over [i, i+1), y = score, one colour per class."""
+    n_classes = int(label.max()) + 1
+    colours = np.asarray(style.class_colours(n_classes))
+    axes.scatter(position, score, s=4, c=colours[label.to_numpy()], linewidths=0, rasterized=True)
+    axes.set_xticks(np.arange(n_classes) + 0.5, [str(k) for k in range(n_classes)])
+    axes.set_xlim(0, n_classes)
+    axes.tick_params(axis="x", length=0)
+
+
+def draw_auroc(table: pd.DataFrame, by: str) -> Figure:
+    """AUROC and average precision of each score with 95% bootstrap intervals; a column for each value of `by`.
+
+    Args:
+        table: model, score, auroc, ap, each with _low and _high, and the column `by`.
+        by: "state" or "kind".
+    """
+    columns = list(table[by].unique())
+    models = list(table["model"].unique())
+    scores = list(table["score"].unique())
+    figure = Figure(figsize=(style.WIDTH * 1.15, 0.5 + 0.24 * len(scores) * 2))
+    grid = figure.subplots(2, len(columns), squeeze=False, sharey=True)
+    for measure, row in zip(("auroc", "ap"), grid, strict=True):
+        for axes, value in zip(row, columns, strict=True):
+            _intervals(axes, table[table[by] == value], measure, models, scores)
+            axes.set_xlabel({"auroc": "AUROC", "ap": "average precision"}[measure])
+        row[0].set_yticks(range(len(scores)), [style.name(score) for score in scores], fontsize=7)
+    for axes, value in zip(grid[0], columns, strict=True):
+        axes.set_title(style.name(value) if by == "kind" else f"{_WHEN[str(value)]} fine-tuning", fontsize=9)
+    grid[0, 0].invert_yaxis()
+    grid[0, -1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.suptitle("one network each, 95% bootstrap intervals over the images", fontsize=8)
+    return figure
+
+
+_WHEN = {"before": "before", "middle": "during", "after": "after"}
+
+
+_MODELS = {"resnet50": "o", "densenet121": "s", "resnet20": "^", "resnet56": "D"}
+
+
+_MODEL_COLOURS = {"resnet50": "#0072B2", "densenet121": "#E69F00", "resnet20": "#009E73", "resnet56": "#CC79A7"}
+
+
+def _intervals(axes: Axes, table: pd.DataFrame, measure: str, models: list[str], scores: list[str]) -> None:
+    step = 0.7 / len(models)
+    for place, model in enumerate(models):
+        part = table[table["model"] == model].set_index("score").loc[scores]
+        y = [i + step * (place - (len(models) - 1) / 2) for i in range(len(scores))]
+        bars = [part[measure] - part[f"{measure}_low"], part[f"{measure}_high"] - part[measure]]
+        axes.errorbar(
+            part[measure],
+            y,
+            xerr=[bar.clip(lower=0) for bar in bars],
+            fmt=_MODELS.get(model, "o"),
+            color=_MODEL_COLOURS.get(model),
+            markersize=3,
+            elinewidth=0.8,
+            label=style.name(model),
+        )
+    axes.grid(axis="y", linewidth=0.3)

@@ -1,0 +1,271 @@
+"""Setup 2 of Shu & Zhu (2019): FI of all parameters, and of each trainable layer alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+import influence
+
+from ...ledger import cache
+from ...ledger.results import Run
+from ...scores.detection import bootstrap_interval
+from ...scores.layerwise import score_layers
+from ...zoo import training
+from .. import style
+from ..common import bound, classifier, dataset
+from .common import manhattan
+
+
+def layer_influence(
+    run: Run, datasets: Sequence[str], models: Sequence[str], *, seed: int, images: int | None, epsilon: float
+) -> pd.DataFrame:
+    """Setup 2: FI of all parameters and of each layer, f = -log P(y_true), for training images of each network.
+
+    Args:
+        run: the artifact.
+        datasets: names of `data.NAMES`.
+        models: names of `models.NAMES`.
+        seed: of the networks and of the choice of images.
+        images: training images to score, drawn at random; None for all.
+        epsilon: e of the released code.
+
+    Returns:
+        One row per data set, model, image and layer (number 0 and name `ALL` for all parameters, then from 1 in
+        `named_modules()` order): image, label, position, loss, ceiling, number, layer, size (parameters), exact,
+        released, rank, kept (singular values above the released cut), trace, effective_rank
+        (tr(G)^2 / tr(G^2)), departs.
+    """
+    frames = []
+    for name in datasets:
+        for model in models:
+            trained = classifier(run, name, model, seed=seed)
+            split = dataset(run, name).train.sample(images, seed=seed)
+            key = {"model": trained.key, "data": dataset(run, name).digest, "seed": seed, "images": images}
+            key |= {"epsilon": epsilon, "device": run.device.type}
+            compute = bound(score_layers, trained.model, split, epsilon=epsilon, device=run.device)
+            frames.append(cache.table(f"setup2/{name}-{model}", key, compute).assign(dataset=name, model=model))
+    return pd.concat(frames, ignore_index=True)
+
+
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row per data set, model and layer: means over the images, the trace with its 95% bootstrap interval.
+
+    `gap_at_full_rank` is the largest relative difference of exact FI and ceiling over the images where the layer has
+    rank K - 1 (by definition of the estimator no more than rounding), `gap_to_all` that of a layer's exact FI and that
+    of all parameters over the same images; `kept` the mean number of singular values above the released cut,
+    `cut` the share of images that lost a direction to it, `zero` of those whose released FI is 0, and `constant` of
+    those that lost none and yet differ from exact FI by more than 1%, through the constant e.
+    """
+    rows = []
+    for (name, model), network in frame.groupby(["dataset", "model"], sort=False):
+        whole = network[network["number"] == 0].set_index("image")["exact"]
+        full_rank = network["rank"].max()
+        for (number, layer), group in network.groupby(["number", "layer"], sort=True):
+            full = group[group["rank"] == full_rank]
+            trace, low, high = bootstrap_interval(group["trace"], repeats=200)
+            rows.append(
+                {
+                    "dataset": name,
+                    "model": model,
+                    "number": number,
+                    "layer": layer,
+                    "size": int(group["size"].iloc[0]),
+                    "images": len(group),
+                    "rank": group["rank"].mean(),
+                    "full_rank_share": len(full) / len(group),
+                    "gap_at_full_rank": float((full["exact"] / full["ceiling"] - 1).abs().max()),
+                    "gap_to_all": float((full["exact"] / full["image"].map(whole) - 1).abs().max()),
+                    "alignment": (group["exact"] / group["ceiling"]).mean(),
+                    "trace": trace,
+                    "trace_low": low,
+                    "trace_high": high,
+                    "effective_rank": group["effective_rank"].mean(),
+                    "kept": group["kept"].mean(),
+                    "cut": float((group["kept"] < group["rank"]).mean()),
+                    "zero": float((group["released"] == 0).mean()),
+                    "constant": float((group["departs"] & (group["kept"] >= group["rank"])).mean()),
+                    "largest_released": group["released"].max(),
+                    "largest_exact": group["exact"].max(),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def by_definition(run: Run, dataset_name: str, model: str, *, seed: int, images: int, layers: int) -> pd.DataFrame:
+    """FI of single layers straight from the definition (float64, thin SVD of L0), for some images and layers.
+
+    Returns:
+        One row per image and layer: layer, image, by_definition, ceiling, exact, rank.
+    """
+    network = copy.deepcopy(classifier(run, dataset_name, model, seed=seed).model).double()
+    split = dataset(run, dataset_name).train.sample(images, seed=seed)
+    x = training.pixels(split.images, run.device).double()
+    metric = influence.metric_tensor(network, x, wrt="layers")
+    result = influence.first_order_influence(metric, split.labels.to(run.device))
+    modules, rows = dict(network.named_modules()), []
+    for number in np.linspace(0, len(metric.blocks) - 1, layers).round().astype(int):
+        weights = list(modules[metric.blocks[number]].parameters(recurse=False))
+        for i in range(len(split)):
+            value = _definition(network, x[i : i + 1], int(split.labels[i]), weights)
+            rows.append(
+                {
+                    "layer": metric.blocks[number],
+                    "image": int(split.index[i]),
+                    "by_definition": value,
+                    "ceiling": float(result.ceiling[i]),
+                    "exact": float(result.fi[i, number]),
+                    "rank": int(result.rank[i, number]),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _definition(network: nn.Module, x: Tensor, label: int, weights: Sequence[nn.Parameter]) -> float:
+    """FI of `weights`; scores from contrasts, as in `definition.influence_by_definition`."""
+    with torch.enable_grad():
+        logits = network(x)[0]
+        rows = [torch.autograd.grad(z - logits[label], weights, retain_graph=True, allow_unused=True) for z in logits]
+    contrasts = torch.stack(
+        [
+            torch.cat(
+                [torch.zeros_like(w).flatten() if g is None else g.flatten() for g, w in zip(row, weights, strict=True)]
+            )
+            for row in rows
+        ]
+    )
+    log_p = logits.detach().log_softmax(0)
+    scores = contrasts - log_p.exp() @ contrasts
+    left, singular, _ = torch.linalg.svd(scores.T * (log_p / 2).exp(), full_matrices=False)
+    kept = singular > 1e-12 * singular[0]
+    return float(((left[:, kept].T @ -scores[label]) / singular[kept]).square().sum())
+
+
+def claims(table: pd.DataFrame, definition: pd.DataFrame) -> dict[str, bool | float]:
+    """Setup 2 by rules fixed before the run.
+
+    * layers_differ_in_exact_fi (what the paper reads off the columns): for at least one network, at least half of the
+      layers have a mean alignment below .99.
+    * full_rank_layers_agree: at rank K - 1 every layer agrees per image with all parameters and the ceiling to 1e-6,
+      and so does FI from its definition.
+    * traces_differ: the largest trace of a layer is over ten times the smallest, for every network.
+    """
+    layers = table[table["number"] > 0]
+    networks = layers.groupby(["dataset", "model"])
+    full = definition[definition["rank"] == definition["rank"].max()]
+    gaps = max(table["gap_at_full_rank"].max(), layers["gap_to_all"].max())
+    by_definition_gap = float((full["by_definition"] / full["ceiling"] - 1).abs().max())
+    return {
+        "layers_differ_in_exact_fi": bool((networks["alignment"].agg(lambda a: (a < 0.99).mean()) >= 0.5).any()),
+        "full_rank_layers_agree": bool(max(gaps, by_definition_gap) <= 1e-6),
+        "traces_differ": bool((networks["trace"].max() / networks["trace"].min() > 10).all()),
+    }
+
+
+def draw_by_class(scores: pd.DataFrame) -> Figure:
+    """Manhattan plots by class for all parameters: released FI in full, zoomed, and exact FI."""
+    whole = scores[scores["number"] == 0]
+    groups = list(whole.groupby(["dataset", "model"], sort=False))
+    figure = Figure(figsize=(style.WIDTH * 1.2, 2.1 * len(groups)))
+    for row, ((name, model), group) in zip(figure.subplots(len(groups), 3, squeeze=False), groups, strict=True):
+        for axes, column in zip(row, ("released", "released", "exact"), strict=True):
+            manhattan(axes, group["position"], group[column], group["label"])
+        row[0].set_ylim(0)
+        zoom = float(np.quantile(group["released"], 0.9)) or float(group["released"].max())
+        row[1].set_ylim(0, zoom if zoom > 0 else 1)
+        row[2].set_yscale("log")
+        row[0].set_ylabel(f"{style.name(name)}\n{style.name(model)}\nFI of all parameters")
+        for axes, title in zip(row, ("as released", "as released, lower 90%", "exact (log scale)"), strict=True):
+            axes.set_title(f"{title}, {len(group)} images", fontsize=8)
+            axes.set_xlabel("class")
+    return figure
+
+
+def draw_by_layer(scores: pd.DataFrame) -> Figure:
+    """The paper's figure: every image in each layer's column, released FI in full and zoomed, blocks on the axis."""
+    groups = list(scores[scores["number"] > 0].groupby(["dataset", "model"], sort=False))
+    figure = Figure(figsize=(style.WIDTH * 1.2, 3.4 * len(groups)))
+    grid = figure.subplots(2 * len(groups), 1, squeeze=False)[:, 0]
+    for row, ((name, model), group) in enumerate(groups):
+        zoom = float(np.quantile(group["released"], 0.9)) or float(group["released"].max())
+        for axes, top in zip(grid[2 * row : 2 * row + 2], (None, zoom), strict=True):
+            shade(axes, group)
+            axes.scatter(
+                group["number"],
+                group["released"],
+                s=3,
+                c=np.asarray(style.class_colours(10))[_block_numbers(group) % 10],
+                linewidths=0,
+                rasterized=True,
+            )
+            axes.set_ylim(0, top)
+            axes.set_ylabel("released FI" if top is None else "lower 90%")
+        count = group["number"].nunique()
+        title = f"{style.name(name)}, {style.name(model)}: {count} trainable layers, {group['image'].nunique()} images"
+        grid[2 * row].set_title(title, fontsize=9)
+    return figure
+
+
+def draw_per_layer(table: pd.DataFrame) -> Figure:
+    """What does differ between layers: trace, effective rank; and where released FI departs from exact FI."""
+    groups = list(table[table["number"] > 0].groupby(["dataset", "model"], sort=False))
+    figure = Figure(figsize=(style.WIDTH * 1.2, 4.6 * len(groups)))
+    grid = figure.subplots(3 * len(groups), 1, squeeze=False)[:, 0]
+    for row, ((name, model), group) in enumerate(groups):
+        trace, rank, departs = grid[3 * row : 3 * row + 3]
+        x = group["number"]
+        trace.fill_between(x, group["trace_low"], group["trace_high"], color=style.SCORES["trace"][0], alpha=0.4)
+        trace.plot(x, group["trace"], color=style.SCORES["trace"][0], linewidth=1)
+        trace.set_yscale("log")
+        trace.set_ylabel("trace of G")
+        trace.set_title(
+            f"{style.name(name)}, {style.name(model)}: means over {group['images'].iloc[0]} images, band: 95% interval",
+            fontsize=9,
+        )
+        rank.plot(x, group["rank"], color=style.COLOURS["exact"], label="rank")
+        rank.plot(x, group["kept"], color=style.COLOURS["released"], label="above the released cut")
+        rank.plot(x, group["effective_rank"], color=style.COLOURS["ceiling"], label="effective rank", linewidth=1)
+        rank.set_ylabel("directions")
+        rank.set_ylim(0, 9.5)
+        departs.plot(x, group["cut"], color=style.COLOURS["released"], label="lost a direction to the cut")
+        departs.plot(x, group["zero"], color=style.COLOURS["ceiling"], label="released FI = 0")
+        departs.plot(x, group["constant"], color=style.STABILITY[0], label="moved over 1% by e alone")
+        departs.plot(x, group["alignment"], color=style.COLOURS["exact"], label="exact FI / ceiling", linestyle="--")
+        departs.set_ylabel("share of images")
+        departs.set_ylim(-0.03, 1.03)
+        for axes in (rank, departs):
+            axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        for axes in (trace, rank, departs):
+            shade(axes, group)
+    return figure
+
+
+def shade(axes: Axes, group: pd.DataFrame) -> None:
+    """Bands for the blocks of a network, with their names and the layer numbers where they begin."""
+    layers = group.drop_duplicates("number").sort_values("number")
+    first = layers.groupby(_block(layers["layer"]), sort=False)["number"].min()
+    last = layers.groupby(_block(layers["layer"]), sort=False)["number"].max()
+    ticks = []
+    for place, (name, start, end) in enumerate(zip(first.index, first, last, strict=True)):
+        if place % 2:
+            axes.axvspan(start - 0.5, end + 0.5, color="0.93", linewidth=0, zorder=-1)
+        if end - start > 4:
+            ticks.append(((start + end) / 2, f"{name}\n{start}-{end}"))
+    axes.set_xlim(0.5, float(layers["number"].max()) + 0.5)
+    axes.set_xticks([tick for tick, _ in ticks], [label for _, label in ticks], fontsize=7)
+    axes.tick_params(axis="x", length=0)
+
+
+def _block(layer: pd.Series) -> pd.Series:
+    return layer.str.split(".").str[0]
+
+
+def _block_numbers(group: pd.DataFrame) -> np.ndarray:
+    return pd.factorize(_block(group["layer"]))[0]

@@ -1,0 +1,362 @@
+"""Setup 4 of Shu & Zhu (2019): which pixels and patches of an image are vulnerable, and does changing them matter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import influence
+
+from ...ledger import cache
+from ...ledger.results import Run
+from ...scores.detection import bootstrap_interval, share_interval
+from ...scores.pixelwise import intervene, patch_maps
+from ...zoo import training
+from .. import style
+from ..common import bound, classifier, dataset
+
+# How pixels are ranked -> what it needs.
+RANKINGS = {
+    "exact": "FI of the pixel, exact",
+    "released": "FI of the pixel, as released",
+    "saliency": "|d log P / d pixel|",
+    "trace": "trace of G for the pixel",
+    "random": "at random",
+}
+
+
+def study(
+    run: Run, datasets: Sequence[str], models: Sequence[str], *, seed: int, images: int | None, epsilon: float
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """The images that the paper would show, for each network.
+
+    Returns:
+        `pictures`, `maps` and `flatness` of all of them, with the columns dataset and model.
+    """
+    found: tuple[list[pd.DataFrame], ...] = ([], [], [])
+    for name in datasets:
+        for model in models:
+            chosen = chosen_images(run, name, model, seed=seed, images=images)
+            frame = maps(run, name, model, chosen, seed=seed, epsilon=epsilon)
+            shown = pictures(run, name, model, chosen, frame, seed=seed)
+            flat = flatness(frame, len(dataset(run, name).classes))
+            for frames, part in zip(found, (shown, frame, flat), strict=True):
+                frames.append(part.assign(dataset=name, model=model))
+    shown, frame, flat = (pd.concat(frames, ignore_index=True) for frames in found)
+    return shown, frame, flat
+
+
+def chosen_images(run: Run, dataset_name: str, model: str, *, seed: int, images: int | None) -> pd.DataFrame:
+    """The images the paper shows: correct with P_pred > .5 and the largest FI, and wrong with the largest FI.
+
+    Whole image, f = -log P(y_pred), among `images` test images drawn at random (None for all).
+
+    Returns:
+        One row per kind ("correct", "wrong"; without a row where there is no such image): row (position in the test
+        set), image (0-based, standard order), label, predicted, p_predicted, fi.
+    """
+    test = dataset(run, dataset_name).test
+    split = test.sample(images, seed=seed)
+    network = classifier(run, dataset_name, model, seed=seed).model
+    log_p = training.predict(network, split.images, device=run.device).double().log_softmax(1)
+    top, predicted = log_p.max(1)
+    # FI of the whole image is (1 - P) / P at full rank; the two that are shown are computed in full below.
+    ceiling = (-top).expm1()
+    right = predicted == split.labels
+    rows = []
+    for kind, eligible in (("correct", right & (top.exp() > 0.5)), ("wrong", ~right)):
+        if not bool(eligible.any()):
+            continue
+        i = int(torch.where(eligible, ceiling, -1).argmax())
+        metric = influence.metric_tensor(network, training.pixels(split.images[i : i + 1], run.device), wrt="input")
+        rows.append(
+            {
+                "kind": kind,
+                "row": int((test.index == split.index[i]).nonzero()[0, 0]),
+                "image": int(split.index[i]),
+                "label": int(split.labels[i]),
+                "predicted": int(predicted[i]),
+                "p_predicted": float(top[i].exp()),
+                "fi": float(influence.first_order_influence(metric).fi[0, 0]),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def maps(run: Run, dataset_name: str, model: str, chosen: pd.DataFrame, *, seed: int, epsilon: float) -> pd.DataFrame:
+    """FI of every k x k patch of the chosen images, per colour channel, k = 1, 3, 5, 7, f = -log P(y_pred).
+
+    Returns:
+        One row per kind, size, channel and pixel: row, column, exact, released, alignment, rank.
+    """
+    trained = classifier(run, dataset_name, model, seed=seed)
+    key = {"model": trained.key, "data": dataset(run, dataset_name).digest, "epsilon": epsilon}
+    key |= {"rows": chosen["row"].tolist(), "device": run.device.type}
+    split = dataset(run, dataset_name).test.take(chosen["row"].tolist())
+    compute = bound(patch_maps, trained.model, split, epsilon, run.device)
+    frame = cache.table(f"setup4/maps-{dataset_name}-{model}", key, compute)
+    return frame.assign(kind=frame["place"].map(dict(enumerate(chosen["kind"])))).drop(columns="place")
+
+
+def flatness(frame: pd.DataFrame, classes: int) -> pd.DataFrame:
+    """How flat each map is: over its patches of rank K - 1, the largest relative difference of exact FI.
+
+    Returns:
+        One row per kind and size: patches, full_rank_share, spread (NaN where no patch has rank K - 1), and the range
+        of the alignment over all patches.
+    """
+    rows = []
+    for (kind, size), group in frame.groupby(["kind", "size"], sort=False):
+        full = group.loc[group["rank"] == classes - 1, "exact"]
+        rows.append(
+            {
+                "kind": kind,
+                "size": size,
+                "patches": len(group),
+                "full_rank_share": len(full) / len(group),
+                "spread": float(full.max() / full.min() - 1) if len(full) else np.nan,
+                "alignment_low": group["alignment"].min(),
+                "alignment_high": group["alignment"].max(),
+                "largest_released": group["released"].max(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def pictures(
+    run: Run, dataset_name: str, model: str, chosen: pd.DataFrame, frame: pd.DataFrame, *, seed: int
+) -> pd.DataFrame:
+    """The chosen images, and beside each the same with its pixel of largest FI (all channels) changed.
+
+    The pixel goes to 0 or to 255, whichever lowers P of the predicted class more.
+
+    Returns:
+        The rows of `chosen` with pixels and changed ((H, W, C) uint8 arrays), pixel_row, pixel_column, p_changed,
+        predicted_changed, and class names.
+    """
+    everything = dataset(run, dataset_name)
+    network = classifier(run, dataset_name, model, seed=seed).model
+    rows = []
+    for record in chosen.to_dict("records"):
+        item = {str(name): value for name, value in record.items()}
+        single = frame[(frame["kind"] == item["kind"]) & (frame["size"] == 1)]
+        mean = single.groupby(["row", "column"])["exact"].mean()
+        r, c = mean.idxmax()
+        image = everything.test.images[item["row"]]
+        versions = torch.stack([image, image, image])
+        versions[1, :, r, c], versions[2, :, r, c] = 0, 255
+        p = training.predict(network, versions, device=run.device).double().softmax(1)
+        worse = 1 + int(p[1:, item["predicted"]].argmin())
+        rows.append(
+            {
+                **item,
+                "pixels": image.permute(1, 2, 0).numpy(),
+                "changed": versions[worse].permute(1, 2, 0).numpy(),
+                "pixel_row": int(r),
+                "pixel_column": int(c),
+                "pixel_fi": float(mean.max()),
+                "p_changed": float(p[worse, item["predicted"]]),
+                "predicted_changed": int(p[worse].argmax()),
+                **{f"{name}_name": everything.classes[item[name]] for name in ("label", "predicted")},
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def interventions(
+    run: Run,
+    datasets: Sequence[str],
+    models: Sequence[str],
+    *,
+    seed: int,
+    images: int,
+    counts: Sequence[int],
+    patch: int,
+    epsilon: float,
+) -> pd.DataFrame:
+    """`intervention` for every network."""
+    frames = [
+        intervention(run, name, model, seed=seed, images=images, counts=counts, patch=patch, epsilon=epsilon)
+        for name in datasets
+        for model in models
+    ]
+    return pd.concat(frames, ignore_index=True)
+
+
+def intervention(
+    run: Run,
+    dataset_name: str,
+    model: str,
+    *,
+    seed: int,
+    images: int,
+    counts: Sequence[int],
+    patch: int,
+    epsilon: float,
+) -> pd.DataFrame:
+    """Change the entries that each ranking puts first, and see how far P of the predicted class moves.
+
+    Every chosen entry (a pixel in one channel) goes to the farther end of 0..255, in the same way for every ranking;
+    "towards" moves it to the end that the gradient's sign says lowers P. Rankings of patches use the mean over the
+    patch, except for exact FI of the patch itself (flat at rank K - 1, so that its first place says nothing).
+
+    Args:
+        run: the artifact.
+        dataset_name: a name of `data.NAMES`.
+        model: a name of `models.NAMES`.
+        seed: of network, images and the random ranking.
+        images: test images, drawn at random.
+        counts: how many single entries are changed at once.
+        patch: size of the one patch (in one channel) that is changed.
+        epsilon: e of the released code.
+
+    Returns:
+        One row per image (with data set and model), ranking, target ("entries" or "patch"), count and change
+        ("farther", "towards"): image, p_before, p_after, drop (p_before - p_after), flipped.
+    """
+    trained = classifier(run, dataset_name, model, seed=seed)
+    split = dataset(run, dataset_name).test.sample(images, seed=seed)
+    key = {"model": trained.key, "data": dataset(run, dataset_name).digest, "seed": seed, "images": images}
+    key |= {"counts": list(counts), "patch": patch, "epsilon": epsilon, "device": run.device.type}
+    compute = bound(intervene, trained.model, split, tuple(counts), patch, epsilon, seed, run.device)
+    frame = cache.table(f"setup4/intervention-{dataset_name}-{model}", key, compute)
+    return frame.assign(dataset=dataset_name, model=model)
+
+
+def intervention_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Mean fall of P and share of flips for each ranking, with 95% intervals, and the fall beyond that of "random".
+
+    Bootstrap over images for the means (paired by image for `beyond_random` and `beyond_saliency`), Wilson for flips.
+    """
+    rows = []
+    keys = ["dataset", "model", "target", "count", "change"]
+    for key, group in frame.groupby(keys, sort=False):
+        drops = group.pivot(index="image", columns="ranking", values="drop")
+        for ranking in RANKINGS:
+            part = group[group["ranking"] == ranking]
+            mean, low, high = bootstrap_interval(part["drop"])
+            share, share_low, share_high = share_interval(int(part["flipped"].sum()), len(part))
+            row = {**dict(zip(keys, key, strict=True)), "ranking": ranking, "images": len(part)}
+            row |= {"drop": mean, "drop_low": low, "drop_high": high}
+            row |= {"flips": share, "flips_low": share_low, "flips_high": share_high}
+            for other in ("random", "saliency"):
+                found = bootstrap_interval(drops[ranking] - drops[other])
+                row |= dict(zip((f"beyond_{other}", f"beyond_{other}_low", f"beyond_{other}_high"), found, strict=True))
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def claims(table: pd.DataFrame, flat: pd.DataFrame) -> dict[str, bool | float]:
+    """Setup 4 by rules fixed before the run, on single entries moved to their farther end.
+
+    * fi_finds_vulnerable_pixels (the paper's claim): for every network and number of entries, the 95% interval of the
+      fall of P under released FI beyond that under random entries lies above 0.
+    * saliency_finds_more_than_fi: for every network and number of entries, the interval of exact FI's fall beyond that
+      under gradient saliency lies below 0.
+    * patches_of_full_rank_are_flat: exact FI of the patches of rank K - 1 of one image differs by at most 1e-6.
+    """
+    entries = table[(table["target"] == "entries") & (table["change"] == "farther")].set_index("ranking")
+    large = flat[(flat["size"] >= 3) & flat["spread"].notna()]
+    return {
+        "fi_finds_vulnerable_pixels": bool((entries.loc[["released"], "beyond_random_low"] > 0).all()),
+        "saliency_finds_more_than_fi": bool((entries.loc[["exact"], "beyond_saliency_high"] < 0).all()),
+        "patches_of_full_rank_are_flat": bool(len(large) > 0 and (large["spread"] <= 1e-6).all()),
+    }
+
+
+_MAP = "nipy_spectral"  # the paper's
+
+
+def draw_areas(maps: pd.DataFrame, image: pd.Series, *, column: str = "exact") -> Figure:
+    """One image: itself, with its most vulnerable pixel changed, then a row of maps for each channel and an overlay.
+
+    Args:
+        maps: one kind of `maps`.
+        image: the row of `pictures` for the same image.
+        column: what is mapped, "exact", "released" or "alignment".
+    """
+    sizes, channels = sorted(maps["size"].unique()), int(maps["channel"].max()) + 1
+    figure = Figure(figsize=(style.WIDTH * 1.25, 1.75 * (channels + 1)))
+    grid = figure.subplots(channels + 1, len(sizes), squeeze=False)
+    top = float(maps[column].max())  # one range from 0 for all maps, as in the paper
+    for row in range(channels):
+        for axes, size in zip(grid[row], sizes, strict=True):
+            drawn = axes.imshow(_map(maps, size, row, column), cmap=_MAP, vmin=0, vmax=top)
+            axes.set_title(f"{size}x{size}", fontsize=8)
+        grid[row, 0].set_ylabel("grey" if channels == 1 else ("red", "green", "blue")[row])
+    figure.colorbar(drawn, ax=grid[:channels, -1], label="alignment" if column == "alignment" else f"{column} FI")
+    last = grid[-1]
+    _picture(
+        last[0],
+        image["pixels"],
+        f"true {image['label_name']}, predicted {image['predicted_name']}\nP = {image['p_predicted']:.3f}",
+    )
+    _picture(
+        last[1],
+        image["changed"],
+        f"pixel ({image['pixel_row']}, {image['pixel_column']}) changed\nP = {image['p_changed']:.3f}",
+    )
+    for axes, size in zip(last[2:], sizes[:2], strict=False):
+        _picture(axes, image["pixels"], f"overlay {size}x{size}, mean of channels")
+        mean = np.mean([_map(maps, size, channel, column) for channel in range(channels)], axis=0)
+        axes.imshow(mean, cmap=_MAP, vmin=0, vmax=top, alpha=0.5)
+    for axes in grid.ravel():
+        axes.set_xticks([])
+        axes.set_yticks([])
+    return figure
+
+
+def _map(maps: pd.DataFrame, size: int, channel: int, column: str) -> np.ndarray:
+    chosen = maps[(maps["size"] == size) & (maps["channel"] == channel)]
+    return chosen.pivot(index="row", columns="column", values=column).to_numpy()
+
+
+def _picture(axes: Axes, pixels: np.ndarray, title: str) -> None:
+    axes.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=255)
+    axes.set_title(title, fontsize=7)
+
+
+def draw_intervention(table: pd.DataFrame) -> Figure:
+    """Fall of P and share of flips when each ranking's first entries go to their farther end, with 95% intervals."""
+    chosen = table[table["change"] == "farther"]
+    groups = list(chosen.groupby(["dataset", "model"], sort=False))
+    figure = Figure(figsize=(style.WIDTH * 1.15, 2.3 * len(groups)))
+    grid = figure.subplots(len(groups), 2, squeeze=False)
+    for row, ((name, model), group) in zip(grid, groups, strict=True):
+        targets = group[["target", "count"]].drop_duplicates().to_numpy().tolist()
+        for axes, measure in zip(row, ("drop", "flips"), strict=True):
+            rankings = list(group["ranking"].unique())
+            for place, ranking in enumerate(rankings):
+                part = group[group["ranking"] == ranking]
+                x = np.arange(len(targets)) + 0.13 * (place - (len(rankings) - 1) / 2)
+                bars = [part[measure] - part[f"{measure}_low"], part[f"{measure}_high"] - part[measure]]
+                axes.errorbar(
+                    x,
+                    part[measure],
+                    yerr=bars,
+                    fmt="o",
+                    markersize=4,
+                    color=_colour(ranking),
+                    label=style.name(ranking),
+                )
+            axes.set_xticks(range(len(targets)), [_target(*target) for target in targets])
+        row[0].set_ylabel(f"{style.name(name)}\n{style.name(model)}\nfall of P")
+        row[1].set_ylabel("share of flips")
+        row[0].set_title(f"{group['images'].iloc[0]} test images, 95% intervals", fontsize=8)
+    grid[0, 1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def _colour(ranking: str) -> str:
+    return style.SCORES[ranking][0]
+
+
+def _target(target: str, count: int) -> str:
+    if target == "patch":
+        return f"{round(count**0.5)}x{round(count**0.5)} patch"
+    return f"{count} value{'s' if count > 1 else ''}"

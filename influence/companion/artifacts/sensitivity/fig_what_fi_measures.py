@@ -1,0 +1,349 @@
+"""What FI measures: its ceiling, the released estimator's departures, units and constants, and which score to use."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+import influence
+
+from ...ledger import cache
+from ...ledger.results import Run
+from ...scores import imagewise
+from ...scores.detection import agreement
+from ...scores.layerwise import layer_noise_scores
+from ...zoo import training
+from .. import style
+from ..common import bound, classifier, dataset
+from . import fig_vulnerable_areas
+
+
+def released_curve(epsilons: Sequence[float], *, classes: int) -> pd.DataFrame:
+    """Released FI at full rank against the loss, from its closed form, and the ceiling.
+
+    The rest of the probability lies on one other class (`low`) or evenly on all others (`high`): where it lies hardly
+    matters.
+
+    Returns:
+        One row per e and loss (nats, from 1e-4 to 40): loss, p_label, ceiling, low, high.
+    """
+    loss = np.geomspace(1e-4, 40, 400)
+    p = np.exp(-loss)
+    rest = -np.expm1(-loss)
+    one = np.column_stack([p, rest, np.zeros((len(p), classes - 2))])
+    even = np.column_stack([p, *([rest / (classes - 1)] * (classes - 1))])
+    frames = []
+    for epsilon in epsilons:
+        low, high = (imagewise.released_at_full_rank(probs, 0, epsilon=epsilon) for probs in (one, even))
+        columns = {"loss": loss, "p_label": p, "ceiling": np.expm1(loss), "low": low, "high": high}
+        frames.append(pd.DataFrame(columns).assign(epsilon=epsilon))
+    return pd.concat(frames, ignore_index=True)
+
+
+def peak(epsilon: float, *, classes: int) -> tuple[float, float]:
+    """The largest value of the closed form and the P_y where it is taken, the rest on one other class."""
+    p = np.geomspace(1e-8, 0.5, 200_001)
+    values = imagewise.released_at_full_rank(
+        np.column_stack([p, 1 - p, np.zeros((len(p), classes - 2))]), 0, epsilon=epsilon
+    )
+    return float(values.max()), float(p[values.argmax()])
+
+
+def sensitivity(
+    run: Run,
+    dataset_name: str,
+    model: str,
+    *,
+    seed: int,
+    images: int | None,
+    epsilons: Sequence[float],
+) -> pd.DataFrame:
+    """Scores of the same images and network in each unit of the pixels, and released FI for each e.
+
+    A unit is a factor u with x = u * (pixels in that unit): 1 for raw 0..255, 255 for 0..1, the standard deviation of
+    the training pixels for standardised ones (their mean does not matter to a derivative). The network computes the
+    same function; the metric tensor takes the factor u^2. `unit_check` does it with a rescaled network instead.
+
+    Returns:
+        One row per image, unit ("0-255", "0-1", "standardised") and score: image, loss, p_label, epsilon (NaN but for
+        released FI), value, rank.
+    """
+    trained = classifier(run, dataset_name, model, seed=seed)
+    train = dataset(run, dataset_name).train
+    split = train.sample(images, seed=seed)
+    factors = {"0-255": 1.0, "0-1": 255.0, "standardised": float(train.images.double().std())}
+    key = {"model": trained.key, "data": dataset(run, dataset_name).digest, "seed": seed, "images": images}
+    key |= {"epsilons": list(epsilons), "device": run.device.type}
+    compute = bound(imagewise.unit_scores, trained.model, split, factors, tuple(epsilons), run.device)
+    return cache.table(f"meaning/{dataset_name}-{model}", key, compute)
+
+
+def sensitivity_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row per unit, score and e: what the choice does to the values and to the order of the images.
+
+    `change` is the largest relative difference from the value in raw pixels over the images; `spearman` with the loss
+    comes with its 95% bootstrap interval; `zeros` is the share of images whose value is exactly 0.
+    """
+    raw = frame[frame["unit"] == "0-255"]
+    rows = []
+    for (score, epsilon, unit), group in frame.groupby(["score", "epsilon", "unit"], sort=False, dropna=False):
+        same = raw[(raw["score"] == score) & ((raw["epsilon"] == epsilon) | raw["epsilon"].isna())].set_index("image")
+        reference = same["value"].loc[group["image"]].to_numpy()
+        gap = np.abs(group["value"].to_numpy() - reference)
+        change = float(np.max(np.divide(gap, reference, out=np.where(gap > 0, np.inf, 0.0), where=reference > 0)))
+        order = agreement(group["value"], group["loss"], repeats=100)
+        rows.append(
+            {
+                "score": score,
+                "epsilon": epsilon,
+                "unit": unit,
+                "images": len(group),
+                "zeros": float((group["value"] == 0).mean()),
+                "median": group["value"].median(),
+                "largest": group["value"].max(),
+                "change": change,
+                **{name: order[name] for name in ("spearman", "spearman_low", "spearman_high")},
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+class Rescaled(nn.Module):
+    """The same classifier for inputs in another unit: x = factor * input."""
+
+    def __init__(self, model: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.model, self.factor = model, factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) in the unit to logits (N, K)."""
+        return self.model(x * self.factor)
+
+
+def unit_check(run: Run, dataset_name: str, model: str, *, seed: int, images: int, factor: float = 255.0) -> float:
+    """Largest relative difference of exact FI between raw pixels and a network that takes them in another unit."""
+    network = copy.deepcopy(classifier(run, dataset_name, model, seed=seed).model).double()
+    split = dataset(run, dataset_name).train.sample(images, seed=seed)
+    x, y = training.pixels(split.images, run.device).double(), split.labels.to(run.device)
+    values = [
+        influence.first_order_influence(influence.metric_tensor(net, pixels, wrt="input"), y).fi
+        for net, pixels in ((network, x), (Rescaled(network, factor), x / factor))
+    ]
+    return float((values[0] / values[1] - 1).abs().max())
+
+
+def layer_noise(
+    run: Run, dataset_name: str, model: str, *, seed: int, images: int, sigma: float, draws: int, epsilon: float
+) -> pd.DataFrame:
+    """The mean divergence of the output when one layer's parameters get noise, beside each score of that layer.
+
+    Noise N(0, sigma^2) on every parameter of the layer, KL(p || p') averaged over images and draws.
+
+    Returns:
+        One row per layer: number, layer, size, divergence (nats) and its standard error over draws, and the means over
+        the same images of exact, released, alignment, trace.
+    """
+    trained = classifier(run, dataset_name, model, seed=seed)
+    split = dataset(run, dataset_name).train.sample(images, seed=seed)
+    key = {"model": trained.key, "data": dataset(run, dataset_name).digest, "seed": seed, "images": images}
+    key |= {"sigma": sigma, "draws": draws, "epsilon": epsilon, "device": run.device.type}
+    compute = bound(layer_noise_scores, trained.model, split, sigma, draws, seed, epsilon, run.device)
+    return cache.table(f"meaning/layers-{dataset_name}-{model}", key, compute)
+
+
+def cost(score: str, *, classes: int) -> str:
+    """What one score of one image costs, in passes through the network."""
+    k = classes
+    passes = {
+        "loss": (1, 0, ""),
+        "margin": (1, 0, ""),
+        "max_softmax": (1, 0, ""),
+        "el2n": (1, 0, ""),
+        "jacobian_norm": (1, 1, ""),
+        "saliency": (1, 1, ""),
+        "grand": (1, 1, " with weight gradients per image"),
+        "cook": (1, 1, f" + {k} Hessian-vector products"),
+        "random": (0, 0, ""),
+    }
+    forward, backward, more = passes.get(score, (1, k - 1, ", K x K algebra"))
+    return f"{forward} forward, {backward} backward{more}"
+
+
+def practice(
+    *,
+    outlier: pd.DataFrame,
+    layer: pd.DataFrame,
+    generalisation: pd.DataFrame,
+    pixels: pd.DataFrame,
+    classes: int,
+) -> pd.DataFrame:
+    """Which score for which of the four tasks, from what was measured: the value of each score, best first.
+
+    Args:
+        outlier: `outlier_simulation.detection_table` or `label_noise.detection_table` of one network and state.
+        layer: of `layer_noise`.
+        generalisation: of `generalisation.gap`, one network.
+        pixels: of `vulnerability.intervention_table`.
+        classes: K.
+
+    Returns:
+        One row per task and score: measured (what the number is), value, low, high (95% interval), cost, use (True for
+        the cheapest score whose interval reaches the best value).
+    """
+    rows: list[dict[str, object]] = []
+    for row in outlier.itertuples():
+        rows.append(_row("1 find outliers", row.score, "AUROC", row.auroc, row.auroc_low, row.auroc_high))
+    for score in ("trace", "released", "exact", "alignment"):
+        value, low, high = _spearman(layer[score], layer["divergence"])
+        measured = "Spearman with the divergence under noise, over layers"
+        rows.append(_row("2 compare layers", score, measured, value, low, high))
+    for row in generalisation.itertuples():
+        measured = "P(test image > training image)"
+        rows.append(_row("3 train against test", row.measure, measured, row.effect, row.effect_low, row.effect_high))
+    single = pixels[(pixels["target"] == "entries") & (pixels["change"] == "farther")]
+    single = single[single["count"] == single["count"].max()]
+    for row in single.itertuples():
+        rows.append(_row("4 find vulnerable pixels", row.ranking, "fall of P", row.drop, row.drop_low, row.drop_high))
+    table = pd.DataFrame(rows)
+    table["cost"] = [cost(str(score), classes=classes) for score in table["score"]]
+    table["use"] = False
+    for _, group in table.groupby("task"):
+        close = group[group["high"] >= group["value"].max()].copy()
+        close["passes"] = [_passes(text, classes) for text in close["cost"]]
+        best = close.sort_values(["passes", "value"], ascending=[True, False]).index[0]
+        table.loc[best, "use"] = True
+    return table.sort_values(["task", "value"], ascending=[True, False], ignore_index=True)
+
+
+def pixel_table(
+    run: Run, dataset_name: str, model: str, *, seed: int, images: int, counts: Sequence[int], epsilon: float
+) -> pd.DataFrame:
+    """`vulnerability.intervention_table` of one network, with 3x3 patches as in `fig_vulnerable_areas`."""
+    frame = fig_vulnerable_areas.intervention(
+        run, dataset_name, model, seed=seed, images=images, counts=counts, patch=3, epsilon=epsilon
+    )
+    return fig_vulnerable_areas.intervention_table(frame)
+
+
+def _row(task: str, score: object, measured: str, value: object, low: object, high: object) -> dict[str, object]:
+    return {"task": task, "score": score, "measured": measured, "value": value, "low": low, "high": high}
+
+
+def _passes(text: str, classes: int) -> float:
+    forward, backward = (int(part.split()[0]) for part in text.split(", ")[:2])
+    return forward + 2 * backward + 4 * classes * ("Hessian" in text) + ("weight" in text)
+
+
+def _spearman(score: pd.Series, target: pd.Series) -> tuple[float, float, float]:
+    """Spearman's rho with its bootstrap interval over layers; 0 where a score is the same for all of them."""
+    if float(score.max() - score.min()) <= 1e-9 * float(score.abs().max()):
+        return 0.0, 0.0, 0.0
+    found = agreement(score, target)
+    return found["spearman"], found["spearman_low"], found["spearman_high"]
+
+
+def claims(table: pd.DataFrame, check: float, definition_gap: float) -> dict[str, bool | float]:
+    """By rules fixed before the run: the identity, the invariance, and what the released constants do."""
+    exact, released = table[table["score"] == "exact"], table[table["score"] == "released"]
+    return {
+        "exact_fi_is_the_ceiling": bool(definition_gap <= 1e-6),
+        "exact_fi_is_invariant_to_the_unit": bool(max(exact["change"].max(), check) <= 1e-6),
+        "released_fi_is_invariant_to_the_unit": bool(released["change"].max() <= 1e-6),
+        "released_peak": peak(1e-3, classes=10)[0],
+    }
+
+
+_UNITS = {"0-255": "o", "0-1": "s", "standardised": "^"}
+
+
+def draw_released_against_loss(curve: pd.DataFrame, scores: pd.DataFrame) -> Figure:
+    """Left, released FI against the loss: closed form for each e and the measured images. Right, exact FI likewise."""
+    figure = Figure(figsize=(style.WIDTH * 1.1, 3.2))
+    left, right = figure.subplots(1, 2, sharey=True, sharex=True)
+    epsilons = sorted(curve["epsilon"].unique())
+    colours = dict(zip(epsilons, ("#56B4E9", "#0072B2", "#D55E00", "#CC79A7", "#E69F00"), strict=False))
+    for epsilon, group in curve.groupby("epsilon"):
+        left.fill_between(group["loss"], group["low"], group["high"], color=colours[float(str(epsilon))], alpha=0.5)
+        left.plot(
+            group["loss"], group["high"], color=colours[float(str(epsilon))], label=f"$e$ = {epsilon:g}", linewidth=1
+        )
+    shown = scores[(scores["unit"] == "0-255") & (scores["score"] == "released") & (scores["epsilon"] == 1e-3)]
+    seen = shown[shown["value"] > 0]
+    zeros = len(shown) - len(seen)
+    label = f"images, $e$ = 0.001\n({zeros / len(shown):.1%} of {len(shown)} are 0)"
+    left.scatter(seen["loss"], seen["value"], s=6, color="black", linewidths=0, label=label, zorder=3)
+    exact = scores[(scores["unit"] == "0-255") & (scores["score"] == "exact")]
+    right.scatter(
+        exact["loss"], exact["value"], s=6, color=style.COLOURS["exact"], linewidths=0, label="images, exact FI"
+    )
+    one = curve[curve["epsilon"] == epsilons[0]]
+    for axes in (left, right):
+        axes.plot(
+            one["loss"], one["ceiling"], color="black", linewidth=0.8, linestyle="--", label=r"ceiling $e^{loss} - 1$"
+        )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_ylim(1e-7, 1e6)
+        axes.set_xlim(1e-6, 50)
+        axes.set_xlabel("loss (nats)")
+        axes.legend(fontsize=6, loc="upper left")
+    left.set_ylabel("FI (dimensionless)")
+    left.set_title("as released: rises, peaks near $P_y = e$, falls", fontsize=9)
+    right.set_title("exact", fontsize=9)
+    return figure
+
+
+def draw_sensitivity(table: pd.DataFrame) -> Figure:
+    """Share of exact zeros and rank correlation with the loss, for each e and unit of the pixels."""
+    figure = Figure(figsize=(style.WIDTH, 2.6))
+    left, right = figure.subplots(1, 2)
+    released = table[table["score"] == "released"]
+    for place, (unit, marker) in enumerate(_UNITS.items()):
+        part = released[released["unit"] == unit]
+        x = np.arange(len(part)) + 0.12 * (place - 1)
+        colour = style.STABILITY[place]
+        left.plot(x, part["zeros"], marker, color=colour, label=f"pixels {unit}")
+        bars = [part["spearman"] - part["spearman_low"], part["spearman_high"] - part["spearman"]]
+        bars = [bar.clip(lower=0) for bar in bars]
+        right.errorbar(x, part["spearman"], yerr=bars, fmt=marker, color=colour, label=f"pixels {unit}")
+    for axes in (left, right):
+        axes.set_xticks(range(len(part)), [f"{epsilon:g}" for epsilon in part["epsilon"]])
+        axes.set_xlabel("constant and cut $e$ of the released code")
+    left.set_ylabel("share of released FI = 0")
+    right.set_ylabel("Spearman with the loss")
+    right.ticklabel_format(axis="y", useOffset=False)
+    right.set_title("exact FI: 1 in every unit", fontsize=8)
+    left.set_title(f"{int(released['images'].iloc[0])} training images, one network", fontsize=8)
+    left.legend(fontsize=7)
+    return figure
+
+
+def draw_layers(table: pd.DataFrame) -> Figure:
+    """Does the score of a layer say how far noise on its parameters moves the output: trace, and exact FI."""
+    figure = Figure(figsize=(style.WIDTH, 2.6))
+    for axes, (column, name) in zip(
+        figure.subplots(1, 2), (("trace", "mean trace of G"), ("exact", "mean exact FI")), strict=True
+    ):
+        axes.errorbar(
+            table[column],
+            table["divergence"],
+            yerr=2 * table["standard_error"],
+            fmt="o",
+            markersize=3,
+            elinewidth=0.6,
+            color=style.SCORES[column][0],
+        )
+        axes.set_xlabel(f"{name}, one point a layer")
+        axes.set_yscale("log")
+    axes_left, axes_right = figure.axes
+    axes_left.set_xscale("log")
+    low, high = table["exact"].min(), table["exact"].max()
+    axes_right.set_xlim(0.5 * low, 1.5 * high)
+    axes_left.set_ylabel("mean KL under noise\non the layer (nats), 2 s.e.")
+    return figure

@@ -1,0 +1,128 @@
+"""Accuracy and calibration of the networks, each with its gate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import functional as F
+
+from influence.progress import progress_bar
+
+from ...images.data import Split
+from ...ledger.results import Run
+from ...scores.evaluation import expected_calibration_error, mean_interval
+from ...zoo import recipes, training
+from .. import style
+from ..common import named
+
+
+def accuracy(run: Run, networks: Sequence[str], seeds: Sequence[int]) -> pd.DataFrame:
+    """Accuracy, mean loss and calibration error of each network on its training, validation and test images.
+
+    Args:
+        run: the artifact.
+        networks: names of `recipes.yaml`, with a seed or without, such as "paper-resnet50-mnist-0", and of
+            `pretrained.NAMES`. The latter were trained on all training images of their set and have no validation part.
+        seeds: of networks that are named without one.
+
+    Returns:
+        One row per network and part: network, dataset, seed, part, n (images), accuracy, loss (mean -log P_y, nats),
+        calibration_error, gate (the accuracy below which no verdict rests on the network; NaN for none).
+    """
+    rows = []
+    for name in progress_bar(recipes.with_seeds(networks, seeds), desc="accuracies", unit="network", leave=False):
+        chosen = named(run, name)
+        for part, split in chosen.parts.items():
+            logits = training.predict(chosen.model, split.images, device=run.device).double()
+            about = {"network": chosen.family, "dataset": chosen.dataset, "seed": chosen.seed, "part": part}
+            rows.append({**about, **_quality(logits, split), "gate": chosen.gate.get(part, float("nan"))})
+    return pd.DataFrame(rows)
+
+
+def _quality(logits: Tensor, split: Split) -> dict[str, float]:
+    correct = logits.argmax(1) == split.labels
+    return {
+        "n": len(split),
+        "accuracy": float(correct.double().mean()),
+        "loss": float(F.cross_entropy(logits, split.labels)),
+        "calibration_error": expected_calibration_error(logits.softmax(1).amax(1).numpy(), correct.numpy()),
+    }
+
+
+def summary(runs: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds of `accuracy`'s rows, with the 95% t intervals over seeds, in fractions."""
+    rows = []
+    for (name, network, part), group in runs.groupby(["dataset", "network", "part"], sort=False):
+        mean, low, high = mean_interval(group["accuracy"])
+        error, error_low, error_high = mean_interval(group["calibration_error"])
+        rows.append(
+            {
+                "dataset": name,
+                "network": network,
+                "part": part,
+                "images": int(group["n"].iloc[0]),
+                "seeds": len(group),
+                "accuracy": mean,
+                "low": max(low, 0.0),
+                "high": min(high, 1.0),
+                "loss": group["loss"].mean(),
+                "calibration_error": error,
+                "calibration_low": max(error_low, 0.0),
+                "calibration_high": min(error_high, 1.0),
+                "gate": group["gate"].iloc[0],
+                "gate_met": bool((group["accuracy"] >= group["gate"].fillna(0)).all()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+_PARTS = {"train": ("#999999", "o"), "validation": ("#56B4E9", "s"), "test": ("#0072B2", "D")}
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Accuracy and calibration error of each network on its images with its gate, one row of panels per data set."""
+    counts = table.groupby("dataset", sort=False)["network"].nunique()
+    height = 1.0 * len(counts) + 0.42 * counts.sum() + 0.4
+    figure = Figure(figsize=(style.WIDTH, height))
+    panels = figure.subplots(
+        len(counts), 2, squeeze=False, sharey="row", height_ratios=[1.5 + int(count) for count in counts]
+    )
+    for (left, right), name in zip(panels, counts.index, strict=True):
+        group = table[table["dataset"] == name]
+        _by_network(left, group, value="accuracy", low="low", high="high")
+        _by_network(right, group, value="calibration_error", low="calibration_low", high="calibration_high")
+        networks = list(group["network"].unique())
+        gates = group[(group["part"] == "test") & group["gate"].notna()]
+        rows = [networks.index(network) for network in gates["network"]]
+        if rows:
+            left.plot(gates["gate"], rows, "|", color="#D55E00", markersize=14, markeredgewidth=2, label="gate (test)")
+        left.set_yticks(range(len(networks)), [style.network(network) for network in networks])
+        left.set_ylim(len(networks) - 0.5, -0.5)
+        left.set_xlabel("accuracy")
+        right.set_xlabel("expected calibration error")
+        right.set_xlim(left=0)  # no error: the confidences can be taken at their word
+        left.set_title(style.name(name), loc="left")
+        right.tick_params(labelleft=False)
+    handles: dict[str, Artist] = {}
+    for axes in panels[:, 0]:
+        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4)
+    return figure
+
+
+def _by_network(axes: Axes, group: pd.DataFrame, *, value: str, low: str, high: str) -> None:
+    """A row for each network, a point for each part with its interval over seeds; no bar where there is one seed."""
+    networks = list(group["network"].unique())
+    for place, (part, (colour, marker)) in enumerate(_PARTS.items()):
+        ours = group[group["part"] == part]
+        bars = np.clip([ours[value] - ours[low], ours[high] - ours[value]], 0, 1)
+        bars[:, ours["seeds"] == 1] = 0
+        rows = np.array([networks.index(network) for network in ours["network"]]) + 0.2 * (place - 1)
+        axes.errorbar(ours[value], rows, xerr=bars, fmt=marker, markersize=4, capsize=2, color=colour, label=part)
+    axes.grid(axis="x", alpha=0.3)

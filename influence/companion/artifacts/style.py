@@ -1,0 +1,127 @@
+"""One look for every figure: sizes, fonts, and one colour for each method wherever it appears."""
+
+from __future__ import annotations
+
+import io
+
+import matplotlib as mpl
+import seaborn as sns
+from matplotlib.figure import Figure
+from PIL import Image
+
+WIDTH = 7.2  # inches: a text page
+# Okabe and Ito (2008): told apart by colour-blind readers.
+COLOURS: dict[str, str] = {
+    "exact": "#0072B2",
+    "released": "#D55E00",
+    "ceiling": "#000000",
+    "resnet50": "#0072B2",
+    "densenet121": "#E69F00",
+    "control": "#999999",
+    "augmentation": "#009E73",
+}
+# One for each stability arm: the alphas from the smallest, then the variants.
+STABILITY = ("#56B4E9", "#0072B2", "#CC79A7", "#D55E00", "#E69F00")
+# Scores of an example, in the order of `companion.scores.NAMES`: colour and line.
+SCORES: dict[str, tuple[str, str]] = {
+    "exact": ("#0072B2", "-"),
+    "released_1e-8": ("#D55E00", "--"),
+    "released_1e-3": ("#D55E00", "-"),
+    "loss": ("#000000", ":"),
+    "jacobian_norm": ("#009E73", "-"),
+    "cook": ("#CC79A7", "--"),
+    "el2n": ("#E69F00", "--"),
+    "grand": ("#009E73", "--"),
+    "margin": ("#E69F00", ":"),
+    "max_softmax": ("#999999", "-"),
+    "trace": ("#56B4E9", "-"),
+    "lambda_max": ("#CC79A7", ":"),
+    "released": ("#D55E00", "-"),
+    "saliency": ("#009E73", "-"),
+    "random": ("#999999", ":"),
+}
+NAMES = {
+    "resnet50": "ResNet50",
+    "densenet121": "DenseNet121",
+    "digits": "Digits",
+    "mnist": "MNIST",
+    "cifar10": "CIFAR-10",
+    "exact": "exact FI",
+    "released": "released FI",
+    "released_1e-8": r"released FI, $e = 10^{-8}$",
+    "released_1e-3": r"released FI, $e = 10^{-3}$",
+    "loss": "loss",
+    "jacobian_norm": "Jacobian norm",
+    "cook": "Cook's local influence",
+    "el2n": "EL2N",
+    "grand": "GraNd",
+    "margin": "margin",
+    "max_softmax": "1 - max softmax",
+    "trace": "trace of G",
+    "lambda_max": r"$\lambda_{max}$(G)",
+    "saliency": "gradient saliency",
+    "random": "at random",
+    "resnet20": "ResNet-20 (He)",
+    "resnet56": "ResNet-56 (He)",
+    "group-resnet32-cifar10": "ResNet-32 (the group's)",
+    "group-resnet32-mnist": "ResNet-32 (the group's)",
+    "densenet-bc-40-12": "DenseNet-BC-40-12",
+    "inception": "small Inception",
+    "aggre_label": "CIFAR-10N aggregate",
+    "worse_label": "CIFAR-10N worst",
+    "flipped": "synthetic flips",
+}
+
+
+def apply() -> None:
+    """Set the look for all figures of this process."""
+    sns.set_theme(context="paper", style="ticks", font="DejaVu Sans")
+    mpl.rcParams.update(
+        {
+            "figure.constrained_layout.use": True,
+            "figure.dpi": 100,
+            "savefig.dpi": 100,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+            "pdf.fonttype": 42,
+        }
+    )
+    _show_figures()
+
+
+def _show_figures() -> None:
+    """Let a notebook show a Figure that ends a cell as a PNG, which IPython does by itself for pyplot's only."""
+    from IPython import get_ipython
+
+    if (shell := get_ipython()) is not None:
+        shell.display_formatter.formatters["image/png"].for_type(Figure, small_png)
+
+
+def small_png(figure: Figure) -> bytes:
+    """A figure as a PNG of 64 colours: a third of the bytes, so that notebooks with their outputs stay small."""
+    buffer, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    Image.open(buffer).convert("RGB").quantize(64).save(small, format="png", optimize=True)
+    return small.getvalue()
+
+
+def class_colours(n_classes: int) -> list[tuple[float, float, float]]:
+    """One colour for each class of a Manhattan plot."""
+    return list(sns.color_palette("tab10" if n_classes <= 10 else "husl", n_classes))
+
+
+def network(key: str) -> str:
+    """How readers know a network of the zoo, "family-model-dataset", or one that others trained."""
+    family, _, rest = key.partition("-")
+    if rest.startswith(("resnet", "densenet121", "inception")) and family != "group":
+        return f"{name(rest.partition('-')[0])}, {family}"
+    return name(key)
+
+
+def name(key: object) -> str:
+    """How readers know a model, a data set or a method."""
+    return NAMES.get(str(key), str(key))
+
+
+apply()

@@ -1,0 +1,1 @@
+"""Data sets, distortions and made outliers."""

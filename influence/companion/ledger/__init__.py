@@ -1,0 +1,1 @@
+"""What ran: parameters, provenance, claims and verdicts, files."""

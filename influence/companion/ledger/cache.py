@@ -1,0 +1,259 @@
+"""Content-addressed cache: the same inputs and the same code give back the same bytes.
+
+A cached value is never trusted by date. Its name carries a hash of the key (everything the value depends on) and of the
+source that computes it, so that an edit of either makes a new entry.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import uuid
+import warnings
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+import pandas as pd
+
+from . import paths
+
+TEMPORARY = ".tmp-"
+# Code that starts notebooks and shows results: an edit there changes no file of results.
+_RUNNER = ("companion/__main__.py", "companion/runner/")
+# Code that names and keeps results: an edit there changes no number in a cached table.
+_LEDGER = ("companion/__init__.py", "companion/ledger/")
+# Modules that compute, judge and draw: a number depends on the definitions that compute it alone.
+_ARTIFACTS = "companion/artifacts/"
+# Files, each with the names in it that count; None: all of it.
+_Code = dict[Path, set[str] | None]
+
+
+def atomic_write(path: Path, writer: Callable[[Path], object]) -> None:
+    """Write a file so that a reader, or a run after `kill -9`, sees all of it or the former one.
+
+    Args:
+        path: the file to write; its folder is made.
+        writer: called with a temporary path in the same folder, with the same suffix; writes the content there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}-{path.name}")
+    try:
+        writer(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fingerprint(obj: object) -> str:
+    """Sha256 of the canonical JSON of plain values, mappings, sequences and dataclasses.
+
+    Raises:
+        TypeError: for anything else; a path, above all, since a key must not depend on where files lie.
+    """
+    text = json.dumps(_plain(obj), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def code_digest(source: str) -> str:
+    """Sha256 of Python source without its comments, docstrings and layout (of the text where it does not parse)."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:  # a notebook cell with a magic
+        return hashlib.sha256(source.encode()).hexdigest()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
+            match node.body[0]:
+                case ast.Expr(value=ast.Constant(value=str())):
+                    node.body = node.body[1:]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
+
+
+def table(name: str, key: Mapping[str, Any], compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """A table that is computed once for each key and each state of the computing code.
+
+    What is returned has always been through the file, so that a fresh and a cached value have the same bytes.
+
+    Args:
+        name: says what the table is; the file's name begins with it ("/" makes folders).
+        key: everything `compute` depends on: parameters, seeds, digests of the data.
+        compute: returns the table; the code that it depends on is its own and all that this one imports.
+    """
+    code = computing_hash(compute.__module__, compute.__qualname__.partition(".")[0])
+    digest = fingerprint({"key": dict(key), "code": code})[:32]
+    path = paths.cache_dir() / "tables" / f"{name}-{digest}.parquet"
+    if path.exists():
+        try:
+            return pd.read_parquet(path)
+        except Exception as error:  # a damaged file must not stop a run that can make it anew
+            warnings.warn(f"{path.name} cannot be read and is computed again: {error}", stacklevel=2)
+    frame = compute()
+    atomic_write(path, lambda temporary: frame.to_parquet(temporary))
+    return pd.read_parquet(path)
+
+
+@cache
+def commit() -> str | None:
+    """The commit of the checkout, "+" behind it where files differ from it; None where there is no git."""
+    try:
+        options: dict[str, Any] = {"cwd": paths.ROOT, "capture_output": True, "text": True, "check": True}
+        head = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **options).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed else "")
+
+
+@cache
+def package_hash() -> str:
+    """Sha256 of the package without the runner: what an artifact depends on."""
+    return _hash(dict.fromkeys(_without(_RUNNER)))
+
+
+@cache
+def computing_hash(module: str, name: str | None = None) -> str:
+    """Sha256 of a module and all it imports, without runner and ledger: what a number depends on.
+
+    A module outside the package depends on all of it.
+
+    Args:
+        module: its full name.
+        name: a function of it; of a module that draws too, only what this function uses counts.
+    """
+    try:
+        start = _files(module)
+    except ValueError:
+        return _hash(dict.fromkeys(_without(_RUNNER + _LEDGER)))
+    return _hash(_reached([(file, None if name is None else {name}) for file in start]))
+
+
+def _reached(left: list[tuple[Path, set[str] | None]]) -> _Code:
+    """Code of the package that is reached through imports, none of it of the runner or the ledger."""
+    found: _Code = {}
+    while left:
+        file, names = left.pop()
+        relative = file.relative_to(paths.PACKAGE)
+        if relative.as_posix().startswith(_RUNNER + _LEDGER):
+            continue
+        if names is None or not relative.as_posix().startswith(_ARTIFACTS):
+            names = None
+        before = found.get(file, set())
+        if before is None or (names is not None and file in found and names <= before):
+            continue
+        found[file] = None if names is None else before | names
+        nodes = _definitions(file, found[file])
+        left += _imports(file, nodes)
+    return found
+
+
+def _definitions(file: Path, names: set[str] | None) -> list[ast.stmt]:
+    """The statements of a file, in order: all, or those that define some names or what these use of the same file."""
+    statements = ast.parse(file.read_text(encoding="utf-8")).body
+    if names is None:
+        return statements
+    defined = {name: i for i, statement in enumerate(statements) for name in _defined(statement)}
+    left, wanted = [defined[name] for name in names if name in defined], set[int]()
+    while left:
+        i = left.pop()
+        if i not in wanted:
+            wanted.add(i)
+            left += [defined[node.id] for node in ast.walk(statements[i]) if _reads(node) and node.id in defined]
+    return [statement for i, statement in enumerate(statements) if i in wanted]
+
+
+def _reads(node: ast.AST) -> TypeGuard[ast.Name]:
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+
+
+def _defined(statement: ast.stmt) -> list[str]:
+    """Names that a statement at the top of a module gives a meaning; those of its imports, too."""
+    match statement:
+        case ast.FunctionDef() | ast.ClassDef():
+            return [statement.name]
+        case ast.Import() | ast.ImportFrom():
+            return [(alias.asname or alias.name).partition(".")[0] for alias in statement.names]
+    return [node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+
+
+def _imports(file: Path, statements: list[ast.stmt]) -> list[tuple[Path, set[str] | None]]:
+    """Files of the package that statements of a file import, each with the names that they use of it."""
+    package = (paths.PACKAGE.name, *file.relative_to(paths.PACKAGE).parent.parts)
+    nodes = [node for statement in statements for node in ast.walk(statement)]
+    read = {node.id for node in nodes if _reads(node)}
+    attributes: dict[str, set[str]] = {}
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            attributes.setdefault(node.value.id, set()).add(node.attr)
+    files: list[tuple[Path, set[str] | None]] = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            files += [(f, None) for alias in node.names for f in _module(alias.name.split("."))]
+        elif isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) - node.level + 1]] if node.level else []
+            base += node.module.split(".") if node.module else []
+            for alias in node.names:
+                local = alias.asname or alias.name
+                if file.relative_to(paths.PACKAGE).as_posix().startswith(_ARTIFACTS) and local not in read:
+                    continue
+                module = _module([*base, alias.name])
+                files += [(f, attributes.get(local, set())) for f in module]
+                files += [(f, {alias.name}) for f in (() if module else _module(base))]
+    return files
+
+
+def _module(name: list[str]) -> set[Path]:
+    """The file of a module, or a package's own file."""
+    if name[:1] != [paths.PACKAGE.name]:
+        return set()
+    base = paths.PACKAGE.joinpath(*name[1:])
+    return {f for f in (base / "__init__.py", base.with_suffix(".py")) if f.is_file()}
+
+
+def _without(excluded: tuple[str, ...]) -> set[Path]:
+    files = paths.PACKAGE.rglob("*.py")
+    return {f for f in files if not f.relative_to(paths.PACKAGE).as_posix().startswith(excluded)}
+
+
+def _files(module: str) -> set[Path]:
+    root, *rest = module.split(".")
+    base = paths.PACKAGE.joinpath(*rest)
+    if root == paths.PACKAGE.name and base.is_dir():
+        return set(base.rglob("*.py"))
+    if root == paths.PACKAGE.name and base.with_suffix(".py").is_file():
+        return {base.with_suffix(".py")}
+    raise ValueError(f"{module!r} is no module of the package {paths.PACKAGE.name!r}")
+
+
+def _hash(code: _Code) -> str:
+    sha = hashlib.sha256()
+    for file in sorted(code, key=lambda file: file.relative_to(paths.PACKAGE).as_posix()):
+        source = file.read_text(encoding="utf-8")
+        if code[file] is not None:
+            source = "\n".join(map(ast.unparse, _definitions(file, code[file])))
+        sha.update(f"{file.relative_to(paths.PACKAGE).as_posix()}\0{code_digest(source)}\n".encode())
+    return sha.hexdigest()
+
+
+def _plain(obj: object) -> Any:
+    if obj is None or isinstance(obj, bool | int | float | str):
+        return obj
+    if isinstance(obj, np.generic):
+        return obj.item()
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        fields = {f.name: _plain(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
+        return {"__dataclass__": type(obj).__name__, **fields}
+    if isinstance(obj, Mapping):
+        if not all(isinstance(k, str) for k in obj):
+            raise TypeError(f"keys must be strings, got {list(obj)!r}")
+        return {k: _plain(v) for k, v in obj.items()}
+    if isinstance(obj, list | tuple):
+        return [_plain(v) for v in obj]
+    raise TypeError(f"cannot take the fingerprint of {type(obj).__name__} {obj!r}: use plain values or dataclasses")

@@ -1,0 +1,215 @@
+"""Which examples are suspicious, and whether training and test examples differ, on a model and data of one's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+import influence
+from influence.last_layer import head
+
+from ..scores.evaluation import rank_agreement
+from .material import Examples, sampled
+from .study import Subject, estimated_trace, log_probs_of, odds, picture
+
+_QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
+# How FI is found. Beyond 64 classes a sample decides which of the last two may stand in for the first.
+METRIC, CLOSED_FORM, FEATURES = "metric tensor", "closed form", "features"
+_SAMPLE = 2
+_SAME = 1e-2  # relative difference of FI of the features and of the input that counts as none
+# Entries of the Jacobians of one part, beyond 64 classes: some thousand backward passes for photographs.
+_MOST_IN_JACOBIANS = 2**30
+_FEWEST = 4
+_FEATURES_AT_ONCE = 1  # a Gram of 1,000 classes has 8 MB: one stays in the cache, several do not
+
+
+def scores(subject: Subject, *, images: int, seed: int = 0) -> pd.DataFrame:
+    """Influence of the whole input and what it competes with, for a sample of each part of the data.
+
+    A backward pass for each class and example takes hours beyond some hundred classes. There FI takes its closed form
+    where the rank is full, and is FI of the last layer's inputs where that is the same; both are decided on a sample.
+    Where neither holds, so many examples are left out that the rest takes a bounded time.
+
+    Returns:
+        One row for each part ("train" and "test", or "all") and example (its number there, as given): label, predicted,
+        p_label, loss (nats), fi and ceiling (f = -log P_label), fi_predicted (f = -log P_predicted), alignment, rank,
+        trace of the metric tensor (per squared unit of the data), estimated (whether the trace is), way (how FI was
+        found), asked (examples of this part that were to be scored).
+    """
+    way = _way(subject, subject.material.train)
+    frames = []
+    for part, everything in subject.material.parts.items():
+        asked = len(sampled(len(everything), images, seed=seed))
+        rows = sampled(len(everything), min(asked, _most(subject, everything, way)), seed=seed)
+        chosen = everything.take(rows)
+        frame = _score_part(subject, chosen, way)
+        frame.insert(0, "example", list(chosen.numbers))
+        frame.insert(0, "part", part)
+        frames.append(frame.assign(way=way, asked=asked))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _way(subject: Subject, examples: Examples) -> str:
+    """How FI is to be found, by what holds for a sample of the examples."""
+    rows = np.linspace(0, len(examples) - 1, min(_SAMPLE, len(examples))).round()
+    x = examples.batch(rows)[0].to(subject.device)
+    if not subject.many_classes or not x.is_floating_point():
+        return METRIC
+    metric = influence.metric_tensor(subject.model, x, chunk_size=1)
+    predicted = metric.log_probs.argmax(1)
+    whole = influence.first_order_influence(metric, predicted)
+    if bool((whole.rank == subject.classes - 1).all()):
+        return CLOSED_FORM
+    found = head(subject.model, x)
+    if found is None:
+        return METRIC
+    features = influence.first_order_influence(influence.metric_tensor(*found), predicted)
+    same = torch.isclose(whole.fi, features.fi, rtol=_SAME, atol=0) & (whole.rank == features.rank)
+    return FEATURES if bool(same.all()) else METRIC
+
+
+def _most(subject: Subject, examples: Examples, way: str) -> int:
+    """Examples of a part that can be scored in a bounded time."""
+    if not subject.many_classes or way != METRIC:
+        return len(examples)
+    return min(len(examples), max(_FEWEST, _MOST_IN_JACOBIANS // ((subject.classes - 1) * examples[0][0].numel())))
+
+
+def _score_part(subject: Subject, examples: Examples, way: str) -> pd.DataFrame:
+    score = {METRIC: _from_metric, CLOSED_FORM: _in_closed_form, FEATURES: _from_features}[way]
+    return pd.concat([score(subject, x, labels) for x, labels in subject.batches(examples)], ignore_index=True)
+
+
+def _perturbed(x: Tensor) -> str:
+    # Token numbers cannot be moved a little; the parameters that they meet can.
+    return "input" if x.is_floating_point() else "parameters"
+
+
+def _from_metric(subject: Subject, x: Tensor, labels: Tensor) -> pd.DataFrame:
+    metric = influence.metric_tensor(subject.model, x, wrt=_perturbed(x))
+    values = _influence(metric, labels) | {"trace": metric.trace()[:, 0]}
+    return _rows(metric.log_probs, labels, values, estimated=False)
+
+
+def _from_features(subject: Subject, x: Tensor, labels: Tensor) -> pd.DataFrame:
+    found = head(subject.model, x)
+    assert found is not None  # it was there for the sample
+    layer, features = found
+    frames = []
+    trace = estimated_trace(subject, x, wrt="input")[:, 0]
+    for part in torch.arange(len(x), device=x.device).split(_FEATURES_AT_ONCE):
+        metric = influence.metric_tensor(layer, features[part])
+        values = _influence(metric, labels[part]) | {"trace": trace[part]}
+        frames.append(_rows(metric.log_probs, labels[part], values, estimated=True))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _influence(metric: influence.MetricTensor, labels: Tensor) -> dict[str, Tensor]:
+    result = influence.first_order_influence(metric, labels)
+    predicted = result.fi[:, 0].clone()
+    seen = metric.log_probs.argmax(1)
+    other = labels != seen
+    if bool(other.any()):
+        part = replace(metric, log_probs=metric.log_probs[other], gram=metric.gram[other])
+        predicted[other] = influence.first_order_influence(part, seen[other]).fi[:, 0]
+    return {
+        "fi": result.fi[:, 0],
+        "fi_predicted": predicted,
+        "alignment": result.alignment[:, 0],
+        "rank": result.rank[:, 0],
+    }
+
+
+def _in_closed_form(subject: Subject, x: Tensor, labels: Tensor) -> pd.DataFrame:
+    with torch.no_grad():
+        log_probs = log_probs_of(subject, x)
+    values = {
+        "fi": odds(log_probs, labels),
+        "fi_predicted": odds(log_probs, log_probs.argmax(1)),
+        "alignment": torch.ones(len(x)),
+        "rank": torch.full((len(x),), subject.classes - 1),
+        "trace": estimated_trace(subject, x, wrt="input")[:, 0],
+    }
+    return _rows(log_probs, labels, values, estimated=True)
+
+
+def _rows(log_probs: Tensor, labels: Tensor, values: dict[str, Tensor], *, estimated: bool) -> pd.DataFrame:
+    log_p = log_probs.gather(1, labels[:, None])[:, 0]
+    first = {
+        "label": labels,
+        "predicted": log_probs.argmax(1),
+        "p_label": log_p.exp(),
+        "loss": -log_p,
+        "ceiling": odds(log_probs, labels),
+    }
+    frame = pd.DataFrame({name: value.cpu().numpy() for name, value in (first | values).items()})
+    return frame.assign(estimated=estimated)
+
+
+def suspicious(subject: Subject, table: pd.DataFrame, *, count: int = 20) -> pd.DataFrame:
+    """The `count` examples of largest FI of the first part, with the names of their classes and, of images, pixels."""
+    top = first_part(table).nlargest(count, "fi").reset_index(drop=True)
+    for column in ("label", "predicted"):
+        top[f"{column}_name"] = [subject.class_name(int(k)) for k in top[column]]
+    if subject.image:
+        top["pixels"] = pd.Series([picture(subject.material.train.read(int(i))) for i in top["example"]], dtype=object)
+    return top
+
+
+def first_part(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the training examples, or all where the data have no parts."""
+    return table[table["part"] != "test"]
+
+
+def train_against_test(table: pd.DataFrame, *, seed: int = 0, repeats: int = 300) -> pd.DataFrame:
+    """Quantiles of FI (predicted class) and of the trace on either part, and how well each tells the parts apart.
+
+    Returns:
+        One row per score: quantiles, and auroc of test against training examples with its 95% bootstrap interval. Empty
+        where the data have no parts.
+    """
+    if table["part"].nunique() == 1:
+        return pd.DataFrame()
+    test = (table["part"] == "test").to_numpy()
+    generator = np.random.default_rng(seed)
+    rows = []
+    for score in ("fi_predicted", "trace"):
+        values = table[score].to_numpy()
+        draws = []
+        for _ in range(repeats):
+            chosen = [generator.choice(np.flatnonzero(part), part.sum()) for part in (test, ~test)]
+            both = np.concatenate(chosen)
+            draws.append(roc_auc_score(test[both], values[both]))
+        row = {"score": score, "train": int((~test).sum()), "test": int(test.sum())}
+        row |= {"auroc": roc_auc_score(test, values)}
+        row |= {"low": np.quantile(draws, 0.025), "high": np.quantile(draws, 0.975)}
+        for part, members in (("train", ~test), ("test", test)):
+            row |= {f"{part}_{q:g}": np.quantile(values[members], q) for q in _QUANTILES}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def beyond_the_loss(table: pd.DataFrame, *, count: int = 20) -> pd.DataFrame:
+    """How each score ranks the examples of the first part against their loss.
+
+    Returns:
+        One row per score: spearman (rank correlation with the loss), shared (of the `count` largest, or of the larger
+        half, how many are among those of the loss), of (how many these are), mean_alignment (of FI; NaN for the
+        others).
+    """
+    train = first_part(table)
+    # All of a small sample would be shared by any two scores.
+    count = min(count, max(1, len(train) // 2))
+    top = set(train.nlargest(count, "loss")["example"])
+    rows = []
+    for score in ("fi", "trace"):
+        shared = len(top & set(train.nlargest(count, score)["example"]))
+        mean = float(train["alignment"].mean()) if score == "fi" else float("nan")
+        agreement = rank_agreement(train[score], train["loss"])
+        rows.append({"score": score, "spearman": agreement, "shared": shared, "of": len(top), "mean_alignment": mean})
+    return pd.DataFrame(rows)

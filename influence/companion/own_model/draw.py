@@ -1,0 +1,154 @@
+"""Figures of the notebook for a model and data of the reader's own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ..artifacts import style
+
+_FAINT = 0.25  # share of the ceiling below which a map of its own scale shows more
+
+
+def suspicious(top: pd.DataFrame) -> Figure:
+    """The examples of largest FI as a grid of pictures; as bars for what is no image."""
+    if "pixels" not in top:
+        figure = Figure(figsize=(style.WIDTH, 3))
+        axes = figure.subplots()
+        axes.bar(range(len(top)), top["fi"], color=style.COLOURS["exact"])
+        axes.set_xticks(range(len(top)), top["example"].astype(str), rotation=90)
+        axes.set_xlabel("example")
+        axes.set_ylabel("FI (dimensionless)")
+        return figure
+    columns = 5
+    rows = -(-len(top) // columns)
+    figure = Figure(figsize=(style.WIDTH, 1.75 * rows))
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid:
+        axes.axis("off")
+    for axes, (_, row) in zip(grid, top.iterrows(), strict=False):
+        axes.imshow(row["pixels"].squeeze(), cmap="gray", vmin=0, vmax=1)
+        axes.set_title(
+            f"#{row['example']} {_short(row['label_name'])}\n"
+            f"seen as {_short(row['predicted_name'])}\nFI {row['fi']:.3g}",
+            fontsize=6.5,
+        )
+    return figure
+
+
+def layers(table: pd.DataFrame, *, count: int = 12) -> Figure:
+    """Divergence under relative noise along the network, and its largest layers by name."""
+    figure = Figure(figsize=(style.WIDTH, 3.8))
+    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
+    left.plot(np.arange(1, len(table) + 1), table["divergence"], ".-", linewidth=0.6, color=style.COLOURS["exact"])
+    left.set_yscale("log")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left.set_xlabel("layer, from the input")
+    left.set_ylabel("divergence at 1% noise (nats)")
+    left.set_title(f"mean of {int(table['examples'].iloc[0])} examples")
+    top = table.nlargest(count, "divergence")[::-1]
+    right.barh(range(len(top)), top["share"], color=style.COLOURS["exact"])
+    right.set_yticks(range(len(top)), top["layer"] + "\n" + top["kind"], fontsize=6)
+    right.set_xlabel("share of the sum over layers")
+    return figure
+
+
+def train_against_test(table: pd.DataFrame, parts: pd.DataFrame) -> Figure:
+    """Distribution of FI of the predicted class and of the trace on either part; empty where there are no parts."""
+    if not len(parts):
+        return Figure(figsize=(style.WIDTH, 0.5))
+    figure = Figure(figsize=(style.WIDTH, 2.6))
+    labels = {
+        "fi_predicted": "FI of the predicted class (dimensionless)",
+        "trace": "trace (per squared unit of the data)",
+    }
+    for axes, row in zip(figure.subplots(1, 2), parts.to_dict("records"), strict=True):
+        for part, colour in (("train", style.COLOURS["control"]), ("test", style.COLOURS["exact"])):
+            values = np.sort(table.loc[table["part"] == part, row["score"]].to_numpy())
+            axes.step(
+                values, np.arange(1, len(values) + 1) / len(values), label=f"{part} (n = {len(values)})", color=colour
+            )
+        positive = table.loc[table[row["score"]] > 0, row["score"]]
+        if positive.max() > 10 * positive.min():
+            axes.set_xscale("log")
+        axes.set_xlabel(labels[row["score"]])
+        axes.set_title(f"AUROC {row['auroc']:.3f} (95%: {row['low']:.3f} to {row['high']:.3f})")
+        axes.legend(loc="upper left")
+    figure.axes[0].set_ylabel("share of the examples below")
+    return figure
+
+
+def maps(areas: pd.DataFrame) -> Figure:
+    """Each image beside its trace, its FI of single values, and its FI of patches, both as shares of the ceiling."""
+    if not len(areas):
+        return Figure(figsize=(style.WIDTH, 0.5))
+    figure = Figure(figsize=(style.WIDTH, 1.9 * len(areas)))
+    grid = figure.subplots(len(areas), 4, squeeze=False)
+    for line, (_, row) in zip(grid, areas.iterrows(), strict=True):
+        line[0].imshow(row["pixels"].squeeze(), cmap="gray", vmin=0, vmax=1)
+        line[0].set_ylabel(
+            f"#{row['example']}: {_short(row['label_name'])}\nseen as {_short(row['predicted_name'])}", fontsize=7
+        )
+        shown = [(row["trace"] / max(row["trace"].max(), 1e-300), "trace / its largest")]
+        for kind, name in (("single", "one value"), ("patch", f"{row['size']} x {row['size']}")):
+            shown.append(_share(row[kind] / row["ceiling"], f"FI of {name}"))
+        for axes, (values, title) in zip(line[1:], shown, strict=True):
+            image = axes.imshow(values, cmap="nipy_spectral", vmin=0, vmax=1)
+            axes.set_title(title, fontsize=7)
+        for axes in line:
+            axes.set_xticks([])
+            axes.set_yticks([])
+        figure.colorbar(image, ax=line[-1], fraction=0.046)
+    return figure
+
+
+def _share(values: np.ndarray, name: str) -> tuple[np.ndarray, str]:
+    """Shares of the ceiling as they are, or of their largest where that is too faint to see."""
+    largest = float(values.max())
+    if largest >= _FAINT:
+        return values, f"{name} / ceiling"
+    return values / max(largest, 1e-300), f"{name} / its largest\n({largest:.1%} of the ceiling)"
+
+
+def robustness(curves: pd.DataFrame) -> Figure:
+    """Accuracy against the strength of each distortion, one line for each arm."""
+    if not len(curves):
+        return Figure(figsize=(style.WIDTH, 0.5))
+    colours = dict(
+        zip(
+            curves["arm"].unique(),
+            (style.COLOURS["ceiling"], style.COLOURS["control"], *style.STABILITY[1:]),
+            strict=False,
+        )
+    )
+    figure = Figure(figsize=(style.WIDTH, 4.4))
+    for axes, (family, group) in zip(
+        figure.subplots(2, 2, sharey=True).ravel(), curves.groupby("family", sort=False), strict=True
+    ):
+        for shift, (arm, line) in enumerate(group.groupby("arm", sort=False)):
+            bars = [line["accuracy"] - line["low"], line["high"] - line["accuracy"]]
+            width = 0.01 * (group["strength"].max() or 1)
+            axes.errorbar(
+                line["strength"] + shift * width,
+                line["accuracy"],
+                np.clip(bars, 0, 1),
+                fmt=".-",
+                capsize=2,
+                linewidth=1,
+                label=arm,
+                color=colours[arm],
+            )
+        axes.set_xlabel(str(family))
+    figure.axes[0].set_ylabel("accuracy")
+    figure.axes[2].set_ylabel("accuracy")
+    lines, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(lines, names, fontsize=7, ncols=len(names), loc="outside lower center")
+    figure.suptitle(f"accuracy with 95% Wilson intervals, {int(curves['n'].iloc[0])} images, one run", fontsize=9)
+    return figure
+
+
+def _short(name: object) -> str:
+    text = str(name)
+    return text if len(text) <= 14 else f"{text[:12]}.."

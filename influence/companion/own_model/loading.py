@@ -1,0 +1,263 @@
+"""A model and data of the reader's own, named by a word on the command line or in a notebook, checked at the door."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from influence.checks import require_logits
+
+from ..ledger import paths
+from ..zoo import recipes, training
+from .material import AdaptError, Examples, Material, load_data
+
+__all__ = ["AdaptError", "Examples", "Material", "Prepared", "call", "check", "load_data", "load_model"]
+
+_WEIGHTS = (".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors")
+# What wrappers put before the names of a network's own parameters.
+_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
+_FORMS = "torchvision:NAME, companion:NAME, MODULE:FUNCTION or the path of a checkpoint"
+
+
+class Prepared(nn.Module):
+    """A model with its preprocessing inside, so that perturbations are in the unit of the data.
+
+    Attributes:
+        model: the model.
+        scale: what the data are multiplied by first; 1 / 255 for bytes that the model wants in [0, 1].
+        mean, std: ``(C,)`` normalisation of the scaled channels.
+    """
+
+    mean: Tensor
+    std: Tensor
+    model: nn.Module
+    scale: float
+
+    def __init__(
+        self, model: nn.Module, *, scale: float, mean: Sequence[float] = (), std: Sequence[float] = ()
+    ) -> None:
+        super().__init__()
+        if len(mean) != len(std):
+            raise AdaptError(f"mean and std must have one number per channel each, got {len(mean)} and {len(std)}")
+        if any(not value > 0 for value in std):
+            raise AdaptError(f"std must be positive, got {list(std)}")
+        self.model, self.scale = model, scale
+        self.register_buffer("mean", torch.tensor(list(mean))[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(list(std))[:, None, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, or whatever the model returns."""
+        x = x * self.scale
+        if self.mean.numel():
+            x = (x - self.mean) / self.std
+        logits: Tensor = self.model(x)
+        return logits
+
+    def extra_repr(self) -> str:
+        """The settings, by which two of these are told apart."""
+        return f"scale={self.scale!r}"
+
+
+def load_model(
+    spec: str,
+    *,
+    classes: int,
+    architecture: str | None = None,
+    profile: str = "smoke",
+    dataset: str = "digits",
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """The model that a word names, in evaluation mode.
+
+    Args:
+        spec: ``torchvision:resnet18`` (random weights, drawn with `seed`) or ``torchvision:resnet18@DEFAULT`` (trained
+            ones, downloaded); ``package.module:function`` of the reader's, called without arguments in the current
+            folder; the path of a checkpoint, with `architecture`; ``companion:resnet50`` or ``companion:densenet121``,
+            which the companion trains on `dataset`.
+        classes: K, for a torchvision network without weights.
+        architecture: for a checkpoint, what its weights belong to, named in one of the other ways.
+        profile: for the companion's own networks, whose size it decides.
+        dataset: for the companion's own networks, what they are trained on.
+        seed: of random weights.
+        device: where the model goes.
+
+    Raises:
+        AdaptError: with one line that says what is wrong and what to do.
+    """
+    prefix, _, rest = spec.partition(":")
+    if _is_file(spec):
+        if not architecture:
+            raise AdaptError(
+                f"{spec}: a checkpoint holds numbers alone; name the network that they belong to as architecture "
+                "(--architecture), such as torchvision:resnet18 or my_package.my_module:my_function"
+            )
+        made = load_model(architecture, classes=classes, profile=profile, dataset=dataset, seed=seed)
+        load_weights(made, Path(spec).expanduser())
+    elif prefix == "torchvision" and rest:
+        made = _torchvision(rest, classes, seed)
+    elif prefix == "companion" and rest:
+        from ..images import data
+
+        with _as_error():
+            recipe = recipes.recipe(profile, dataset, rest, seed=seed)
+            made = training.fit(recipe, data.load(dataset, paths.data_dir()), device=device).model
+    elif rest:
+        made = call(spec)
+        if not isinstance(made, nn.Module):
+            raise AdaptError(f"{spec}() must return a torch.nn.Module, got {type(made).__name__}")
+    else:
+        hint = "no such file" if spec.endswith(_WEIGHTS) or os.sep in spec else f"expected {_FORMS}"
+        raise AdaptError(f"model {spec!r}: {hint}")
+    return made.to(device).eval()
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Put the weights of a checkpoint into a model; what it holds besides tensors is never executed.
+
+    Raises:
+        AdaptError: the file is damaged, is no checkpoint of weights, or belongs to another network.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(str(path))
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and safetensors each have errors of their own
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise AdaptError(
+            f"{path}: cannot be read as weights alone ({reason}); save them with torch.save(model.state_dict(), path)"
+        ) from None
+    for name in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise AdaptError(f"{path}: holds no state_dict (a mapping from names to tensors)")
+    wanted = set(model.state_dict())
+    for prefix in _PREFIXES:
+        # A wrapper's prefix is on all names or on none.
+        if not wanted & set(state) and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = " ".join(" ".join(str(error).split()).partition(": ")[2].split()[:40])
+        raise AdaptError(f"{path}: these weights are not those of {type(model).__name__}: {first}") from None
+
+
+def prepare(
+    model: nn.Module, examples: Examples, *, scale: float = 0, mean: Sequence[float] = (), std: Sequence[float] = ()
+) -> nn.Module:
+    """A model that takes the examples as they are stored (bytes as 0..255).
+
+    Args:
+        model: the model.
+        examples: what it is to take.
+        scale: factor for the data; 0 chooses: 1 / 255 for bytes, 1 for floats and token numbers.
+        mean: of each scaled channel, as in training; empty for no normalisation.
+        std: of each scaled channel.
+    """
+    scale = scale or (1 / 255 if examples[0][0].dtype == torch.uint8 else 1.0)
+    if scale == 1 and not len(mean):
+        return model
+    return Prepared(model, scale=scale, mean=mean, std=std).to(device_of(model)).eval()
+
+
+def check(model: nn.Module, examples: Examples) -> int:
+    """Send two examples through the model; returns K.
+
+    Raises:
+        AdaptError: the model does not take them, returns no logits, or has fewer classes than there are labels.
+    """
+    x, _ = examples.batch(range(min(2, len(examples))))
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is not None and x.is_floating_point():
+        x = x.to(parameter.dtype)
+    try:
+        with torch.no_grad():
+            output = model(x.to(device_of(model)))
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise AdaptError(
+            f"the model does not take a batch of shape {tuple(x.shape)}, {x.dtype}: {reason}; check size and channels"
+        ) from None
+    try:
+        logits = require_logits(output, examples=len(x))
+    except (TypeError, ValueError) as error:
+        raise AdaptError(str(error)) from None
+    classes, largest = logits.shape[1], int(examples.labels.max())
+    if largest >= classes:
+        raise AdaptError(
+            f"labels must lie in 0..{classes - 1} for the model's K = {classes} classes, got {largest}: relabel the "
+            "data or give the model more outputs"
+        )
+    return classes
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def call(spec: str) -> Any:
+    """What ``package.module:function`` returns; modules of the current folder come first.
+
+    Raises:
+        AdaptError: no such module or function, or it fails.
+    """
+    module_name, _, function_name = spec.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the reader's module raises
+        raise AdaptError(f"{spec}: cannot import {module_name} ({type(error).__name__}: {error})") from None
+    finally:
+        sys.path.remove(os.getcwd())
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise AdaptError(f"{spec}: {module_name} has no function {function_name!r}")
+    try:
+        return function()
+    except Exception as error:
+        raise AdaptError(f"{spec}() failed: {type(error).__name__}: {error}") from error
+
+
+def _torchvision(name: str, classes: int, seed: int) -> nn.Module:
+    import torchvision
+
+    name, _, weights = name.partition("@")
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3) or known[:3]
+        raise AdaptError(f"torchvision has no classifier {name!r}; did you mean {', '.join(close)}?")
+    with _as_error(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if weights:
+            return torchvision.models.get_model(name, weights=weights)
+        with contextlib.suppress(TypeError):
+            # GoogLeNet and Inception would return training outputs and warn about their initialisation.
+            return torchvision.models.get_model(name, weights=None, num_classes=classes, init_weights=True)
+        return torchvision.models.get_model(name, weights=None, num_classes=classes)
+
+
+def _is_file(spec: str) -> bool:
+    return Path(spec).expanduser().is_file()
+
+
+@contextlib.contextmanager
+def _as_error() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError) as error:
+        raise AdaptError((str(error).strip().splitlines() or [type(error).__name__])[0]) from None

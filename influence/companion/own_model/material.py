@@ -1,0 +1,303 @@
+"""Examples of the reader's own: a torchvision set, a folder of images, an .npz file, or what a function returns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..images import data
+from ..ledger import paths
+
+_HELD_OUT = 0.2  # of each class
+_FORMS = f"{', '.join(n for n in data.NAMES if n != 'imagefolder')}, torchvision:NAME, an image folder, an .npz file"
+
+
+class AdaptError(ValueError):
+    """A model or data that cannot be used as they are; the message is one line for the reader."""
+
+
+@dataclass(frozen=True)
+class Examples(Dataset):
+    """Labelled examples, read one by one when they are asked for.
+
+    Attributes:
+        labels: ``(N,)`` int64.
+        read: number -> one example as it is stored: bytes (uint8), floats, or token numbers (int64).
+        numbers: of the N examples in the data as they were given, from 0; a part of these keeps its numbers.
+    """
+
+    labels: Tensor
+    read: Callable[[int], Tensor]
+    numbers: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
+        return self.read(self.numbers[position]), self.labels[position]
+
+    def stored(self, rows: Iterable[int]) -> tuple[Tensor, Tensor]:
+        """Inputs as they are stored ``(n, ...)``, and labels ``(n,)``.
+
+        Raises:
+            AdaptError: the examples differ in shape.
+        """
+        positions = [int(row) for row in rows]
+        parts = [self[row][0] for row in positions]
+        shapes = sorted({tuple(part.shape) for part in parts})
+        if len(shapes) > 1:
+            raise AdaptError(f"the examples differ in shape ({shapes[0]}, {shapes[1]}): set size to give all one size")
+        return torch.stack(parts), self.labels[positions]
+
+    def batch(self, rows: Iterable[int]) -> tuple[Tensor, Tensor]:
+        """Inputs as a model takes them, bytes as floats 0..255, and labels."""
+        inputs, labels = self.stored(rows)
+        return as_input(inputs), labels
+
+    def take(self, rows: Iterable[int]) -> Examples:
+        """These examples alone, in this order."""
+        chosen = [int(row) for row in rows]
+        return Examples(self.labels[chosen], self.read, [self.numbers[row] for row in chosen])
+
+    def sample(self, count: int, *, seed: int = 0) -> Examples:
+        """At most `count` of them, drawn without replacement, in stored order; 0 for all."""
+        return self.take(sampled(len(self), count, seed=seed))
+
+    def hold_out(self) -> tuple[Examples, Examples] | None:
+        """All but a fifth of each class, and that fifth, drawn at random; None where no class has enough."""
+        generator = np.random.default_rng(0)
+        labels = self.labels.numpy()
+        held = np.zeros(len(labels), dtype=bool)
+        for k in np.unique(labels):
+            members = np.flatnonzero(labels == k)
+            held[generator.choice(members, round(_HELD_OUT * len(members)), replace=False)] = True
+        if not held.any():
+            return None
+        return self.take(np.flatnonzero(~held)), self.take(np.flatnonzero(held))
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a word for data stands for.
+
+    Attributes:
+        name: the word.
+        classes: names of the classes.
+        train: the training examples, or all where the data have no parts.
+        test: the test examples, if the data have such a part.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Examples
+    test: Examples | None
+
+    @property
+    def parts(self) -> dict[str, Examples]:
+        """The parts that the data have: "train" and "test", or "all"."""
+        return {"all": self.train} if self.test is None else {"train": self.train, "test": self.test}
+
+    @property
+    def measured(self) -> Examples:
+        """The test examples, or all where the data have no parts."""
+        return self.train if self.test is None else self.test
+
+
+def as_input(inputs: Tensor) -> Tensor:
+    """Bytes as floats 0..255; all else as it is."""
+    return inputs.float() if inputs.dtype == torch.uint8 else inputs
+
+
+def sampled(total: int, count: int, *, seed: int = 0) -> list[int]:
+    """Positions of a sample without replacement, in order; all of them for a count of 0."""
+    if not 0 < count < total:
+        return list(range(total))
+    return sorted(np.random.default_rng(seed).choice(total, count, replace=False).tolist())
+
+
+def load_data(spec: str, *, size: int = 0, root: Path | None = None) -> Material:
+    """The data that a word names.
+
+    Args:
+        spec: ``digits``, ``photos``, ``mnist`` or ``cifar10``, as the companion splits them; ``torchvision:NAME`` of a
+            set with a ``train`` option, below `root`; a folder ``train/CLASS/*`` with ``test/`` or ``val/`` beside it,
+            or of ``CLASS/*`` alone; an .npz file with images and labels (and test_images and test_labels, and classes);
+            ``package.module:function`` of the reader's that returns (inputs, labels), or a pair of these for training
+            and test. Data that come without parts are left whole.
+        size: height and width for the images of a folder (shorter side resized, then centre-cropped) and the crops of
+            ``photos``; 0 for 224 in a folder and 32 for photos.
+        root: folder of the data sets; None for INFLUENCE_DATA, else torchvision downloads into build/data.
+
+    Raises:
+        AdaptError: with one line that says what is wrong and what to do.
+    """
+    root = root or paths.data_dir()
+    path = Path(spec).expanduser()
+    prefix, _, rest = spec.partition(":")
+    if spec in data.NAMES and spec != "imagefolder":
+        try:
+            found = data.load(spec, root, **({"size": size} if size else {}))
+        except data.DataError as error:
+            raise AdaptError(str(error)) from None
+        train, test = (_tensors(part.images, part.labels, spec) for part in (found.train, found.test))
+        return Material(spec, found.classes, train, test)
+    if prefix == "torchvision" and rest:
+        return _torchvision(spec, rest, root)
+    if path.is_dir():
+        return _folder(spec, path, size or 224)
+    if path.is_file():
+        if path.suffix != ".npz":
+            raise AdaptError(f"{spec}: expected an .npz file with images and labels, or a folder")
+        return _npz(spec, path)
+    if rest and os.sep not in spec:
+        return _returned(spec)
+    raise AdaptError(f"data {spec!r}: no such file or folder; expected {_FORMS} or MODULE:FUNCTION")
+
+
+def _tensors(inputs: Tensor, labels: Tensor, where: str) -> Examples:
+    if inputs.ndim < 2 or len(inputs) == 0:
+        raise AdaptError(f"{where}: inputs must be (N, ...) with N >= 1, got shape {tuple(inputs.shape)}")
+    if labels.shape != (len(inputs),):
+        raise AdaptError(f"{where}: labels must be ({len(inputs)},), one for each example, got {tuple(labels.shape)}")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise AdaptError(f"{where}: labels must be whole numbers 0..K-1, got {labels.dtype}")
+    if bool((labels < 0).any()):
+        raise AdaptError(f"{where}: labels must be 0..K-1, got {int(labels.min())}")
+    if inputs.is_floating_point() and not bool(torch.isfinite(inputs).all()):
+        raise AdaptError(f"{where}: the inputs hold NaN or infinity")
+    if inputs.dtype == torch.float64:
+        inputs = inputs.float()
+    return Examples(labels.long(), inputs.__getitem__, range(len(inputs)))
+
+
+def _numbered(*parts: Examples) -> tuple[str, ...]:
+    return tuple(str(k) for k in range(max(int(part.labels.max()) for part in parts) + 1))
+
+
+# -- an .npz file -----------------------------------------------------------------------------------------------------
+
+
+def _npz(spec: str, path: Path) -> Material:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except Exception as error:  # zip and numpy each have errors of their own
+        raise AdaptError(f"{spec}: cannot be read as .npz without pickles ({error})") from None
+    missing = [name for name in ("images", "labels") if name not in arrays]
+    if missing:
+        raise AdaptError(f"{spec}: has no array {missing[0]!r}, but {', '.join(arrays) or 'nothing'}")
+    train = _tensors(_images(spec, arrays["images"]), _labels(spec, arrays["labels"]), spec)
+    classes = tuple(str(name) for name in arrays["classes"]) if "classes" in arrays else _numbered(train)
+    if "test_images" in arrays and "test_labels" in arrays:
+        test = _tensors(_images(spec, arrays["test_images"]), _labels(spec, arrays["test_labels"]), spec)
+        return Material(spec, classes if "classes" in arrays else _numbered(train, test), train, test)
+    return Material(spec, classes, train, None)
+
+
+def _images(spec: str, array: np.ndarray) -> Tensor:
+    """Channels first, one grey channel where there is none."""
+    if array.dtype.kind not in "uif":
+        raise AdaptError(f"{spec}: images must be numbers, got {array.dtype}")
+    if array.dtype.kind in "ui" and array.dtype != np.uint8:
+        if array.size and (array.min() < 0 or array.max() > 255):
+            raise AdaptError(f"{spec}: whole-numbered images must lie in 0..255, got {array.min()}..{array.max()}")
+        array = array.astype(np.uint8)
+    if array.ndim == 3:
+        array = array[:, None]
+    elif array.ndim == 4 and array.shape[1] not in (1, 3) and array.shape[3] in (1, 3):
+        array = array.transpose(0, 3, 1, 2)
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _labels(spec: str, array: np.ndarray) -> Tensor:
+    if array.dtype.kind not in "uif" or array.dtype == np.uint64:
+        raise AdaptError(f"{spec}: labels must be whole numbers 0..K-1, got {array.dtype}")
+    return torch.from_numpy(array.astype(np.float64 if array.dtype.kind == "f" else np.int64))
+
+
+# -- a folder of images -----------------------------------------------------------------------------------------------
+
+
+def _folder(spec: str, path: Path, size: int) -> Material:
+    if not (path / "train").is_dir():
+        classes, everything = _one_folder(spec, path, size)
+        return Material(spec, classes, everything, None)
+    second = next((path / name for name in ("test", "val", "valid") if (path / name).is_dir()), None)
+    classes, train = _one_folder(spec, path / "train", size)
+    if second is None:
+        return Material(spec, classes, train, None)
+    test_classes, test = _one_folder(spec, second, size)
+    if test_classes != classes:
+        raise AdaptError(f"{spec}: train and {second.name} hold folders of different classes")
+    return Material(spec, classes, train, test)
+
+
+def _one_folder(spec: str, path: Path, size: int) -> tuple[tuple[str, ...], Examples]:
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    shape = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
+    try:
+        found = ImageFolder(str(path), transform=shape)
+    except FileNotFoundError as error:
+        reason = str(error).splitlines()[0]
+        raise AdaptError(f"{spec}: expected one folder of images for each class below {path}: {reason}") from None
+
+    def read(position: int) -> Tensor:
+        try:
+            image: Tensor = found[position][0]
+        except OSError as error:
+            raise AdaptError(f"{found.samples[position][0]}: cannot be read as an image ({error})") from None
+        return image
+
+    return tuple(found.classes), Examples(torch.tensor(found.targets), read, range(len(found)))
+
+
+# -- torchvision's sets, and functions --------------------------------------------------------------------------------
+
+
+def _torchvision(spec: str, name: str, root: Path | None) -> Material:
+    from torchvision import datasets
+
+    kind = getattr(datasets, name, None)
+    if not isinstance(kind, type):
+        raise AdaptError(f"torchvision has no data set {name!r} (names are as in torchvision.datasets, CIFAR100)")
+    parts: list[Examples] = []
+    names: Sequence[str] | None = None
+    for train in (True, False):
+        try:
+            found: Any = kind(str(root or paths.BUILD / "data"), train=train, download=root is None)
+        except TypeError:
+            raise AdaptError(
+                f"{spec}: has no train and test parts that torchvision knows: use an image folder"
+            ) from None
+        except Exception as error:  # torchvision raises whatever urllib, hashlib or tarfile raise
+            raise AdaptError(f"{spec}: {str(error).splitlines()[0]}") from None
+        names = getattr(found, "classes", None)
+        images = found.data if isinstance(found.data, Tensor) else torch.as_tensor(np.asarray(found.data))
+        labels = getattr(found, "targets", getattr(found, "labels", None))
+        parts.append(_tensors(_images(spec, images.numpy()), torch.as_tensor(labels), spec))
+    return Material(spec, tuple(names) if names else _numbered(*parts), parts[0], parts[1])
+
+
+def _returned(spec: str) -> Material:
+    from .loading import call
+
+    value = call(spec)
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise AdaptError(f"{spec}() must return (inputs, labels), or a pair of these for training and test")
+    pairs = value if isinstance(value[0], list | tuple) else [value]
+    parts = []
+    for pair in pairs:
+        if len(pair) != 2:
+            raise AdaptError(f"{spec}() must return (inputs, labels), or a pair of these for training and test")
+        parts.append(_tensors(torch.as_tensor(pair[0]), torch.as_tensor(pair[1]), f"{spec}()"))
+    return Material(spec, _numbered(*parts), parts[0], parts[1] if len(parts) == 2 else None)

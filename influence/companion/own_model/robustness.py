@@ -1,0 +1,188 @@
+"""The robustness curves of Zheng et al. (2016) on a model and data of the reader's own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from scipy import stats
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import influence
+
+from ..images import distortions
+from ..zoo import training
+from .material import Examples
+from .study import Subject
+
+_BATCH = 64
+
+
+def stabilise(
+    subject: Subject, *, alpha: float, sigma: float, steps: int, learning_rate: float, seed: int = 0
+) -> nn.Module:
+    """A copy of the model continued for some steps with the stability loss; with ``alpha = 0`` by the task loss alone.
+
+    The model stays in evaluation mode, and parameters that are frozen stay so.
+
+    Args:
+        subject: model and training images.
+        alpha: weight of the stability loss.
+        sigma: standard deviation of the noise, as a share of the range of the pixels.
+        steps: of Adam.
+        learning_rate: of Adam.
+        seed: of order and noise, the same for every alpha.
+
+    Raises:
+        ValueError: all parameters are frozen, or the images cannot be distorted.
+    """
+    model = copy.deepcopy(subject.model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("every parameter is frozen: set requires_grad on those that fine-tuning may change")
+    unit = pixel_range(subject)
+    if unit is None:
+        raise ValueError("fine-tuning needs images as bytes, or as floats in [0, 1] before normalisation")
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Iterator[Tensor]:
+        x, labels = (part.to(subject.device) for part in batch)
+        noisy = influence.gaussian_perturbation(x, sigma=sigma * unit, clip=(0, unit))
+        # Large images go through one after the other: the gradients of the parts add up to that of the batch.
+        for part in torch.arange(len(x), device=x.device).split(subject.at_once(_BATCH)):
+            yield _loss(model, x[part], noisy[part], labels[part], alpha) * (len(part) / len(x))
+
+    training.train(
+        model,
+        _Sampled(subject.material.train, steps),
+        loss,
+        torch.optim.Adam(trained, lr=learning_rate),
+        steps=steps,
+        rate=lambda _: learning_rate,
+        seed=(seed, 6),
+        title=f"stability {alpha:g}",
+        training_mode=False,
+    )
+    return model
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """Random batches of the reader's training examples, each drawn anew."""
+
+    examples: Examples
+    steps: int
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(self.steps):
+            yield self.examples.batch(torch.randperm(len(self.examples))[:_BATCH].tolist())
+
+
+def _loss(model: nn.Module, x: Tensor, noisy: Tensor, labels: Tensor, alpha: float) -> Tensor:
+    clean = influence.checks.require_logits(model(x))
+    if not alpha:
+        return F.cross_entropy(clean.float(), labels)
+    return influence.stability_loss(clean, influence.checks.require_logits(model(noisy)), labels, alpha=alpha)
+
+
+def pixel_range(subject: Subject) -> float | None:
+    """255 for bytes, 1 for floats in [0, 1], None for what cannot be distorted: no image, or a normalised one."""
+    if not subject.image:
+        return None
+    inputs, _ = subject.material.train.stored(range(min(_BATCH, len(subject.material.train))))
+    if inputs.dtype == torch.uint8:
+        return 255.0
+    return 1.0 if inputs.is_floating_point() and float(inputs.min()) >= 0 and float(inputs.max()) <= 1 else None
+
+
+def robustness(
+    subject: Subject, *, alpha: float, sigma: float, steps: int, learning_rate: float, images: int, seed: int = 0
+) -> pd.DataFrame:
+    """Accuracy on distorted test images of the model as it is, and continued without and with the stability loss.
+
+    Where the data have no parts, a fifth of each class is held out of what the model is continued with, and all arms
+    are measured on that.
+
+    Returns:
+        One row per arm, family of distortion and strength (0 is the original): accuracy with its 95% Wilson interval,
+        n. Empty where `pixel_range` is None.
+    """
+    unit = pixel_range(subject)
+    if unit is None:
+        return pd.DataFrame()
+    if steps and subject.material.test is None:
+        halves = subject.material.train.hold_out()
+        steps = 0 if halves is None else steps
+        if halves is not None:
+            subject = replace(subject, material=replace(subject.material, train=halves[0], test=halves[1]))
+    test = subject.material.measured.sample(images, seed=seed)
+    stored, labels = test.stored(range(len(test)))
+    bytes_ = stored if stored.dtype == torch.uint8 else (stored * 255).round().to(torch.uint8)
+    arms = {"as it is": subject.model}
+    if steps:
+        options: dict[str, Any] = {"sigma": sigma, "steps": steps, "learning_rate": learning_rate, "seed": seed}
+        arms["continued"] = stabilise(subject, alpha=0.0, **options)
+        arms[f"stability {alpha:g}"] = stabilise(subject, alpha=alpha, **options)
+    rows = []
+    for family, strength, pictures in _versions(bytes_):
+        for arm, model in arms.items():
+            right = _hits(subject, model, pictures, labels, unit / 255)
+            interval = stats.binomtest(right, len(labels)).proportion_ci(method="wilson")
+            rows.append(
+                {
+                    "arm": arm,
+                    "family": family,
+                    "strength": strength,
+                    "accuracy": right / len(labels),
+                    "low": interval.low,
+                    "high": interval.high,
+                    "n": len(labels),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _versions(images: Tensor) -> Iterator[tuple[str, float, Tensor]]:
+    """Family, strength and pictures, one version at a time: all of them would not fit for many large images."""
+    height, width = images.shape[-2:]
+    for family, strengths, distort in _families(height, width):
+        yield family, 0.0, images
+        for strength in strengths:
+            yield family, strength, distort(images, strength)
+
+
+_Family = tuple[str, Sequence[float], Callable[[Tensor, float], Tensor]]
+
+
+def _families(height: int, width: int) -> list[_Family]:
+    """The paper's distortions with strengths that mean the same for images of any size."""
+
+    def shrunk(images: Tensor, factor: float) -> Tensor:
+        return distortions.thumbnail(images, max(1, round(height * width / factor**2)))
+
+    def cropped(images: Tensor, share: float) -> Tensor:
+        return distortions.crop(images, max(1, round(share * min(height, width))))
+
+    return [
+        ("100 - JPEG quality", (20, 50, 70, 90), lambda images, s: distortions.jpeg(images, 100 - int(s))),
+        ("thumbnail: shrunk by", (1.33, 2.0, 3.0), shrunk),
+        ("crop: share of the side", (0.05, 0.1, 0.2), cropped),
+        ("Gaussian noise: sigma", (0.05, 0.1, 0.2), distortions.noise),
+    ]
+
+
+def _hits(subject: Subject, model: nn.Module, images: Tensor, labels: Tensor, scale: float) -> int:
+    total = 0
+    size = subject.at_once(_BATCH)
+    with torch.no_grad():
+        for pictures, y in zip(images.split(size), labels.split(size), strict=True):
+            x = pictures.to(subject.device).float() * scale
+            total += int((influence.checks.require_logits(model(x)).argmax(1).cpu() == y).sum())
+    return total

@@ -1,0 +1,166 @@
+"""What was found on a model and data of the reader's own, in words that are made from the tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .by_example import CLOSED_FORM, FEATURES, METRIC, first_part
+from .study import Subject
+
+
+def in_words(subject: Subject, *, scores: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> str:
+    """One Markdown item for each task; every number in it comes from the tables.
+
+    Args:
+        subject: what was studied.
+        scores: of `adapt_examples.scores`.
+        tables: "beyond" of `adapt_examples.beyond_the_loss`, "layers" of `adapt_layers.layers`, "parts" of
+            `adapt_examples.train_against_test`, "maps" of `adapt_maps.maps` and "curves" of
+            `adapt_robustness.robustness`.
+    """
+    kind = "examples" if subject.material.test is None else "test examples"
+    lines = [*_warnings(subject, scores), *_suspicious(subject, scores, tables["beyond"])]
+    lines.append(_layers(tables["layers"], kind))
+    lines += [_parts(row) for row in tables["parts"].to_dict("records")]
+    if subject.material.test is None:
+        lines.append(
+            "**Train against test** is left out: the data have no parts. Give them as two, one that the model was "
+            "trained on and one that it was not, to compare these."
+        )
+    if len(tables["maps"]):
+        lines.append(_areas(tables["maps"], kind.replace("examples", "images")))
+    if len(tables["curves"]):
+        lines.append(_curves(tables["curves"], held_out=subject.material.test is None))
+    elif subject.image:
+        lines.append(
+            "**Robustness** is left out: the distortions need bytes, or floats in [0, 1] before normalisation."
+        )
+    return "\n".join(f"* {line}" for line in lines)
+
+
+def _warnings(subject: Subject, scores: pd.DataFrame) -> list[str]:
+    """What a reader has to know before the findings."""
+    lines = []
+    named = len(subject.material.classes)
+    if named < subject.classes:
+        lines.append(
+            f"**Labels.** The data name {named:,} classes, the model has K = {subject.classes:,} outputs: label k is "
+            "taken for output k. Where the model counts its classes otherwise, every score of a label below is "
+            "meaningless; relabel the data by a function of yours."
+        )
+    way = scores["way"].iloc[0]
+    if way == METRIC and subject.many_classes:
+        done, asked = len(scores), int(scores.groupby("part")["asked"].first().sum())
+        text = f"Each of the {done} examples took up to {subject.classes - 1:,} backward passes"
+        if done < asked:
+            text += f", so only so many of the {asked} asked for were scored, drawn at random; the others are left out"
+        lines.append(f"**What FI cost.** {text}. `influence score` has no such bound.")
+    elif way == FEATURES:
+        lines.append(
+            f"**How FI was found.** With K = {subject.classes:,} classes and a rank below K - 1, FI of the input is "
+            "taken to be FI of what the last layer sees: no backward pass through the network. A sample agreed."
+        )
+    elif way == CLOSED_FORM:
+        lines.append(
+            f"**How FI was found.** With K = {subject.classes:,} classes, FI takes its closed form from the loss: a "
+            "sample had full rank."
+        )
+    if scores["estimated"].any():
+        lines[-1] += " Traces are estimates from random signs of the classes."
+    return lines
+
+
+def _suspicious(subject: Subject, scores: pd.DataFrame, beyond: pd.DataFrame) -> list[str]:
+    searched = first_part(scores)
+    kind = "examples" if subject.material.test is None else "training examples"
+    by_score: dict[str, Any] = {row["score"]: row for row in beyond.to_dict("records")}
+    fi, trace = by_score["fi"], by_score["trace"]
+    wrong = int((searched["label"] != searched["predicted"]).sum())
+    full = float((scores["rank"] == subject.classes - 1).mean())
+    verdict = "something that the loss does not"
+    if fi["shared"] == fi["of"]:
+        verdict = "nothing that the loss does not"
+        if fi["mean_alignment"] <= 0.999:
+            verdict = "in its size, not in whom it suspects, something that the loss does not"
+    close = trace["spearman"] > 0.95
+    return [
+        f"**Suspicious examples.** Of {len(searched)} {kind} scored, {wrong} are not predicted as labelled. "
+        f"The metric tensor has full rank K - 1 = {subject.classes - 1} for {full:.0%} of all examples (median rank "
+        f"{scores['rank'].median():.0f}), and the mean "
+        f"alignment (FI / ceiling) is {fi['mean_alignment']:.3g}. Of the {fi['of']} examples of largest FI, "
+        f"{fi['shared']} are among those of largest loss (rank correlation {fi['spearman']:.3f}): here FI says "
+        f"{verdict}.",
+        f"**The trace**, how far a unit of noise moves the output, has a rank correlation of {trace['spearman']:.3f} "
+        f"with the loss and shares {trace['shared']} of its {trace['of']} largest examples: it is "
+        f"{'close to' if close else 'not'} what the loss says.",
+    ]
+
+
+def _layers(layers: pd.DataFrame, kind: str) -> str:
+    first = layers.nlargest(3, "divergence").to_dict("records")
+    named = ", ".join(f"`{row['layer']}` ({row['kind']}, {row['share']:.0%})" for row in first)
+    text = (
+        f"**Sensitive layers.** Of {len(layers)} layers with parameters, noise of 1% of a layer's own size moves the "
+        f"output most in {named} (share of the sum over layers; {int(layers['examples'].iloc[0])} {kind})."
+    )
+    if layers["alignment"].notna().all():
+        full = int((layers["alignment"] > 1 - 1e-6).sum())
+        text += f" FI is at its ceiling for {full} of the {len(layers)}"
+        text += ", so it cannot rank them." if full == len(layers) else "."
+    return text
+
+
+def _parts(row: dict[Any, Any]) -> str:
+    what = {"fi_predicted": "FI of the predicted class", "trace": "the trace"}[row["score"]]
+    side = "not told apart"
+    if row["low"] > 0.5:
+        side = "larger on test examples"
+    elif row["high"] < 0.5:
+        side = "smaller on test examples"
+    return (
+        f"**Train against test**, by {what}: {side} (AUROC {row['auroc']:.3f}, 95% bootstrap interval {row['low']:.3f} "
+        f"to {row['high']:.3f}; {row['train']} against {row['test']} examples, one model)."
+    )
+
+
+def _areas(areas: pd.DataFrame, kind: str) -> str:
+    rows = areas.to_dict("records")
+    single = np.array([row["single"].max() / row["ceiling"] for row in rows])
+    text = (
+        f"**Vulnerable areas.** On the {len(rows)} least sure {kind}, the best single value reaches "
+        f"{single.min():.0%} to {single.max():.0%} of the ceiling"
+    )
+    size = int(areas["size"].iloc[0])
+    reached = float(np.mean(np.concatenate([(row["patch"] / row["ceiling"]).ravel() for row in rows]) > 0.99))
+    flat = "a flat map, which says what the loss says" if reached > 0.9 else "a map that says more than the loss"
+    return text + f"; {reached:.0%} of all {size} x {size} patches reach 99% of it: {flat}."
+
+
+def _curves(curves: pd.DataFrame, *, held_out: bool) -> str:
+    base = curves[curves["arm"] == "as it is"]
+    drops = {}
+    for family, group in base.groupby("family", sort=False):
+        clean = float(group.loc[group["strength"] == 0, "accuracy"].iloc[0])
+        drops[str(family).split(":")[0].replace("100 - ", "")] = clean - float(group["accuracy"].iloc[-1])
+    worst = max(drops, key=lambda name: drops[name])
+    change = "no distortion lowers it"
+    if drops[worst] > 0:
+        change = f"it falls most under {worst} (by {100 * drops[worst]:.1f} points)"
+    text = (
+        f"**Robustness.** Accuracy on originals is {100 * float(base['accuracy'].iloc[0]):.1f}%; at the strongest "
+        f"setting {change}; {int(base['n'].iloc[0])} images."
+    )
+    tuned = [arm for arm in curves["arm"].unique() if arm not in ("as it is", "continued")]
+    if tuned:
+        wide = curves.pivot_table(index=["family", "strength"], columns="arm", values="accuracy")
+        gain = (wide[tuned[0]] - wide["continued"])[wide.index.get_level_values("strength") > 0]
+        text += (
+            f" The stability loss changes accuracy on distorted images by {100 * gain.mean():+.1f} points on average "
+            f"over {len(gain)} settings against the same steps without it (n = 1: one run, no interval)."
+        )
+        if held_out:
+            text += " These images were held out of the steps, not of what the model was trained on before."
+    return text

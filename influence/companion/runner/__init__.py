@@ -1,0 +1,1 @@
+"""The command line, papermill, the check of the environment, the site."""

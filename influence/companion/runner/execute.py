@@ -1,0 +1,123 @@
+"""One notebook through papermill: execute it, keep its log, write its outputs back."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..ledger import cache
+
+
+def execute(source: Path, target: Path, *, parameters: Mapping[str, Any], limit: float, log: Path) -> None:
+    """Execute a notebook in its own folder, with the interpreter that runs this.
+
+    Args:
+        source: the notebook.
+        target: where the executed notebook goes.
+        parameters: injected after the cell with the tag `parameters`.
+        limit: seconds for the whole notebook.
+        log: gets what the kernel itself has to say.
+
+    Raises:
+        TimeoutError: over the limit.
+    """
+    import papermill
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+    from nbclient.exceptions import CellTimeoutError
+
+    class ThisInterpreter(AsyncKernelManager):
+        """Starts `python3` with our interpreter, whatever kernels the reader has registered under that name."""
+
+        @property
+        def kernel_spec(self) -> KernelSpec:
+            argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+            return KernelSpec(argv=argv, display_name="Python 3 (ipykernel)", language="python", resource_dir="")
+
+        async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
+            """Start it with its own messages in our log."""
+            with log.open("a", encoding="utf-8") as file:
+                await self._async_start_kernel(stderr=file, **options)
+
+    deadline = time.monotonic() + limit
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(
+            source,
+            target,
+            parameters=dict(parameters),
+            kernel_name="python3",
+            language="python",
+            cwd=source.parent,
+            progress_bar=False,
+            log_output=True,
+            # A limit for the notebook, not for each cell: every cell gets what is left.
+            timeout_func=lambda cell: max(1, round(deadline - time.monotonic())),
+            kernel_manager_class=ThisInterpreter,
+        )
+    except CellTimeoutError:
+        raise TimeoutError(f"over its limit of {limit:g} s") from None
+
+
+def refresh(source: Path, executed_path: Path) -> None:
+    """Write the outputs of a run back into the notebook, without times and traces of the runner."""
+    import nbformat
+
+    executed = nbformat.read(executed_path, as_version=4)
+    executed.metadata.pop("papermill", None)
+    executed.metadata.get("language_info", {}).pop("version", None)
+    executed.metadata["kernelspec"] = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    executed.cells = [c for c in executed.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    count = 0
+    for cell in executed.cells:
+        for name in ("papermill", "execution"):
+            cell.metadata.pop(name, None)
+        if cell.metadata.get("tags") == []:
+            del cell.metadata["tags"]
+        if cell.cell_type == "code":
+            count += 1
+            cell.execution_count = count
+            for output in cell.outputs:
+                if "execution_count" in output:
+                    output.execution_count = count
+    text = nbformat.writes(executed).rstrip("\n") + "\n"
+    cache.atomic_write(source, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """Send what papermill reports, the notebook's own output with it, and a traceback to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("papermill")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    except BaseException:
+        logger.error(without_colours(traceback.format_exc()))
+        raise
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def one_line(error: Exception) -> str:
+    """An error in one line: the notebook's own where it was raised there."""
+    name = getattr(error, "ename", type(error).__name__)
+    lines = without_colours(str(getattr(error, "evalue", error))).strip().splitlines()
+    return f"{name}: {lines[0]}" if lines else name
+
+
+def without_colours(text: str) -> str:
+    """Text without the escape sequences of a terminal."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)

@@ -1,0 +1,86 @@
+"""What there is: the list of artifacts for the terminal and for the README, and the check of the results folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from ..ledger import manifest, paths
+from ..ledger.notebook import LAST, discover
+
+_COMMITTED = "cpu"
+
+
+def show(*, markdown: bool, claims: bool) -> str:
+    """What `influence list` prints."""
+    if claims:
+        return claims_markdown()
+    return artifacts_markdown() if markdown else plain()
+
+
+def plain() -> str:
+    """One line per artifact: stem and title."""
+    notebooks = discover()
+    width = max(map(len, notebooks), default=0)
+    return "\n".join(f"{stem:<{width}}  {notebook.title}" for stem, notebook in notebooks.items())
+
+
+def artifacts_markdown() -> str:
+    """The README's table: stem, title, and the verdict of the committed results where there is one."""
+    rows = manifest.read(_COMMITTED, root=paths.ROOT / "results")
+    lines = [f"| notebook | what it shows | verdict, profile `{_COMMITTED}` |", "|---|---|---|"]
+    for stem, notebook in discover().items():
+        title = notebook.title.replace("|", "\\|")
+        outcome = rows.get(stem, {}).get("verdict", "not run")
+        lines.append(f"| [{stem}](notebooks/{stem}.ipynb) | {title} | {outcome} |")
+    return "\n".join(lines)
+
+
+def claims(profile: str, *, root: Path | None = None) -> pd.DataFrame:
+    """What each statement and value of the papers came to.
+
+    Args:
+        profile: whose results to look at.
+        root: the results folder; None for the one in use.
+
+    Returns:
+        One row per compared reference: artifact, item, reference (a value, the upper end of an axis, or "claim"), ours,
+        holds.
+    """
+    rows = manifest.read(profile, root=root)
+    found = [
+        {
+            "artifact": stem,
+            "item": used["item"],
+            "reference": "claim" if used["kind"] == "claim" else f"{used['kind']} {used['value']:g}",
+            "ours": _shown(rows[stem]["findings"][used["item"]]),
+            "holds": "yes" if used["holds"] else "no",
+        }
+        for stem in discover()
+        if stem in rows and stem != LAST
+        for used in rows[stem]["reference"]
+        if used["kind"] != "context"
+    ]
+    return pd.DataFrame(found, columns=["artifact", "item", "reference", "ours", "holds"])
+
+
+def claims_markdown() -> str:
+    """The README's table of claims, from the committed results."""
+    table = claims(_COMMITTED, root=paths.ROOT / "results")
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in table.itertuples(index=False))])
+
+
+def _shown(value: bool | float) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:.3g}"
+
+
+def problems() -> list[str]:
+    """Everything below the results folder that is not as its ledger says."""
+    root, stems = paths.results_dir(), set(discover())
+    folders = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+    profiles = [
+        p.name for p in folders if not p.name.startswith(".") and p.resolve() not in (paths.REFERENCE, paths.ZOO)
+    ]
+    return [problem for profile in profiles for problem in manifest.problems(profile, stems)]

@@ -1,0 +1,1 @@
+"""Scores of images, layers and pixels, and how well they find something."""

@@ -1,0 +1,268 @@
+"""Every score of an example that FI is compared with, from one metric tensor and one forward pass.
+
+Larger means more suspicious for all of them, so that one ROC routine serves all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import influence
+from influence.progress import progress_bar
+
+from ..images.data import Split
+from ..zoo import training
+
+# name -> what it is. The order is that of tables and legends.
+NAMES: dict[str, str] = {
+    "exact": "FI, exact",
+    "released_1e-8": "FI as released, e = 1e-8",
+    "released_1e-3": "FI as released, e = 1e-3",
+    "loss": "-log P_y",
+    "jacobian_norm": "|d log P_y / dx|",
+    "cook": "Cook's maximal local influence, largest |eigenvalue| of the Hessian of -log P_y in x",
+    "el2n": "EL2N, |p - e_y| (Paul et al. 2021)",
+    "grand": "GraNd, |gradient of the loss in all parameters| (Paul et al. 2021)",
+    "margin": "1 - (P_y - largest other P)",
+    "max_softmax": "1 - largest P (needs no label)",
+    "trace": "trace of G for the image",
+    "lambda_max": "largest eigenvalue of G for the image",
+}
+_CHUNK = 64
+
+
+def released_at_full_rank(probs: np.ndarray, label: int | np.ndarray, *, epsilon: float = 1e-3) -> np.ndarray:
+    r"""What the released code computes where no direction is cut, from the probabilities alone.
+
+    .. math:: \Big(\frac{\sqrt{p_y} + e}{p_y + e}\Big)^2
+        \Big(1 - \frac{(\sqrt{p_y} + e)^2}{\sum_k (\sqrt{p_k} + e)^2}\Big)
+
+    A direction under the absolute cut can only lower it.
+
+    Args:
+        probs: (..., K) probabilities.
+        label: y, one for all or (...,).
+        epsilon: e.
+
+    Returns:
+        (...,) float64.
+    """
+    p = np.asarray(probs, dtype=np.float64)
+    y = np.broadcast_to(np.asarray(label), p.shape[:-1])
+    p_y = np.take_along_axis(p, y[..., None], axis=-1)[..., 0]
+    root = np.sqrt(p_y) + epsilon
+    others = (np.sqrt(p) + epsilon) ** 2
+    return (root / (p_y + epsilon)) ** 2 * (1 - root**2 / others.sum(axis=-1))
+
+
+def all_scores(
+    model: nn.Module,
+    split: Split,
+    *,
+    given: Mapping[str, Tensor] | None = None,
+    device: torch.device | str = "cpu",
+    without: Sequence[str] = (),
+) -> pd.DataFrame:
+    """Every score of `NAMES` for each image of a split.
+
+    Args:
+        model: takes raw pixels, in evaluation mode.
+        split: the images.
+        given: name -> (N,) labels to score instead of `split.labels`; one metric tensor serves them all.
+        device: where to compute.
+        without: scores to leave out, such as the dear ones "grand" (gradients of all parameters) and "cook".
+
+    Returns:
+        One row per image (and name in `given`, which is a column then): image (position in the set's published order),
+        label, predicted, p_label, ceiling, rank, then the scores.
+
+    Raises:
+        ValueError: `without` names no score.
+    """
+    if unknown := set(without) - set(NAMES):
+        raise ValueError(f"unknown score {sorted(unknown)[0]!r}: there are {', '.join(NAMES)}")
+    kinds = {"": split.labels} if given is None else dict(given)
+    rows = torch.arange(len(split))
+    parts = []
+    for chunk in progress_bar(rows.split(_CHUNK), desc="scores", unit="batch", leave=False):
+        x = training.pixels(split.images[chunk], device)
+        image = influence.metric_tensor(model, x, wrt="input")
+        parameters = None if "grand" in without else influence.metric_tensor(model, x, wrt="parameters")
+        for kind, labels in kinds.items():
+            y = labels[chunk].to(device)
+            values = _from_metric(image, y)
+            if parameters is not None:
+                values["grand"] = gradient_norm(parameters, y)
+            if "cook" not in without:
+                values["cook"] = local_influence(model, x, y)
+            columns = {"image": split.index[chunk], "label": y, **values}
+            frame = pd.DataFrame({name: value.cpu().numpy() for name, value in columns.items()})
+            parts.append(frame.assign(given=kind))
+    frame = pd.concat(parts, ignore_index=True)
+    head = ["image", "label", "predicted", "p_label", "ceiling", "rank"] + (["given"] if given is not None else [])
+    return frame[[*head, *(name for name in NAMES if name not in without)]]
+
+
+def gradient_norm(metric: influence.MetricTensor, labels: Tensor) -> Tensor:
+    """|J^T (p - e_y)|, the norm of the gradient of -log P_y in what the (one) block of the metric perturbs, (N,).
+
+    The entries of p - e_y sum to 0, so the Gram of the contrasts serves as that of the logits.
+    """
+    residual = _residual(metric.log_probs, labels)
+    gram = metric.contrast_gram()[:, 0]
+    return torch.einsum("nk,nkl,nl->n", residual, gram, residual).clamp(min=0).sqrt()
+
+
+def local_influence(model: nn.Module, x: Tensor, labels: Tensor, *, steps: int | None = None, seed: int = 0) -> Tensor:
+    """Cook's maximal local influence: the largest |eigenvalue| of the Hessian of -log P_y in the image, (N,).
+
+    By Hessian-vector products alone: `steps` steps of Lanczos' method with full reorthogonalisation, each image with a
+    Krylov space of its own. K steps are exact for a network that is piecewise linear (ReLU, average pooling, batch
+    normalisation in evaluation mode), whose Hessian has rank K - 1: there it equals the metric tensor, whatever y.
+
+    Args:
+        model: in evaluation mode; must treat the images independently.
+        x: (N, ...) images.
+        labels: (N,) y.
+        steps: of Lanczos' method; None: K.
+        seed: of the starting directions.
+    """
+    leaf = x.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        logits = model(leaf)
+        (gradient,) = torch.autograd.grad(
+            F.cross_entropy(logits.double(), labels, reduction="sum"), leaf, create_graph=True
+        )
+
+    def hessian(v: Tensor) -> Tensor:
+        (product,) = torch.autograd.grad(gradient, leaf, v.view_as(leaf).to(leaf.dtype), retain_graph=True)
+        return product.flatten(1).double()
+
+    generator = torch.Generator().manual_seed(seed)
+    v = torch.randn(x.flatten(1).shape, generator=generator, dtype=torch.float64).to(x.device)
+    basis = [v / v.norm(dim=1, keepdim=True)]
+    products: list[Tensor] = []
+    for _ in range(min(steps or logits.shape[1], v.shape[1])):
+        products.append(hessian(basis[-1]))
+        v = products[-1]
+        for _repeat in range(2):
+            q = torch.stack(basis, dim=1)
+            v = v - torch.einsum("nmp,nm->np", q, torch.einsum("nmp,np->nm", q, v))
+        norm = v.norm(dim=1, keepdim=True)
+        # An exhausted Krylov space adds a zero vector, which adds an eigenvalue 0.
+        negligible = norm <= 1e-6 * products[-1].norm(dim=1, keepdim=True)
+        basis.append(torch.where(negligible, 0, v / norm.clamp(min=1e-300)))
+    q, hq = torch.stack(basis[: len(products)], dim=1), torch.stack(products, dim=1)
+    small = torch.einsum("nmp,nkp->nmk", q, hq)
+    return torch.linalg.eigvalsh((small + small.mT) / 2).abs().amax(dim=1)
+
+
+def _residual(log_probs: Tensor, labels: Tensor) -> Tensor:
+    residual = log_probs.exp()
+    return residual.scatter_add(1, labels[:, None], -torch.ones_like(residual[:, :1]))
+
+
+def _from_metric(metric: influence.MetricTensor, y: Tensor) -> dict[str, Tensor]:
+    """The scores that follow from the metric tensor of the image."""
+    log_p = metric.log_probs
+    p, rows = log_p.exp(), torch.arange(len(y), device=y.device)
+    exact = influence.first_order_influence(metric, y)
+    values = {
+        "predicted": log_p.argmax(1),
+        "p_label": p[rows, y],
+        "ceiling": exact.ceiling,
+        "rank": exact.rank[:, 0],
+        "exact": exact.fi[:, 0],
+        # Not -log P_y, which cannot tell apart what is within 1e-16 of 0.
+        "loss": exact.ceiling.log1p(),
+        # 1 - P_y from the other classes keeps its digits where P_y is near 1.
+        "el2n": (p.scatter(1, y[:, None], 0).square().sum(1) + (1 - p[rows, y]).square()).sqrt(),
+        "margin": 1 - p[rows, y] + p.scatter(1, y[:, None], 0).amax(1),
+        "max_softmax": p.scatter(1, log_p.argmax(1, keepdim=True), 0).sum(1),
+        "jacobian_norm": gradient_norm(metric, y),
+        "trace": metric.trace()[:, 0],
+        "lambda_max": metric.lambda_max()[:, 0],
+    }
+    for name, epsilon in (("released_1e-8", 1e-8), ("released_1e-3", 1e-3)):
+        estimator = influence.Released(epsilon=epsilon)
+        values[name] = influence.first_order_influence(metric, y, estimator=estimator).fi[:, 0]
+    return values
+
+
+def predicted_class_scores(model: nn.Module, split: Split, epsilon: float, device: torch.device) -> pd.DataFrame:
+    """FI of the whole image for f = -log P(y_pred), exact and released, and the losses, for each image of a split."""
+    parts = []
+    pieces = zip(split.images.split(_CHUNK), split.labels.split(_CHUNK), split.index.split(_CHUNK), strict=True)
+    for images, labels, index in progress_bar(
+        list(pieces), desc="FI of the predicted class", unit="batch", leave=False
+    ):
+        metric = influence.metric_tensor(model, training.pixels(images, device), wrt="input")
+        exact = influence.first_order_influence(metric)
+        released = influence.first_order_influence(metric, estimator=influence.Released(epsilon=epsilon))
+        true = influence.first_order_influence(metric, labels.to(device))
+        values = {
+            "image": index,
+            "label": labels,
+            "predicted": exact.labels,
+            "p_predicted": metric.log_probs.amax(1).exp(),
+            # log1p of the ceiling is -log P with all of its digits, also where P is within 1e-16 of 1.
+            "loss": true.ceiling.log1p(),
+            "margin": exact.ceiling.log1p(),
+            "ceiling": exact.ceiling,
+            "exact": exact.fi[:, 0],
+            "released": released.fi[:, 0],
+            "rank": exact.rank[:, 0],
+        }
+        parts.append(pd.DataFrame({name: value.cpu().numpy() for name, value in values.items()}))
+    frame = pd.concat(parts, ignore_index=True)
+    frame["position"] = positions(frame["label"].to_numpy())
+    return frame
+
+
+def positions(labels: np.ndarray) -> np.ndarray:
+    """Images of class i spread evenly over [i, i+1), in stored order: the x of the paper's Manhattan plots."""
+    x = labels.astype(np.float64)
+    for k in np.unique(labels):
+        members = np.flatnonzero(labels == k)
+        x[members] += np.arange(len(members)) / len(members)
+    return x
+
+
+def unit_scores(
+    model: nn.Module, split: Split, factors: dict[str, float], epsilons: tuple[float, ...], device: torch.device
+) -> pd.DataFrame:
+    """Exact FI, released FI for each e, Jacobian norm and trace of each image in each unit of the pixels."""
+    frames = []
+    for images, labels, index in zip(
+        split.images.split(64), split.labels.split(64), split.index.split(64), strict=True
+    ):
+        y = labels.to(device)
+        raw = influence.metric_tensor(model, training.pixels(images, device), wrt="input")
+        for unit, factor in factors.items():
+            metric = in_unit(raw, factor)
+            exact = influence.first_order_influence(metric, y)
+            found = [
+                ("exact", np.nan, exact.fi[:, 0], exact.rank[:, 0]),
+                ("jacobian_norm", np.nan, gradient_norm(metric, y), exact.rank[:, 0]),
+                ("trace", np.nan, metric.trace()[:, 0], exact.rank[:, 0]),
+            ]
+            for epsilon in epsilons:
+                released = influence.first_order_influence(metric, y, estimator=influence.Released(epsilon=epsilon))
+                found.append(("released", epsilon, released.fi[:, 0], released.rank[:, 0]))
+            for name, epsilon, value, rank in found:
+                columns = {"image": index, "loss": exact.ceiling.log1p(), "ceiling": exact.ceiling, "value": value}
+                columns["rank"] = rank
+                frame = pd.DataFrame({key: item.cpu().numpy() for key, item in columns.items()})
+                frames.append(frame.assign(unit=unit, score=name, epsilon=epsilon))
+    return pd.concat(frames, ignore_index=True)
+
+
+def in_unit(metric: influence.MetricTensor, factor: float) -> influence.MetricTensor:
+    """The metric tensor for omega / factor: its Grams times factor^2."""
+    return influence.MetricTensor(metric.log_probs, metric.gram * factor**2, metric.blocks, metric.dims, metric.dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import influence
-from influence.companion.artifacts import style
+from influence.companion import style
 from influence.companion.artifacts.common import bound
 from influence.companion.artifacts.sensitivity import fig_layers, fig_vulnerable_areas, fig_what_fi_measures
 from influence.companion.images import data

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..artifacts import style
+from .. import style
 
 _FAINT = 0.25  # share of the ceiling below which a map of its own scale shows more
 

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 
 import influence
 
+from ... import style
 from ...images.data import Split
 from ...ledger import cache
 from ...ledger.results import Run
 from ...scores.evaluation import mean_interval
 from ...zoo import training
 from ...zoo.finetuning import Arm
-from .. import style
 from ..common import dataset
 from ..overview import divergence
 from ..stability import comparison

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ... import style
 from ...images import outliers
 from ...images.data import DataError, Split
 from ...ledger import cache, paths
@@ -22,7 +23,6 @@ from ...scores.definition import influence_by_definition
 from ...scores.detection import detection, two_sample
 from ...scores.imagewise import predicted_class_scores
 from ...zoo import pretrained, training
-from .. import style
 from ..common import bound, classifier, dataset
 
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 import influence
 
+from ... import style
 from ...ledger import cache
 from ...ledger.results import Run
 from ...scores.detection import bootstrap_interval
 from ...scores.layerwise import score_layers
 from ...zoo import training
-from .. import style
 from ..common import bound, classifier, dataset
 from .common import manhattan
 

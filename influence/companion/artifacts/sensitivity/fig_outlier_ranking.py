@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 import influence
 from influence.progress import progress_bar
 
+from ... import style
 from ...images.data import Split
 from ...ledger import cache
 from ...ledger.results import Run
@@ -20,7 +21,6 @@ from ...scores.detection import agreement
 from ...scores.evaluation import rank_agreement
 from ...scores.imagewise import positions
 from ...zoo import training
-from .. import style
 from ..common import bound, classifier, dataset
 from .common import manhattan
 

@@ -10,13 +10,13 @@ import torch
 from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve, roc_curve
 
+from ... import style
 from ...images import outliers
 from ...ledger import cache
 from ...ledger.results import Run
 from ...scores import imagewise
 from ...scores.detection import detection
 from ...zoo import recipes, training
-from .. import style
 from ..common import bound, classifier, dataset
 
 STATES = ("before", "middle", "after")

@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 
 import influence
 
+from ... import style
 from ...ledger import cache
 from ...ledger.results import Run
 from ...scores.detection import bootstrap_interval, share_interval
 from ...scores.pixelwise import intervene, patch_maps
 from ...zoo import training
-from .. import style
 from ..common import bound, classifier, dataset
 
 # How pixels are ranked -> what it needs.

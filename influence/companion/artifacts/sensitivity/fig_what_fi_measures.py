@@ -13,13 +13,13 @@ from torch import nn
 
 import influence
 
+from ... import style
 from ...ledger import cache
 from ...ledger.results import Run
 from ...scores import imagewise
 from ...scores.detection import agreement
 from ...scores.layerwise import layer_noise_scores
 from ...zoo import training
-from .. import style
 from ..common import bound, classifier, dataset
 from . import fig_vulnerable_areas
 

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from influence.progress import progress_bar
 
+from ... import style
 from ...images.data import Split
 from ...ledger.results import Run
 from ...scores.evaluation import expected_calibration_error, mean_interval
 from ...zoo import recipes, training
-from .. import style
 from ..common import named
 
 

@@ -11,6 +11,7 @@ import torch
 
 from influence.progress import progress_bar
 
+from ... import style
 from ...images import distortions
 from ...images.data import Split
 from ...ledger import cache
@@ -18,7 +19,6 @@ from ...ledger.results import Run
 from ...scores.evaluation import mean_interval
 from ...zoo import finetuning, recipes, training
 from ...zoo.finetuning import Arm
-from .. import style
 from ..common import dataset
 
 ORIGINAL = distortions.ORIGINAL

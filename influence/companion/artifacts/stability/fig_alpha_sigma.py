@@ -10,9 +10,9 @@ import pandas as pd
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
+from ... import style
 from ...ledger.results import Run
 from ...zoo.finetuning import Arm
-from .. import style
 from . import comparison
 from .comparison import ORIGINAL
 

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ... import style
 from ...scores.evaluation import mean_interval
-from .. import style
 from .comparison import CONTROL, colours, label
 from .embeddings import NEGATIVE, POSITIVE
 

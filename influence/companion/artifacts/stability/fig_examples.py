@@ -5,9 +5,9 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ... import style
 from ...images import distortions
 from ...ledger.results import Run
-from .. import style
 from .comparison import CONTROL, label
 from .embeddings import POSITIVE, photographs
 

@@ -9,9 +9,9 @@ import pandas as pd
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
+from ... import style
 from ...scores.evaluation import mean_interval
 from ...zoo.finetuning import Arm
-from .. import style
 from . import comparison
 from .comparison import ORIGINAL, label, standard
 from .fig_alpha_sigma import _DIVERGING

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ... import style
 from ...ledger.results import Run
 from ...scores.evaluation import mean_interval
 from ...zoo.finetuning import Arm
-from .. import style
 from . import comparison
 from .comparison import ORIGINAL, colours, label
 

@@ -9,8 +9,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
+from ... import style
 from ...scores.evaluation import mean_interval
-from .. import style
 from .comparison import CONTROL, colours, label
 from .embeddings import POSITIVE
 

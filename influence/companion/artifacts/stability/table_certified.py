@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from ... import style
 from ...images.data import Split
 from ...ledger import cache
 from ...ledger.results import Run
@@ -16,7 +17,6 @@ from ...scores import attacks, smoothing
 from ...scores.evaluation import mean_interval
 from ...zoo import training
 from ...zoo.finetuning import Arm
-from .. import style
 from ..common import dataset
 from . import comparison
 from .comparison import colours, label

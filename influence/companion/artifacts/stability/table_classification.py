@@ -9,8 +9,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ... import style
 from ...ledger.results import Run
-from .. import style
 from . import comparison, fig_jpeg_quality
 from .comparison import colours, label, standard
 

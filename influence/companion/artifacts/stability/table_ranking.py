@@ -9,13 +9,13 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from ... import style
 from ...images import data, distortions
 from ...ledger import cache
 from ...ledger.results import Run
 from ...scores.evaluation import mean_interval
 from ...zoo import training
 from ...zoo.embedding import EmbeddingArm
-from .. import style
 from . import comparison
 from .comparison import colours, label
 from .embeddings import embed, embeddings, photographs

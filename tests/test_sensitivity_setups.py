@@ -191,7 +191,7 @@ def test_practice_takes_the_cheapest_of_the_best() -> None:
 
 def test_bound_keeps_the_module() -> None:
     call = bound(layerwise.score_layers, network(), None, epsilon=1e-3)
-    assert call.__module__ == "influence.companion.layerwise"
+    assert call.__module__ == "influence.companion.scores.layerwise"
 
 
 def test_notebooks_show_figures_as_small_pictures() -> None:

@@ -159,7 +159,7 @@ def test_training_learns_and_keeps_the_best_validation_accuracy(
 
 KILLED = """
 import os, signal
-from influence.companion import data
+from influence.companion.images import data
 from influence.companion.zoo import training
 from influence.companion.zoo.recipes import Recipe
 from test_zoo import TINY
@@ -440,7 +440,7 @@ SIDE_BY_SIDE = """
 import sys
 from pathlib import Path
 import torch
-from influence.companion import paths
+from influence.companion.ledger import paths
 from influence.companion.zoo import published, recipes
 import test_zoo
 

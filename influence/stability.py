@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -37,8 +38,8 @@ def stability_loss(
     clean prediction), with ``stop_gradient`` their gradients are equal. For x' = x + eps, eps ~ N(0, sigma^2 I),
     E D_kl = (sigma^2 / 2) tr G(x) + O(sigma^4), G the metric tensor of an input perturbation.
 
-    Computed from the logits in float64 and returned in their dtype (float32 for half precision): the KL of two close
-    distributions is a difference of second order, of which float32 would keep nothing.
+    Computed in float64 and returned in the logits' dtype (float32 for half precision): of the KL of two close
+    distributions, a difference of second order, float32 would keep nothing.
 
     Args:
         logits: ``(N, K)`` of the clean inputs.
@@ -66,9 +67,7 @@ def stability_loss(
         >>> round(stability_loss(z, z, torch.tensor([0]), alpha=1.0).item(), 4)
         0.1269
     """
-    _require_number(alpha, name="alpha", hint="alpha weights a penalty; use 0 for plain training.")
-    if divergence not in ("kl", "ce"):
-        raise ValueError(f"divergence must be 'kl' or 'ce', got {divergence!r}.")
+    _require_settings(divergence, alpha=alpha)
     require_logits(logits, name="logits", values=validate)
     require_logits(logits_perturbed, name="logits_perturbed", values=validate)
     _require_same_shape(logits=logits, logits_perturbed=logits_perturbed)
@@ -126,8 +125,8 @@ def triplet_loss(
 
     .. math:: L_0 = \frac1N \sum_n \max\bigl(0,\; g + \|f(q) - f(p^+)\|_2 - \|f(q) - f(p^-)\|_2\bigr)
 
-    (Zheng et al. 2016, section 3, similar-image ranking): the task loss that the stability term stands beside. The
-    distances are those of the stability term, not squared, with gradient 0 where two embeddings agree.
+    (Zheng et al. 2016, section 3, similar-image ranking): the task loss that the stability term stands beside, with the
+    distances of that term.
 
     Args:
         query: ``(N, D)`` embeddings.
@@ -147,7 +146,7 @@ def triplet_loss(
         >>> triplet_loss(torch.tensor([[0.0]]), torch.tensor([[1.0]]), torch.tensor([[3.0]]), margin=2.5)
         tensor(0.5000)
     """
-    _require_number(margin, name="margin", hint="margin is a distance.")
+    _require_settings(margin=margin)
     _require_embeddings(validate, query=query, positive=positive, negative=negative)
     gap = _distance(query, positive) - _distance(query, negative)
     return (margin + gap).clamp(min=0).mean().to(_result_dtype(query))
@@ -159,11 +158,12 @@ class StabilityObjective:
 
     Draws fresh noise, runs the model on the clean and on the noisy images in one pass (so that batch normalisation in
     training mode sees both together), and returns ``stability_loss``. Dropout in training mode gives the branches masks
-    of their own; put the model into evaluation mode to have them differ by the noise alone.
+    of their own; put the model into evaluation mode to have them differ by the noise alone. A bad setting is refused
+    with ValueError.
 
     Attributes:
-        alpha: Weight of the stability term.
-        sigma: Standard deviation of the noise, in the unit of the pixels.
+        alpha: As for ``stability_loss``, like ``divergence`` and ``stop_gradient``.
+        sigma: As for ``gaussian_perturbation``, like ``clip`` and ``generator``.
         divergence: ``"kl"`` or ``"ce"``.
         stop_gradient: Treat the clean output as a constant in the stability term.
         clip: Range of the pixels; None does not clip.
@@ -188,26 +188,15 @@ class StabilityObjective:
     validate: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse a bad setting before the first step.
-
-        Raises:
-            ValueError: For alpha or sigma < 0 or not finite, or an unknown divergence.
-        """
-        _require_number(self.alpha, name="alpha", hint="alpha weights a penalty; use 0 for plain training.")
-        _require_number(self.sigma, name="sigma", hint="sigma is a standard deviation; use 0 for no noise.")
-        if self.divergence not in ("kl", "ce"):
-            raise ValueError(f"divergence must be 'kl' or 'ce', got {self.divergence!r}.")
+        _require_settings(self.divergence, alpha=self.alpha, sigma=self.sigma)
 
     def __call__(self, model: Callable[[Tensor], object], x: Tensor, labels: Tensor) -> Tensor:
-        """The loss of a batch.
+        """The loss of a batch: the mean, a scalar.
 
         Args:
             model: Images to logits ``(N, K)``, or to an object with ``.logits``.
             x: ``(N, ...)`` images within ``clip``.
             labels: ``(N,)`` integer classes.
-
-        Returns:
-            The mean over the batch, a scalar.
 
         Raises:
             TypeError, ValueError: For whatever ``gaussian_perturbation`` and ``stability_loss`` refuse.
@@ -217,15 +206,8 @@ class StabilityObjective:
         )
         both = require_logits(model(torch.cat([x, noisy])), examples=2 * len(x), values=False)
         clean, perturbed = both.chunk(2)
-        return stability_loss(
-            clean,
-            perturbed,
-            labels,
-            alpha=self.alpha,
-            divergence=self.divergence,
-            stop_gradient=self.stop_gradient,
-            validate=self.validate,
-        )
+        loss = partial(stability_loss, alpha=self.alpha, divergence=self.divergence, stop_gradient=self.stop_gradient)
+        return loss(clean, perturbed, labels, validate=self.validate)
 
 
 def gaussian_perturbation(
@@ -259,13 +241,18 @@ def gaussian_perturbation(
         >>> gaussian_perturbation(torch.full((2,), 0.5), sigma=0.0)
         tensor([0.5000, 0.5000])
     """
-    _require_number(sigma, name="sigma", hint="sigma is a standard deviation; use 0 for no noise.")
+    _require_settings(sigma=sigma)
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be floating images, got {_kind(x)}. Convert 0..255 with x.float() / 255.")
     if clip is not None and not clip[0] < clip[1]:
         raise ValueError(f"clip must be (low, high) with low < high, got {clip}.")
     if validate:
-        _require_pixels(x, clip)
+        require_finite(x, name="x", hint="Check the images.")
+        if clip is not None and x.numel() and (x.min() < clip[0] or x.max() > clip[1]):
+            raise ValueError(
+                f"x must lie within clip = {clip}, got values from {x.min().item():.6g} to {x.max().item():.6g}. "
+                "Perturb pixels before normalising them, or state their range in clip."
+            )
     device = x.device if generator is None else generator.device
     # Half precision would round the noise itself: draw in float32 at least.
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -276,15 +263,6 @@ def gaussian_perturbation(
         if not validate:
             noisy = noisy.masked_fill((x < clip[0]) | (x > clip[1]), torch.nan)
     return noisy.to(x.dtype)
-
-
-def _require_pixels(x: Tensor, clip: tuple[float, float] | None) -> None:
-    require_finite(x, name="x", hint="Check the images.")
-    if clip is not None and x.numel() and (x.min() < clip[0] or x.max() > clip[1]):
-        raise ValueError(
-            f"x must lie within clip = {clip}, got values from {x.min().item():.6g} to {x.max().item():.6g}. "
-            "Perturb pixels before normalising them, or state their range in clip."
-        )
 
 
 def _distance(first: Tensor, second: Tensor) -> Tensor:
@@ -315,9 +293,12 @@ def _kind(value: object) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
-def _require_number(value: float, *, name: str, hint: str) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and >= 0, got {value}. {hint}")
+def _require_settings(divergence: str = "kl", **numbers: float) -> None:
+    for name, value in numbers.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be finite and >= 0, got {value}. Use 0 for none.")
+    if divergence not in ("kl", "ce"):
+        raise ValueError(f"divergence must be 'kl' or 'ce', got {divergence!r}.")
 
 
 def _require_same_shape(**tensors: Tensor) -> None:

@@ -97,12 +97,11 @@ class MetricTensor:
         from safetensors import safe_open
 
         with safe_open(path, framework="pt", device=device) as file:
-            metadata = file.metadata() or {}
-            if set(file.keys()) != set(_TENSORS) or not {"blocks", "dtype"} <= set(metadata):
-                raise ValueError(f"{path} is no metric tensor: it holds {sorted(file.keys())[:10]}.")
-            tensors = {name: file.get_tensor(name) for name in _TENSORS}
+            found, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        if set(found) != set(_TENSORS) or not {"blocks", "dtype"} <= set(metadata):
+            raise ValueError(f"{path} is no metric tensor: it holds {sorted(found)[:10]}.")
         dtype = getattr(torch, metadata["dtype"].removeprefix("torch."))
-        return cls(**tensors, blocks=tuple(json.loads(metadata["blocks"])), dtype=dtype)
+        return cls(**found, blocks=tuple(json.loads(metadata["blocks"])), dtype=dtype)
 
     def contrast_gram(self) -> Tensor:
         """Gram of the contrasts z_k - z_r with the predicted class r, ``(N, B, K, K)``; row and column r are zero."""
@@ -282,26 +281,26 @@ def _parameter_blocks(
     def names(members: Iterable[nn.Parameter]) -> list[str]:
         return [canonical[id(p)] for p in members if id(p) in canonical]
 
+    expected = (
+        f"wrt must be one of {_WRT}, 'input:NAME', Patches(...) or a list of module or parameter names, got {wrt!r}."
+    )
     if isinstance(wrt, str):
         if wrt not in _WRT:
             hint = f" To perturb it pass the list [{wrt!r}]." if wrt in modules or wrt in single else ""
-            raise ValueError(
-                f"wrt must be one of {_WRT}, 'input:NAME', Patches(...) or a list of names of modules and parameters, "
-                f"got {wrt!r}.{hint}"
-            )
+            raise ValueError(expected + hint)
         if not parameters:
             raise ValueError(f"wrt={wrt!r} needs a model with {kind}, got one without. Use wrt='input'.")
         owned = {name: names(module.parameters(recurse=False)) for name, module in modules.items()}
         layers = {name: group for name, group in owned.items() if group}
         groups = layers if wrt == "layers" else {"parameters": list(parameters)}
     elif not isinstance(wrt, Sequence) or not all(isinstance(name, str) for name in wrt):
-        raise TypeError(f"wrt must be one of {_WRT}, 'input:NAME', Patches(...) or a list of names, got {wrt!r}.")
+        raise TypeError(expected)
     elif not wrt or len(set(wrt)) < len(wrt):
         raise ValueError(f"wrt must list at least one module, each once, got {list(wrt)}.")
     else:
         unknown = [name for name in wrt if name not in modules and name not in single]
         if unknown:
-            known = [known for known in modules if known]
+            known = list(modules)[1:]  # without the model itself
             raise ValueError(
                 f"unknown module {unknown[0]!r}: the model has {known[:20]}{' ...' if len(known) > 20 else ''}. "
                 "Take names from model.named_modules() or model.named_parameters()."

@@ -36,23 +36,12 @@ def trace(
     each chunk, which proves that its examples are independent), with a relative standard deviation of at most
     sqrt(2 / m). From m = K - 1 on the exact trace costs no more.
 
-    Args:
-        model: As for ``metric_tensor``, like ``x``, ``wrt`` and ``trainable_only``.
-        x: The examples.
-        wrt: What is perturbed; the blocks are in the same order.
-        trainable_only: Whether to leave out parameters that require no gradient.
-        samples: m. None: the exact trace, from ``metric_tensor``.
-        generator: Where the signs come from, one seed for each example, so that they do not depend on the chunks; None:
-            PyTorch's default one.
-        chunk_size: Examples computed at once. None: chosen, and half of it again each time memory runs out.
+    Takes and refuses what ``metric_tensor`` does; the blocks are in the same order. ``samples`` is m >= 1; None takes
+    the exact trace of the metric tensor. ``generator`` (None: PyTorch's default one) gives one seed for each example,
+    so that the signs do not depend on the chunks.
 
     Returns:
         ``(N, B)`` float64, in (unit of omega)^-2; sigma^2 / 2 times it is the mean KL under N(0, sigma^2 I).
-
-    Raises:
-        TypeError: As ``metric_tensor``.
-        ValueError: As ``metric_tensor``, or for samples below 1.
-        RuntimeError: As ``metric_tensor``.
 
     Example:
         >>> model = nn.Linear(5, 1000)
@@ -97,20 +86,12 @@ def worst_direction(
     Of v and -v it is the one along which the loss -log P of the predicted class rises; where that is level along v,
     either one. Where the largest eigenvalue is not alone, it is one of its unit eigenvectors.
 
-    Args:
-        model: As for ``metric_tensor``, like ``x`` and ``chunk_size``.
-        x: The examples.
-        wrt: "input", or "input:NAME" where x holds several floating tensors.
-        chunk_size: Examples computed at once.
+    Takes and refuses what ``metric_tensor`` does, but ``wrt`` is "input", or "input:NAME" where x holds several
+    floating tensors; another is a ValueError.
 
     Returns:
         The direction, like the perturbed tensor, of unit Euclidean norm for each example (zero where no direction moves
         the output), and ``(N,)`` float64, the largest eigenvalue of G, in (unit of x)^-2.
-
-    Raises:
-        TypeError: As ``metric_tensor``.
-        ValueError: As ``metric_tensor``, or for another ``wrt``.
-        RuntimeError: As ``metric_tensor``.
 
     Example:
         >>> direction, value = worst_direction(nn.Linear(5, 3), torch.zeros(2, 5))

@@ -96,17 +96,8 @@ def embedding_stability_loss(
 
     .. math:: L = \frac1N \sum_n \| f(x_n) - f(x'_n) \|_2
 
-    (Zheng et al. 2016, section 3, feature embeddings): not squared, one norm for each example. Where the two
-    embeddings agree the gradient is 0, the subgradient of least norm.
-
-    Args:
-        z: ``(N, D)`` embeddings of the clean inputs.
-        z_perturbed: ``(N, D)`` embeddings of the perturbed inputs.
-        distance: ``"l2"``.
-        validate: As for ``stability_loss``.
-
-    Returns:
-        The mean over the batch, a scalar in the unit of the embedding.
+    (Zheng et al. 2016, section 3, feature embeddings) of ``(N, D)`` embeddings of both, in their unit: not squared, one
+    norm for each example, with gradient 0 where the two agree. ``validate`` is that of ``stability_loss``.
 
     Raises:
         TypeError: If an embedding is not floating.
@@ -125,18 +116,8 @@ def triplet_loss(
 
     .. math:: L_0 = \frac1N \sum_n \max\bigl(0,\; g + \|f(q) - f(p^+)\|_2 - \|f(q) - f(p^-)\|_2\bigr)
 
-    (Zheng et al. 2016, section 3, similar-image ranking): the task loss that the stability term stands beside, with the
-    distances of that term.
-
-    Args:
-        query: ``(N, D)`` embeddings.
-        positive: ``(N, D)`` embeddings of the images that are more similar to the queries.
-        negative: ``(N, D)`` embeddings of the less similar ones.
-        margin: g, in the unit of the embedding, >= 0.
-        validate: As for ``stability_loss``.
-
-    Returns:
-        The mean over the batch, a scalar.
+    (Zheng et al. 2016, section 3, similar-image ranking) of ``(N, D)`` embeddings, with margin g >= 0 in their unit:
+    the task loss that the stability term stands beside. ``validate`` is that of ``stability_loss``.
 
     Raises:
         TypeError: If an embedding is not floating.
@@ -158,18 +139,12 @@ class StabilityObjective:
 
     Draws fresh noise, runs the model on the clean and on the noisy images in one pass (so that batch normalisation in
     training mode sees both together), and returns ``stability_loss``. Dropout in training mode gives the branches masks
-    of their own; put the model into evaluation mode to have them differ by the noise alone. A bad setting is refused
-    with ValueError.
+    of their own; put the model into evaluation mode to have them differ by the noise alone.
 
-    Attributes:
-        alpha: As for ``stability_loss``, like ``divergence`` and ``stop_gradient``.
-        sigma: As for ``gaussian_perturbation``, like ``clip`` and ``generator``.
-        divergence: ``"kl"`` or ``"ce"``.
-        stop_gradient: Treat the clean output as a constant in the stability term.
-        clip: Range of the pixels; None does not clip.
-        generator: Source of the noise; None draws from PyTorch's global one.
-        validate: Look at the values of images, logits and labels in every step, for which the host waits for a GPU
-            each time. Without it what they refuse makes the loss NaN; look at the first batch, then leave it.
+    ``alpha``, ``divergence`` and ``stop_gradient`` are those of ``stability_loss``, ``sigma``, ``clip`` and
+    ``generator`` those of ``gaussian_perturbation``; a bad one is a ValueError. ``validate`` looks at the values of
+    images, logits and labels in every step, for which the host waits for a GPU each time. Without it what they refuse
+    makes the loss NaN; look at the first batch, then leave it.
 
     Example:
         >>> objective = StabilityObjective(alpha=1.0, sigma=0.1)
@@ -191,15 +166,12 @@ class StabilityObjective:
         _require_settings(self.divergence, alpha=self.alpha, sigma=self.sigma)
 
     def __call__(self, model: Callable[[Tensor], object], x: Tensor, labels: Tensor) -> Tensor:
-        """The loss of a batch: the mean, a scalar.
+        """The mean loss of a batch; refuses what ``gaussian_perturbation`` and ``stability_loss`` refuse.
 
         Args:
             model: Images to logits ``(N, K)``, or to an object with ``.logits``.
             x: ``(N, ...)`` images within ``clip``.
             labels: ``(N,)`` integer classes.
-
-        Raises:
-            TypeError, ValueError: For whatever ``gaussian_perturbation`` and ``stability_loss`` refuse.
         """
         noisy = gaussian_perturbation(
             x, sigma=self.sigma, generator=self.generator, clip=self.clip, validate=self.validate
@@ -220,8 +192,8 @@ def gaussian_perturbation(
 ) -> Tensor:
     """Add fresh Gaussian noise to images and clip: x' = clip(x + eps), eps ~ N(0, sigma^2 I).
 
-    Zheng et al. 2016, section 3: the same perturbation for every task. The noise belongs in pixel space, before any
-    normalisation, which is why images outside ``clip`` are refused.
+    Zheng et al. 2016, section 3. The noise belongs in pixel space, before any normalisation, which is why images
+    outside ``clip`` are refused. The result has the shape, dtype and device of the images.
 
     Args:
         x: Images, any shape, floating, within ``clip``.
@@ -229,9 +201,6 @@ def gaussian_perturbation(
         generator: Source of the noise, on any device; None draws from PyTorch's global one.
         clip: Range of the pixels; None does not clip.
         validate: Look at the pixels, for which the host waits for a GPU. Without it those outside ``clip`` become NaN.
-
-    Returns:
-        The perturbed images, same shape, dtype and device.
 
     Raises:
         TypeError: If the images are not floating.

@@ -22,7 +22,7 @@ def require_finite(tensor: Tensor, *, name: str, hint: str) -> None:
     if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
         return
     bad = ~torch.isfinite(tensor)
-    first = tuple(int(i) for i in bad.nonzero()[0])
+    first = tuple(bad.nonzero()[0].tolist())
     raise ValueError(
         f"{name} must be finite, got {int(bad.sum())} NaN or infinite entries of {tensor.numel()}, "
         f"the first at index {first}. {hint}"
@@ -34,11 +34,8 @@ def require_logits(
 ) -> Tensor:
     """Unwrap and check logits: a tensor ``(N, K)``, or an object with such ``.logits``.
 
-    Args:
-        output: What the model returned.
-        examples: N, where it is known.
-        name: How the messages name the tensor.
-        values: Whether to look at the entries, for which a GPU's work is waited for.
+    N is ``examples`` where it is known. The messages call it ``name``. Without ``values`` the entries are not looked
+    at, for which a GPU's work would be waited for.
 
     Raises:
         TypeError: If there is no floating tensor of logits.

@@ -88,8 +88,8 @@ class Influence:
         alignment: ``(N, B)`` float64 in [0, 1], exact FI / ceiling: the part that depends on the perturbation, whatever
             the estimator. 0 where the perturbation moves nothing.
         rank: ``(N, B)`` int64, the directions used: the rank of G; for ``Released`` the singular values above its cut.
-        near_cut: ``(N, B)`` bool, whether rounding may have moved a direction across the cut (of the Jacobian, each row
-            by a few hundred eps of its precision, or of the float64 Gram), or made all that separates FI from its
+        near_cut: ``(N, B)`` bool, whether rounding (of the Jacobian, each row by a few hundred eps of its precision, or
+            of the float64 Gram) may have moved a direction across the cut, or made all that separates FI from its
             ceiling; compute these examples in float64 where it matters.
         labels: ``(N,)`` int64, y.
         blocks: B names.
@@ -275,7 +275,7 @@ def _reach(problems: _Problems, rows: Tensor, cut: Tensor, *, penalty: float = 0
 
 
 def _released(problems: _Problems, factor: Factor, diagonal: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
-    """FI, kept singular values and nearness to the cut of ``Released``, also from the Gram's ``diagonal``.
+    """FI, kept singular values and nearness to the cut of ``Released``; ``diagonal`` is that of the Gram.
 
     grad f is (sqrt(P_y) + e) / (P_y + e) times column y of L0, so with L0^T = U S V^T its FI is that factor squared
     times the squared length of row y of U on the kept directions. U and S come from L0^T in the coordinates of the

@@ -281,9 +281,7 @@ def _parameter_blocks(
     def names(members: Iterable[nn.Parameter]) -> list[str]:
         return [canonical[id(p)] for p in members if id(p) in canonical]
 
-    expected = (
-        f"wrt must be one of {_WRT}, 'input:NAME', Patches(...) or a list of module or parameter names, got {wrt!r}."
-    )
+    expected = f"wrt must be one of {_WRT}, 'input:NAME', Patches(...) or a list of modules or parameters, got {wrt!r}."
     if isinstance(wrt, str):
         if wrt not in _WRT:
             hint = f" To perturb it pass the list [{wrt!r}]." if wrt in modules or wrt in single else ""
@@ -319,10 +317,6 @@ def _parameter_blocks(
     return groups, parameters
 
 
-def _call(function: Callable[..., object], preserve_rng_state: bool, *args: object) -> object:
-    return function(*args)
-
-
 @contextmanager
 def exact_autograd(model: nn.Module, perturbed: Sequence[nn.Parameter]) -> Iterator[None]:
     """Record all that autograd needs, in full precision, for these parameters only; afterwards all is as before."""
@@ -345,7 +339,7 @@ def exact_autograd(model: nn.Module, perturbed: Sequence[nn.Parameter]) -> Itera
         # parameters inside it from the graph: what it holds is called as it is.
         with (
             torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext(),
-            patch.object(CheckpointFunction, "apply", _call),
+            patch.object(CheckpointFunction, "apply", lambda function, preserve_rng_state, *args: function(*args)),
             torch.inference_mode(False),
             torch.enable_grad(),
         ):

@@ -58,19 +58,13 @@ def trace(
     def compute(chosen: slice) -> Tensor:
         def rows(logits: Tensor) -> ScoreSums:
             log_probs = torch.log_softmax(logits.detach().double(), dim=1)
-            signs = torch.stack([_signs(seed, samples, logits.shape[1]) for seed in seeds[chosen]])
-            roots = (0.5 * log_probs).exp()[:, None]
-            return ScoreSums.of(log_probs, signs.to(roots) * roots)
+            roots, shape = (0.5 * log_probs).exp()[:, None], (samples, logits.shape[1])
+            drawn = [torch.randint(2, shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds[chosen]]
+            return ScoreSums.of(log_probs, (2 * torch.stack(drawn) - 1).to(roots) * roots)
 
         return engine(inputs[chosen], rows)[1].diagonal(dim1=-2, dim2=-1).mean(dim=-1)
 
     return torch.cat(in_parts(compute, model, inputs, engine, passes=samples, chunk_size=chunk_size))
-
-
-def _signs(seed: int, samples: int, classes: int) -> Tensor:
-    """Random signs ``(m, K)`` of one example."""
-    drawn = torch.randint(2, (samples, classes), generator=torch.Generator().manual_seed(seed))
-    return 2 * drawn - 1
 
 
 def worst_direction(

@@ -105,8 +105,8 @@ def embedding_stability_loss(
     """
     if distance != "l2":
         raise ValueError(f"distance must be 'l2', got {distance!r}.")
-    _require_embeddings(validate, z=z, z_perturbed=z_perturbed)
-    return _distance(z, z_perturbed).mean().to(_result_dtype(z))
+    clean, perturbed = _embeddings(validate, z=z, z_perturbed=z_perturbed)
+    return torch.linalg.vector_norm(clean - perturbed, dim=1).mean().to(_result_dtype(z))
 
 
 def triplet_loss(
@@ -128,9 +128,9 @@ def triplet_loss(
         tensor(0.5000)
     """
     _require_settings(margin=margin)
-    _require_embeddings(validate, query=query, positive=positive, negative=negative)
-    gap = _distance(query, positive) - _distance(query, negative)
-    return (margin + gap).clamp(min=0).mean().to(_result_dtype(query))
+    anchor, *others = _embeddings(validate, query=query, positive=positive, negative=negative)
+    near, far = (torch.linalg.vector_norm(anchor - other, dim=1) for other in others)
+    return (margin + (near - far)).clamp(min=0).mean().to(_result_dtype(query))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,11 +234,8 @@ def gaussian_perturbation(
     return noisy.to(x.dtype)
 
 
-def _distance(first: Tensor, second: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(_widen(first) - _widen(second), dim=1)
-
-
-def _require_embeddings(validate: bool, **embeddings: Tensor) -> None:
+def _embeddings(validate: bool, **embeddings: Tensor) -> list[Tensor]:
+    """The embeddings, checked and widened."""
     for name, value in embeddings.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise TypeError(f"{name} must be a floating tensor (N, D), got {_kind(value)}.")
@@ -247,6 +244,7 @@ def _require_embeddings(validate: bool, **embeddings: Tensor) -> None:
         if validate:
             require_finite(value, name=name, hint="Check the inputs and the weights.")
     _require_same_shape(**embeddings)
+    return [_widen(value) for value in embeddings.values()]
 
 
 def _widen(tensor: Tensor) -> Tensor:

@@ -29,9 +29,8 @@ _PIVOT_BAND = 10.0
 class Exact:
     """FI = grad f^T G^+ grad f with the pseudo-inverse of exact arithmetic (Shu & Zhu 2019, section 2).
 
-    Attributes:
-        rtol: Tolerance in [0, 1) on the pivots of the contrast Gram, relative to its largest, below which a direction
-            counts as absent. None: from the precision of the Jacobian, ``metric.default_rtol``.
+    ``rtol`` in [0, 1) is the tolerance on the pivots of the contrast Gram, relative to its largest, below which a
+    direction counts as absent. None: from the precision of the Jacobian, ``metric.default_rtol``.
     """
 
     rtol: float | None = None
@@ -47,10 +46,7 @@ class Released:
 
     With e = epsilon, L0 has columns dP_k / (sqrt(P_k) + e), grad f = dP_y / (P_y + e), only singular values of L0
     above e are kept (an absolute cut, in the unit of omega^-1), and FI = 0 when none is. Inputs there are raw 0..255
-    pixels, and below the cut is the noise of float32.
-
-    Attributes:
-        epsilon: e > 0; 1e-3 there, 1e-8 in the outlier simulation.
+    pixels, below the cut is the noise of float32, and e is 1e-3, or 1e-8 in the outlier simulation.
     """
 
     epsilon: float = 1e-3
@@ -64,8 +60,7 @@ class Released:
 class Regularised:
     """FI_lambda = grad f^T (G + lambda I)^-1 grad f: from FI (lambda -> 0) to |grad f|^2 / lambda.
 
-    Attributes:
-        lam: lambda > 0, in the unit of G, (unit of omega)^-2.
+    ``lam`` > 0 is lambda, in the unit of G, (unit of omega)^-2.
     """
 
     lam: float

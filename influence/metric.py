@@ -141,10 +141,7 @@ class MetricTensor:
         """Rank of G, ``(N, B)`` int64, at most K - 1.
 
         Decided on the contrasts of the logits: it depends neither on the unit of omega nor on how sure the network is.
-
-        Args:
-            rtol: Tolerance on the pivots (squared lengths) of the contrast Gram relative to its largest; None takes
-                ``default_rtol``.
+        ``rtol`` is the tolerance on their pivots (squared lengths), relative to the largest; None: ``default_rtol``.
         """
         examples, blocks, classes, _ = self.gram.shape
         rtol = default_rtol(self.dtype, classes=classes) if rtol is None else rtol

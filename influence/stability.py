@@ -166,12 +166,9 @@ class StabilityObjective:
         _require_settings(self.divergence, alpha=self.alpha, sigma=self.sigma)
 
     def __call__(self, model: Callable[[Tensor], object], x: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss of a batch; refuses what ``gaussian_perturbation`` and ``stability_loss`` refuse.
+        """The mean loss of images ``(N, ...)`` and classes ``(N,)``; ``model`` maps images to logits ``(N, K)``.
 
-        Args:
-            model: Images to logits ``(N, K)``, or to an object with ``.logits``.
-            x: ``(N, ...)`` images within ``clip``.
-            labels: ``(N,)`` integer classes.
+        Refuses what ``gaussian_perturbation`` and ``stability_loss`` refuse.
         """
         noisy = gaussian_perturbation(
             x, sigma=self.sigma, generator=self.generator, clip=self.clip, validate=self.validate

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_RECURRENT = (nn.RNN, nn.LSTM, nn.GRU)
+
+def require_count(**values: object) -> None:
+    """Refuse with ValueError what is neither None nor a whole number >= 1."""
+    for name, value in values.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}. Use None for the default.")
 
 
 def require_finite(tensor: Tensor, *, name: str, hint: str) -> None:
-    """Refuse NaN and infinity in a floating tensor.
-
-    Raises:
-        ValueError: If an entry is not finite; the message counts them and says where the first one is.
-    """
+    """Refuse NaN and infinity in a floating tensor with ValueError: how many, and where the first one is."""
     if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
         return
     bad = ~torch.isfinite(tensor)
-    first = tuple(int(i) for i in bad.nonzero()[0])
+    first = tuple(bad.nonzero()[0].tolist())
     raise ValueError(
         f"{name} must be finite, got {int(bad.sum())} NaN or infinite entries of {tensor.numel()}, "
         f"the first at index {first}. {hint}"
@@ -30,16 +32,10 @@ def require_finite(tensor: Tensor, *, name: str, hint: str) -> None:
 def require_logits(
     output: Any, *, examples: int | None = None, name: str = "the model's output", values: bool = True
 ) -> Tensor:
-    """Unwrap and check logits of shape ``(N, K)``.
+    """Unwrap and check logits: a tensor ``(N, K)``, or an object with such ``.logits``.
 
-    Args:
-        output: A tensor, or an object with a ``.logits`` tensor.
-        examples: N, where it is known.
-        name: How the messages name the tensor.
-        values: Whether to look at the entries, for which a GPU's work is waited for.
-
-    Returns:
-        The logits, ``(N, K)``.
+    N is ``examples`` where it is known. The messages call it ``name``. Without ``values`` the entries are not looked
+    at, for which a GPU's work would be waited for.
 
     Raises:
         TypeError: If there is no floating tensor of logits.
@@ -53,8 +49,8 @@ def require_logits(
         )
     if not logits.is_floating_point():
         raise TypeError(f"{name} must be floating logits, got {logits.dtype}. Return scores, not classes.")
-    expected = "(N, K)" if examples is None else f"(N, K) with N = {examples}"
     if logits.ndim != 2 or (examples is not None and logits.shape[0] != examples):
+        expected = "(N, K)" if examples is None else f"(N, K) with N = {examples}"
         raise ValueError(
             f"{name} must have shape {expected}, got {tuple(logits.shape)}. "
             "Return one row of K class logits for each example."
@@ -97,32 +93,24 @@ def require_labels(
 
 
 def require_deterministic(model: nn.Module) -> None:
-    """Refuse a model whose examples influence each other or whose output is random.
+    """Refuse with RuntimeError a model whose examples influence each other or whose output is random.
 
-    Raises:
-        RuntimeError: For BatchNorm or Dropout (also inside attention and recurrent layers) in training mode, and
-            for BatchNorm without running statistics, which mixes the examples of a batch in any mode.
+    That is BatchNorm or Dropout (also inside attention and recurrent layers) in training mode, and in any mode
+    BatchNorm without running statistics.
     """
     for name, module in model.named_modules():
-        kind, where = type(module).__name__, name or "the model itself"
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            if module.training:
-                _refuse_training(kind, where)
-            if module.running_mean is None:
-                raise RuntimeError(
-                    f"{kind} at {where!r} has no running statistics: it mixes the examples of a batch even in "
-                    "evaluation mode, so no example has a Jacobian of its own. Use track_running_stats=True."
-                )
-        elif module.training:
-            random = isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU)) or (
-                isinstance(module, (nn.MultiheadAttention, *_RECURRENT)) and module.dropout > 0
+        where = f"{type(module).__name__} at {name or 'the model itself'!r}"
+        batch_norm = nn.modules.batchnorm._BatchNorm
+        changes = isinstance(module, batch_norm | nn.modules.dropout._DropoutNd | nn.RReLU) or (
+            isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0
+        )
+        if module.training and changes:
+            raise RuntimeError(
+                f"expected a model in evaluation mode, got {where} in training mode: its output is random or depends "
+                "on the other examples. Call model.eval() first."
             )
-            if random:
-                _refuse_training(kind, where)
-
-
-def _refuse_training(kind: str, where: str) -> None:
-    raise RuntimeError(
-        f"expected a model in evaluation mode, got {kind} at {where!r} in training mode: its output is random or "
-        "depends on the other examples. Call model.eval() first."
-    )
+        if isinstance(module, batch_norm) and module.running_mean is None:
+            raise RuntimeError(
+                f"{where} has no running statistics: it mixes the examples of a batch even in evaluation mode, so no "
+                "example has a Jacobian of its own. Use track_running_stats=True."
+            )

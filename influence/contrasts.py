@@ -1,52 +1,24 @@
-"""The K - 1 contrasts of the logits with the predicted class."""
+"""Linear combinations of the logits whose gradients are the rows of a Jacobian: contrasts, or sums of scores."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 
-class LogitRows(Protocol):
-    """m linear combinations of the logits of each of N examples; the gradients of each make a row of a Jacobian."""
-
-    @property
-    def log_probs(self) -> Tensor:
-        """``(N, K)`` float64, log P."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the logits."""
-
-    @property
-    def count(self) -> int:
-        """How many, m."""
-
-    def __getitem__(self, example: int) -> LogitRows:
-        """Those of one example."""
-
-    def seeds(self, dtype: torch.dtype) -> Tensor:
-        """The combinations, ``(m, N, K)``: what a backward pass starts from."""
-
-    def embed(self, small: Tensor) -> Tensor:
-        """The form in which ``(N, B, m, m)`` Grams are handed out."""
-
-
 @dataclass(frozen=True)
 class Classes:
-    """What the logits of N examples say.
+    """The K - 1 contrasts of the logits of N examples with the predicted class.
 
     Attributes:
         log_probs: ``(N, K)`` float64, log P.
         order: ``(N, K)``, each example's classes in the order that ends with the predicted one.
-        dtype: Of the logits.
     """
 
     log_probs: Tensor
     order: Tensor
-    dtype: torch.dtype
 
     @classmethod
     def of(cls, logits: Tensor) -> Classes:
@@ -54,28 +26,73 @@ class Classes:
         log_probs = torch.log_softmax(logits.detach().double(), dim=1)
         classes = logits.shape[1]
         steps = torch.arange(1, classes + 1, device=logits.device)
-        return cls(log_probs, (log_probs.argmax(dim=1, keepdim=True) + steps) % classes, logits.dtype)
+        return cls(log_probs, (log_probs.argmax(dim=1, keepdim=True) + steps) % classes)
 
     @property
     def count(self) -> int:
-        """The K - 1 contrasts."""
+        """How many, m = K - 1."""
         return self.order.shape[1] - 1
 
     def __getitem__(self, example: int) -> Classes:
-        chosen = slice(example, example + 1)
-        return Classes(self.log_probs[chosen], self.order[chosen], self.dtype)
+        return Classes(self.log_probs[example][None], self.order[example][None])
 
     def seeds(self, dtype: torch.dtype) -> Tensor:
-        """Gradients of z_k - z_r for each of the K - 1 places k in ``order``, ``(K - 1, N, K)``."""
+        """What the backward passes start from, ``(m, N, K)``: gradients of z_k - z_r, in ``order``."""
         examples, classes = self.order.shape
         seeds = torch.zeros(classes - 1, examples, classes, dtype=dtype, device=self.order.device)
         seeds.scatter_(2, self.order[:, -1:].expand(classes - 1, -1, -1), -1.0)
         return seeds.scatter_(2, self.order[:, :-1].T[..., None], 1.0)
 
     def embed(self, small: Tensor) -> Tensor:
-        """Put ``(N, B, K-1, K-1)`` Grams at their classes: ``(N, B, K, K)`` with zeros for the predicted class."""
+        """Put ``(N, B, m, m)`` Grams at their classes: ``(N, B, K, K)`` with zeros for the predicted class."""
         padded = torch.nn.functional.pad(small, (0, 1, 0, 1))
         back = self.order.argsort(dim=1)
         example = torch.arange(len(back), device=back.device)[:, None, None]
         # Two indices round a slice put the blocks last.
         return padded[example, :, back[:, :, None], back[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class ScoreSums:
+    """Sums over the classes of a_k log P_k, m for each example.
+
+    Attributes:
+        log_probs: ``(N, K)`` float64, log P.
+        unit: ``(N, m, K)`` float64, gradients of the sums by the logits, divided by their largest entry, so that no
+            precision underflows where the network is sure.
+        scale: ``(N, m)`` float64, these largest entries.
+    """
+
+    log_probs: Tensor
+    unit: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, log_probs: Tensor, coefficients: Tensor) -> ScoreSums:
+        """From the coefficients a, ``(N, m, K)``, held constant."""
+        gradient = coefficients - log_probs.exp()[:, None] * coefficients.sum(dim=2, keepdim=True)
+        # They add up to zero. Where P_r is near 1, its own entry is all rounding: it is taken from the others.
+        predicted = log_probs.argmax(dim=1)[:, None, None].expand(-1, gradient.shape[1], 1)
+        gradient = gradient.scatter(2, predicted, 0.0)
+        gradient = gradient.scatter(2, predicted, -gradient.sum(dim=2, keepdim=True))
+        scale = gradient.abs().amax(dim=2)
+        return cls(log_probs, gradient / scale.clamp(min=torch.finfo(scale.dtype).tiny)[..., None], scale)
+
+    @property
+    def count(self) -> int:
+        """How many, m."""
+        return self.unit.shape[1]
+
+    def __getitem__(self, example: int) -> ScoreSums:
+        return ScoreSums(self.log_probs[example][None], self.unit[example][None], self.scale[example][None])
+
+    def seeds(self, dtype: torch.dtype) -> Tensor:
+        """What the backward passes start from, ``(m, N, K)``."""
+        return self.unit.transpose(0, 1).to(dtype)
+
+    def embed(self, small: Tensor) -> Tensor:
+        """``(N, B, m, m)`` Grams in their own scale."""
+        return small * self.scale[:, None, :, None] * self.scale[:, None, None, :]
+
+
+LogitRows = Classes | ScoreSums

@@ -35,19 +35,16 @@ class NarrowLayer:
     def of(cls, logits: Tensor) -> NarrowLayer | None:
         """Read it off the graph of logits ``(N, K)``; None where something else made them or d is not small."""
         node = logits.grad_fn
-        place = _PLACES.get(node.name()) if node is not None else None
         # A hook may want to change the gradient of the logits.
-        if node is None or place is None or logits._backward_hooks:
+        if node is None or node.name() not in _PLACES or logits._backward_hooks:
             return None
-        source, output = node.next_functions[place]
-        others = [other for i, (other, _) in enumerate(node.next_functions) if i != place]
+        others = list(node.next_functions)
+        source, output = others.pop(_PLACES[node.name()])
         # A weight that is computed would hide a second way into the logits.
-        if source is None or not all(map(_is_leaf, others)) or getattr(node, "_saved_alpha", 1) != 1:
+        if source is None or not all(_is_leaf(other) for other, _ in others) or getattr(node, "_saved_alpha", 1) != 1:
             return None
         weight = node._saved_mat2.detach().T  # type: ignore[attr-defined]  # PyTorch types no node
-        if weight.shape[1] >= logits.shape[1] - 1:
-            return None
-        return cls(GradientEdge(source, output), weight)
+        return cls(GradientEdge(source, output), weight) if weight.shape[1] < len(weight) - 1 else None
 
     @property
     def width(self) -> int:
@@ -78,38 +75,26 @@ def _is_leaf(node: Node | None) -> bool:
 
 
 class Head(nn.Module):
-    """The last layer for perturbations of its input that the network's input can bring about.
+    """The last layer for perturbations of its features ``(N, d)`` that the network's input can bring about.
 
     A feature that is exactly 0 was shut by a ReLU at all positions: no small perturbation opens it.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        self.layer = layer
-
-    @property
-    def classes(self) -> int:
-        """K."""
-        return self.layer.out_features
+        self.layer, self.classes = layer, layer.out_features
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits ``(N, K)`` of features ``(N, d)``."""
+        """Logits ``(N, K)``."""
         logits: Tensor = self.layer(features * (features != 0))
         return logits
 
 
 def head(model: nn.Module, x: Tensor) -> tuple[Head, Tensor] | None:
-    """The linear layer whose output is the model's, and its input; None where there is none.
+    """The linear layer whose output is the logits, and its input, the features ``(N, d)``; None where there is none.
 
     FI does not depend on the coordinates of a perturbation: where the input moves the d features in all directions, FI
     of the input is FI of the features, which takes no backward pass through the network.
-
-    Args:
-        model: Maps ``x`` to logits ``(N, K)``, or to an object with such ``.logits``.
-        x: ``(N, ...)``.
-
-    Returns:
-        The layer, in evaluation mode, and the features ``(N, d)``.
     """
     calls: list[tuple[nn.Linear, Tensor, Tensor]] = []
 

@@ -29,35 +29,29 @@ _PIVOT_BAND = 10.0
 class Exact:
     """FI = grad f^T G^+ grad f with the pseudo-inverse of exact arithmetic (Shu & Zhu 2019, section 2).
 
-    Attributes:
-        rtol: Tolerance on the pivots of the contrast Gram, relative to its largest, below which a direction counts as
-            absent. None: from the precision of the Jacobian, ``metric.default_rtol``.
+    ``rtol`` in [0, 1) is the tolerance on the pivots of the contrast Gram, relative to its largest, below which a
+    direction counts as absent. None: from the precision of the Jacobian, ``metric.default_rtol``.
     """
 
     rtol: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a tolerance outside [0, 1)."""
         if self.rtol is not None and not 0 <= self.rtol < 1:
             raise ValueError(f"rtol must lie in [0, 1), got {self.rtol}. Use None for the default.")
 
 
 @dataclass(frozen=True)
 class Released:
-    """The estimator of the authors' released code, its constant and its cut included.
+    """The estimator of the authors' released code, its constant and its cut included, in exact arithmetic.
 
     With e = epsilon, L0 has columns dP_k / (sqrt(P_k) + e), grad f = dP_y / (P_y + e), only singular values of L0
     above e are kept (an absolute cut, in the unit of omega^-1), and FI = 0 when none is. Inputs there are raw 0..255
-    pixels. Here it is that definition in exact arithmetic, without the noise of float32 below the cut.
-
-    Attributes:
-        epsilon: e; 1e-3 there, 1e-8 in the outlier simulation.
+    pixels, below the cut is the noise of float32, and e is 1e-3, or 1e-8 in the outlier simulation.
     """
 
     epsilon: float = 1e-3
 
     def __post_init__(self) -> None:
-        """Refuse an epsilon that is not positive."""
         if not (math.isfinite(self.epsilon) and self.epsilon > 0):
             raise ValueError(f"epsilon must be finite and > 0, got {self.epsilon}. Use Exact() for no epsilon.")
 
@@ -66,14 +60,12 @@ class Released:
 class Regularised:
     """FI_lambda = grad f^T (G + lambda I)^-1 grad f: from FI (lambda -> 0) to |grad f|^2 / lambda.
 
-    Attributes:
-        lam: lambda, in the unit of G, (unit of omega)^-2.
+    ``lam`` > 0 is lambda, in the unit of G, (unit of omega)^-2.
     """
 
     lam: float
 
     def __post_init__(self) -> None:
-        """Refuse a lambda that is not positive."""
         if not (math.isfinite(self.lam) and self.lam > 0):
             raise ValueError(f"lam must be finite and > 0, got {self.lam}. Use Exact() for the limit 0.")
 
@@ -91,8 +83,8 @@ class Influence:
         alignment: ``(N, B)`` float64 in [0, 1], exact FI / ceiling: the part that depends on the perturbation, whatever
             the estimator. 0 where the perturbation moves nothing.
         rank: ``(N, B)`` int64, the directions used: the rank of G; for ``Released`` the singular values above its cut.
-        near_cut: ``(N, B)`` bool, whether rounding may have moved a direction across the cut (of the Jacobian, each row
-            by a few hundred eps of its precision, or of the float64 Gram), or made all that separates FI from its
+        near_cut: ``(N, B)`` bool, whether rounding (of the Jacobian, each row by a few hundred eps of its precision, or
+            of the float64 Gram) may have moved a direction across the cut, or made all that separates FI from its
             ceiling; compute these examples in float64 where it matters.
         labels: ``(N,)`` int64, y.
         blocks: B names.
@@ -107,23 +99,13 @@ class Influence:
     blocks: tuple[str, ...]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Long form, one row for each example and block, sorted by example.
-
-        Returns:
-            Columns example, block, label, fi, ceiling, alignment, rank, near_cut.
-        """
+        """A row for each block of each example: example, block, label, fi, ceiling, alignment, rank, near_cut."""
         examples, blocks = self.fi.shape
-        columns = {
-            "example": torch.arange(examples).repeat_interleave(blocks).numpy(),
-            "block": list(self.blocks) * examples,
-            "label": self.labels.cpu().repeat_interleave(blocks).numpy(),
-            "fi": self.fi.cpu().flatten().numpy(),
-            "ceiling": self.ceiling.cpu().repeat_interleave(blocks).numpy(),
-            "alignment": self.alignment.cpu().flatten().numpy(),
-            "rank": self.rank.cpu().flatten().numpy(),
-            "near_cut": self.near_cut.cpu().flatten().numpy(),
-        }
-        return pd.DataFrame(columns)
+        numbers = {"example": torch.arange(examples)[:, None], "label": self.labels[:, None], "fi": self.fi}
+        numbers |= {"ceiling": self.ceiling[:, None], "alignment": self.alignment}
+        numbers |= {"rank": self.rank, "near_cut": self.near_cut}
+        flat = {name: value.cpu().expand(examples, blocks).flatten().numpy() for name, value in numbers.items()}
+        return pd.DataFrame({"example": flat.pop("example"), "block": list(self.blocks) * examples, **flat})
 
 
 def first_order_influence(
@@ -145,9 +127,6 @@ def first_order_influence(
             of a wrong label. None: the same.
         estimator: ``Exact()`` (the default), ``Released(epsilon)`` or ``Regularised(lam)``.
 
-    Returns:
-        The influence.
-
     Raises:
         TypeError: If the labels are not integers or the estimator is none of the three.
         ValueError: If there are not N labels or one is outside ``0..K-1``.
@@ -165,65 +144,46 @@ def first_order_influence(
     given = given_labels(labels)
     given = metric.log_probs.argmax(dim=1) if given is None else given
     labels = require_labels(given, examples=examples, classes=classes, device=metric.log_probs.device)
+    ceiling = log_ceiling(metric.log_probs, labels)
 
     # From here on one problem for each example and block.
-    flat = _Problems(
-        contrast=metric.contrast_gram().flatten(0, 1),
-        log_probs=metric.log_probs.repeat_interleave(blocks, dim=0),
-        labels=labels.repeat_interleave(blocks),
-        log_ceiling=log_ceiling(metric.log_probs, labels).repeat_interleave(blocks),
-        dtype=metric.dtype,
-    )
+    contrast = metric.contrast_gram().flatten(0, 1)
+    example = torch.arange(examples, device=labels.device).repeat_interleave(blocks)
+    problems = _Problems(metric.log_probs, labels, ceiling, metric.dtype)[example]
     rtol = estimator.rtol if isinstance(estimator, Exact) else None
     rtol = default_rtol(metric.dtype, classes=classes) if rtol is None else rtol
-    factor = pivoted_cholesky(flat.contrast, rtol=rtol, max_rank=classes - 1)
-    fi, alignment, rank, near = _exact(flat, factor, rtol)
-    if isinstance(estimator, Released):
-        fi, rank, near = _released(flat, estimator.epsilon)
-    elif isinstance(estimator, Regularised):
-        fi, near = _regularised(flat, estimator.lam), torch.zeros_like(near)
-    shape = (examples, blocks)
-    return Influence(
-        fi=fi.view(shape),
-        ceiling=log_ceiling(metric.log_probs, labels).exp(),
-        alignment=alignment.view(shape),
-        rank=rank.view(shape),
-        near_cut=near.view(shape),
-        labels=labels,
-        blocks=metric.blocks,
-    )
+    fi, alignment, rank, near = _exact(problems, pivoted_cholesky(contrast, rtol=rtol, max_rank=classes - 1), rtol)
+    if not isinstance(estimator, Exact):
+        # These decide no rank: all that is not the Gram's own rounding counts.
+        noise = classes * _GRAM_EPS
+        factor = pivoted_cholesky(contrast, rtol=noise, max_rank=classes - 1)
+        if isinstance(estimator, Released):
+            fi, rank, near = _released(problems, factor, contrast.diagonal(dim1=-2, dim2=-1), estimator.epsilon)
+        else:
+            cut = _noise(problems, factor, noise)[:, None]
+            fi, near = _reach(problems, factor.rows, cut, penalty=estimator.lam)[0], torch.zeros_like(near)
+    fi, alignment, rank, near = (part.view(examples, blocks) for part in (fi, alignment, rank, near))
+    return Influence(fi, ceiling.exp(), alignment, rank, near, labels, metric.blocks)
 
 
 @dataclass(frozen=True)
 class _Problems:
-    """M = N B problems in class space: ``log_probs`` (M, K), ``labels`` (M,), and ``contrast``.
+    """log P ``(M, K)``, labels and log of the ceiling ``(M,)`` of M problems, and the precision of their Jacobians."""
 
-    The latter holds the Grams (M, K, K), or the Jacobians (M, K, p) themselves.
-    """
-
-    contrast: Tensor
     log_probs: Tensor
     labels: Tensor
     log_ceiling: Tensor
     dtype: torch.dtype
 
     def __getitem__(self, chosen: Tensor) -> _Problems:
-        return _Problems(
-            self.contrast[chosen], self.log_probs[chosen], self.labels[chosen], self.log_ceiling[chosen], self.dtype
-        )
+        return _Problems(self.log_probs[chosen], self.labels[chosen], self.log_ceiling[chosen], self.dtype)
 
 
 def given_labels(labels: Tensor | Sequence[int] | str | None) -> Tensor | Sequence[int] | None:
-    """The labels, or None where the predicted class is asked for.
-
-    Raises:
-        TypeError: For another word than "predicted".
-    """
-    if not isinstance(labels, str):
-        return labels
-    if labels != "predicted":
+    """The labels, or None where the predicted class is asked for; TypeError for another word than "predicted"."""
+    if isinstance(labels, str) and labels != "predicted":
         raise TypeError(f"labels must be integer classes or the word 'predicted', got {labels!r}.")
-    return None
+    return None if isinstance(labels, str) else labels
 
 
 def log_ceiling(log_probs: Tensor, labels: Tensor) -> Tensor:
@@ -235,20 +195,16 @@ def log_ceiling(log_probs: Tensor, labels: Tensor) -> Tensor:
 def exact_of_jacobians(
     jacobian: Tensor, log_probs: Tensor, labels: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Exact FI from the contrast Jacobians themselves, for perturbations of few values and many classes.
+    """Exact FI from contrast Jacobians ``(M, K, p)`` float64 themselves, where values are few and classes many.
 
-    Args:
-        jacobian: ``(M, K, p)`` float64, of the contrasts with any one class, whose row is zero.
-        log_probs: ``(M, K)`` float64.
-        labels: ``(M,)`` int64.
-        dtype: The precision in which the Jacobian was computed.
+    The contrasts are those with any one class, whose row is zero, computed in ``dtype``.
 
     Returns:
         FI, alignment, rank and near_cut as in ``Influence``, each ``(M,)``.
     """
     classes = jacobian.shape[1]
     rtol = default_rtol(dtype, classes=classes)
-    problems = _Problems(jacobian, log_probs, labels, log_ceiling(log_probs, labels), dtype)
+    problems = _Problems(log_probs, labels, log_ceiling(log_probs, labels), dtype)
     return _exact(problems, factor_of_jacobian(jacobian, rtol=rtol, max_rank=classes - 1), rtol)
 
 
@@ -313,47 +269,30 @@ def _reach(problems: _Problems, rows: Tensor, cut: Tensor, *, penalty: float = 0
     return fi, torch.where(problems.log_ceiling <= 0, sure, fi * odds), noise
 
 
-def _factor(problems: _Problems) -> Factor:
-    """Factor of the contrast Gram down to its own rounding noise, for estimators that do not decide a rank."""
-    classes = problems.log_probs.shape[1]
-    return pivoted_cholesky(problems.contrast, rtol=classes * _GRAM_EPS, max_rank=classes - 1)
-
-
-def _released(problems: _Problems, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
-    """FI, kept singular values and nearness to the cut of ``Released``.
+def _released(problems: _Problems, factor: Factor, diagonal: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """FI, kept singular values and nearness to the cut of ``Released``; ``diagonal`` is that of the Gram.
 
     grad f is (sqrt(P_y) + e) / (P_y + e) times column y of L0, so with L0^T = U S V^T its FI is that factor squared
     times the squared length of row y of U on the kept directions. U and S come from L0^T in the coordinates of the
     contrast factor, not from the eigenvalues of a Gram, which loses singular values below 1e-8 of the largest.
     """
-    factor = _factor(problems)
     if factor.rows.shape[2] == 0:
         zero = torch.zeros_like(problems.log_ceiling)
         return zero, zero.long(), zero.bool()
-    probs = problems.log_probs.exp()
-    root = (0.5 * problems.log_probs).exp()
+    probs, root = problems.log_probs.exp(), (0.5 * problems.log_probs).exp()
     weights = probs / (root + epsilon)
-    scores = factor.rows - probs[:, None] @ factor.rows
-    left, singular = small_svd(weights[..., None] * scores)
+    left, singular = small_svd(weights[..., None] * (factor.rows - probs[:, None] @ factor.rows))
     label = problems.labels[:, None]
     kept = singular > epsilon
     row = left.gather(1, label[..., None].expand(-1, 1, left.shape[2])).squeeze(1)
     gain = ((root + epsilon) / (probs + epsilon)).gather(1, label).squeeze(1)
     fi = gain.square() * torch.where(kept, row.square(), 0.0).sum(dim=1)
-    return fi, kept.sum(dim=1), _near_absolute_cut(problems, factor, weights, singular, epsilon)
 
-
-def _near_absolute_cut(
-    problems: _Problems, factor: Factor, weights: Tensor, singular: Tensor, epsilon: float
-) -> Tensor:
-    """Whether rounding, of the Jacobian in its own precision and of the Gram in float64, may cross the cut.
-
-    Two bounds on how far a singular value moves, the smaller counts: relative to itself, by the conditioning of the
-    contrasts (whatever the probabilities); absolute, by the largest singular value.
-    """
+    # Rounding of the Jacobian in its own precision and of the Gram in float64 may cross the cut. Two bounds on how far
+    # a singular value moves, the smaller counts: relative to itself, by the conditioning of the contrasts (whatever the
+    # probabilities); absolute, by the largest singular value.
     classes = weights.shape[1]
-    jacobian = _JACOBIAN_ROUNDING * torch.finfo(problems.dtype).eps
-    gram = classes * _GRAM_EPS
+    jacobian, gram = _JACOBIAN_ROUNDING * torch.finfo(problems.dtype).eps, classes * _GRAM_EPS
     conditioned = jacobian / factor.smallest.sqrt() + gram / factor.smallest
     size = singular.square().sum(dim=1).sqrt()
     lost = gram * size.square()
@@ -361,13 +300,6 @@ def _near_absolute_cut(
     margin = torch.minimum(conditioned[:, None] * singular.clamp(min=epsilon), absolute[:, None])
     near = ((singular - epsilon).abs() <= margin).any(dim=1)
     # Directions that the factor left out as noise of the Gram may have stood above the cut.
-    diagonal = problems.contrast.diagonal(dim1=-2, dim2=-1)
     left_out = (weights.square() * torch.minimum(gram * factor.largest[:, None], diagonal)).sum(dim=1).sqrt()
     missing = (factor.rank < classes - 1) & (factor.rank > 0)
-    return near | (missing & (epsilon <= jacobian * size + left_out))
-
-
-def _regularised(problems: _Problems, lam: float) -> Tensor:
-    factor = _factor(problems)
-    cut = _noise(problems, factor, problems.log_probs.shape[1] * _GRAM_EPS)
-    return _reach(problems, factor.rows, cut[:, None], penalty=lam)[0]
+    return fi, kept.sum(dim=1), near | (missing & (epsilon <= jacobian * size + left_out))

@@ -1,26 +1,26 @@
 """The metric tensor of a classifier in class space: for each example the K x K Gram of its logit Jacobian.
 
-To follow a layer from ``metric_tensor`` to its Gram, read ``grams/parameters.py`` (a chunk of examples: forward,
-reverse, and what is verified), ``grams/reverse.py`` (the reverse pass), ``grams/linear.py`` or another family (the
-layer's rule) and ``kernels/contraction.py`` (the product). For the input it is ``pixels.py`` alone.
+A layer's Gram is made in ``grams/parameters.py`` (a chunk of examples, and what is verified), ``grams/reverse.py``,
+the layer's rule, as in ``grams/linear.py``, and ``kernels/contraction.py``; that of the input in ``pixels.py``.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from influence.checks import require_deterministic
+from influence.checks import require_count, require_deterministic
 from influence.grams.parameters import ParameterGrams
 from influence.inputs import Batch, Inputs
 from influence.kernels.backend import using
@@ -29,19 +29,20 @@ from influence.kernels.jacobi import jacobi_eigvals
 from influence.memory import examples_that_fit, in_chunks
 from influence.pixels import InputGrams, Patches
 
+Engine = InputGrams | ParameterGrams
+Part = TypeVar("Part")
 _WRT = ("input", "parameters", "layers")
+_TENSORS = ("log_probs", "gram", "dims")
 
 
 @dataclass(frozen=True, repr=False)
 class MetricTensor:
     r"""Everything about G = sum_k P_k (d log P_k / d omega)(d log P_k / d omega)^T that a measure needs.
 
-    G is p x p and is never formed (Shu & Zhu 2019, section 2; arXiv 1901.07152). With A (K x p) the Jacobian of the
-    logits, all its invariants follow from the K x K Gram A A^T and from P. Softmax does not change when a function of
-    omega is added to all logits, so A matters up to a common row only: here it is that of the contrasts
-    z_k - z_r with the predicted class r, whose row and column in ``gram`` are therefore zero. The contrast of any two
-    classes is ``gram[k, k] - gram[k, l] - gram[l, k] + gram[l, l]``, whatever r is; a Gram of plain logits is
-    understood too.
+    G is p x p and is never formed (Shu & Zhu 2019, section 2; arXiv 1901.07152): all its invariants follow from P and
+    the K x K Gram A A^T of the Jacobian A (K x p) of the logits, of which a common row changes nothing. ``gram`` is
+    that of the contrasts z_k - z_r with the predicted class r, whose row and column are therefore zero; a Gram of plain
+    logits is understood too. The contrast of any two classes has ``gram[k, k] - gram[k, l] - gram[l, k] + gram[l, l]``.
 
     Attributes:
         log_probs: ``(N, K)`` float64, log P.
@@ -58,7 +59,6 @@ class MetricTensor:
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        """Refuse parts that do not belong together."""
         examples, classes = self.log_probs.shape
         expected = (examples, len(self.blocks), classes, classes)
         if tuple(self.gram.shape) != expected:
@@ -67,17 +67,12 @@ class MetricTensor:
             raise ValueError(f"dims must have shape (B,) = ({len(self.blocks)},), got {tuple(self.dims.shape)}.")
 
     def __repr__(self) -> str:
-        """Shapes and names, not the numbers."""
         examples, blocks, classes, _ = self.gram.shape
         shown = ", ".join(self.blocks[:3]) + (", ..." if blocks > 3 else "")
         return f"MetricTensor(N={examples}, B={blocks} [{shown}], K={classes}, {self.dtype}, {self.gram.device})"
 
     def __getitem__(self, blocks: str | Sequence[str]) -> MetricTensor:
-        """The same for one block, or some, by name.
-
-        Raises:
-            KeyError: For a name that is no block.
-        """
+        """The same for one block, or some, by name; KeyError for a name that is no block."""
         chosen = [blocks] if isinstance(blocks, str) else list(blocks)
         for name in chosen:
             if name not in self.blocks:
@@ -87,32 +82,26 @@ class MetricTensor:
 
     def to(self, device: torch.device | str) -> MetricTensor:
         """The same on another device."""
-        moved = {name: getattr(self, name).to(device) for name in ("log_probs", "gram", "dims")}
-        return replace(self, **moved)
+        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; needs that package."""
         from safetensors.torch import save_file
 
-        tensors = {name: getattr(self, name).contiguous() for name in ("log_probs", "gram", "dims")}
+        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
         save_file(tensors, path, metadata={"blocks": json.dumps(self.blocks), "dtype": str(self.dtype)})
 
     @classmethod
     def load(cls, path: str | Path, *, device: str = "cpu") -> MetricTensor:
-        """Read what ``save`` has written.
-
-        Raises:
-            ValueError: If the file holds something else.
-        """
+        """Read what ``save`` has written; ValueError for another file."""
         from safetensors import safe_open
 
         with safe_open(path, framework="pt", device=device) as file:
-            metadata = file.metadata() or {}
-            if set(file.keys()) != {"log_probs", "gram", "dims"} or not {"blocks", "dtype"} <= set(metadata):
-                raise ValueError(f"{path} is no metric tensor: it holds {sorted(file.keys())[:10]}.")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            found, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        if set(found) != set(_TENSORS) or not {"blocks", "dtype"} <= set(metadata):
+            raise ValueError(f"{path} is no metric tensor: it holds {sorted(found)[:10]}.")
         dtype = getattr(torch, metadata["dtype"].removeprefix("torch."))
-        return cls(**tensors, blocks=tuple(json.loads(metadata["blocks"])), dtype=dtype)
+        return cls(**found, blocks=tuple(json.loads(metadata["blocks"])), dtype=dtype)
 
     def contrast_gram(self) -> Tensor:
         """Gram of the contrasts z_k - z_r with the predicted class r, ``(N, B, K, K)``; row and column r are zero."""
@@ -132,14 +121,18 @@ class MetricTensor:
         column = contrast @ probs
         return contrast - column - column.mT + probs.mT @ column
 
+    def root_gram(self) -> Tensor:
+        """Gram of the columns sqrt(P_k) s_k of L0, ``(N, B, K, K)``: its eigenvalues are those of G that are not 0."""
+        root = (0.5 * self.log_probs).exp()[:, None, :, None]
+        return root * self.score_gram() * root.mT
+
     def trace(self) -> Tensor:
         """Trace of G, ``(N, B)``, in (unit of omega)^-2; sigma^2 / 2 times it is the mean KL under N(0, sigma^2 I)."""
         return (self.log_probs.exp()[:, None] * self.score_gram().diagonal(dim1=-2, dim2=-1)).sum(dim=-1)
 
     def lambda_max(self) -> Tensor:
         """Largest eigenvalue of G, ``(N, B)``, in (unit of omega)^-2: the worst unit perturbation."""
-        root = (0.5 * self.log_probs).exp()[:, None, :, None]
-        weighted = root * self.score_gram() * root.mT
+        weighted = self.root_gram()
         if weighted.device.type == "cpu":
             return torch.linalg.eigvalsh(weighted)[..., -1].clamp(min=0)
         return jacobi_eigvals(weighted.flatten(0, 1)).amax(dim=1).view(weighted.shape[:2])
@@ -147,15 +140,8 @@ class MetricTensor:
     def rank(self, *, rtol: float | None = None) -> Tensor:
         """Rank of G, ``(N, B)`` int64, at most K - 1.
 
-        Decided on the contrasts of the logits, which no probability scales: it depends neither on the unit of omega
-        nor on how sure the network is.
-
-        Args:
-            rtol: Tolerance on the pivots (squared lengths) of the contrast Gram relative to its largest; None takes
-                ``default_rtol``.
-
-        Returns:
-            The rank of each example and block.
+        Decided on the contrasts of the logits: it depends neither on the unit of omega nor on how sure the network is.
+        ``rtol`` is the tolerance on their pivots (squared lengths), relative to the largest; None: ``default_rtol``.
         """
         examples, blocks, classes, _ = self.gram.shape
         rtol = default_rtol(self.dtype, classes=classes) if rtol is None else rtol
@@ -187,23 +173,21 @@ def metric_tensor(
     One forward and K - 1 backward passes of the activations alone, or as many as a last linear layer has inputs where
     these are fewer, for all examples of a chunk at once; the Gram of a layer's parameters follows from its input and
     the gradients of its output. A parameter without such a rule, or used twice, takes the autograd path, slower and
-    just as exact; the logger "influence" says so once.
+    just as exact; the logger "influence" says so once. Relative to the largest entry, a Gram is exact to 1e-4 for a
+    float32 network and to 1e-10 for a float64 one.
 
-    The model must treat the examples of a batch independently, as any network in evaluation mode does. It is left as
-    it was: mode, hooks, ``requires_grad`` and ``.grad`` are not touched.
-
-    Relative to the largest entry, a Gram is exact to 1e-4 for a float32 network and to 1e-10 for a float64 one.
+    The model must treat the examples of a batch independently, as any network in evaluation mode does. Its mode, hooks,
+    ``requires_grad`` and ``.grad`` are left as they were.
 
     Args:
         model: Maps ``x`` to logits ``(N, K)``, or to an object with such ``.logits``.
-        x: ``(N, ...)`` inputs, or a tuple or a mapping of such tensors, which the model gets by position or by name (a
-            Hugging Face batch); in each the examples are the first dimension.
-        wrt: What is perturbed. ``"input"``: all values of the input, one block; it must be floating. Of several tensors
-            it is the only floating one, or the one named, as in ``"input:pixel_values"``. ``Patches``: one block for
-            each patch of an image; for many classes see ``patch_influence``. ``"parameters"``: all parameters, one
-            block. ``"layers"``: one block for each module that owns parameters, in ``named_modules()`` order, holding
-            those it owns itself. A list of names: one block for each module, holding all parameters inside it, or
-            single parameter. Parameters count whether or not they require a gradient; one used in two places is one.
+        x: ``(N, ...)`` inputs, or a tuple or a mapping of such tensors, which the model gets by position or by name.
+        wrt: What is perturbed. ``"input"``: all values of the only floating input, or of the one named, as in
+            ``"input:pixel_values"``; one block. ``Patches``: one block for each patch of an image; for many classes see
+            ``patch_influence``. ``"parameters"``: all parameters, one block. ``"layers"``: one block for each module
+            that owns parameters, in ``named_modules()`` order, holding those it owns itself. A list of names: one block
+            for each module, holding all parameters inside it, or single parameter. Parameters count whether or not they
+            require a gradient; one used in two places is one.
         trainable_only: Whether to leave out parameters that require no gradient, and blocks of these alone.
         chunk_size: Examples computed at once. None: from the memory that is free, and half of it again each time that
             was too much.
@@ -226,144 +210,140 @@ def metric_tensor(
         tensor([[2],
                 [2]])
     """
-    if chunk_size is not None and (isinstance(chunk_size, bool) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}. Use None for the default.")
-    inputs, dims, compute = computation(model, x, wrt, trainable_only=trainable_only)
-    with exact_autograd(model, compute.perturbed), using(backend):
-        size = chunk_size or examples_that_fit(compute.bytes_per_example(inputs), inputs.device)
-        parts = list(in_chunks(compute, inputs, size, may_halve=chunk_size is None))
-    gram = torch.cat([part[1] for part in parts])
+    require_count(chunk_size=chunk_size)
+    inputs, dims, engine = computation(model, x, wrt, trainable_only=trainable_only)
+    with using(backend):
+        parts = in_parts(lambda chosen: engine(inputs[chosen]), model, inputs, engine, chunk_size=chunk_size)
+    log_probs, grams, dtypes = zip(*parts, strict=True)
+    gram = torch.cat(grams)
     return MetricTensor(
-        log_probs=torch.cat([part[0] for part in parts]),
+        log_probs=torch.cat(log_probs),
         gram=gram,
         blocks=tuple(dims),
         dims=torch.tensor(list(dims.values()), device=gram.device),
-        dtype=max((part[2] for part in parts), key=lambda dtype: torch.finfo(dtype).eps),
+        dtype=max(dtypes, key=lambda dtype: torch.finfo(dtype).eps),
     )
 
 
 def computation(
     model: nn.Module, x: Batch, wrt: str | Sequence[str] | Patches, *, trainable_only: bool
-) -> tuple[Inputs, dict[str, int], InputGrams | ParameterGrams]:
+) -> tuple[Inputs, dict[str, int], Engine]:
     """The batch, the blocks with their sizes p, and what computes a chunk; raises as ``metric_tensor`` says."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     inputs = Inputs.of(x)
-    compute: InputGrams | ParameterGrams
+    engine: Engine
     if isinstance(wrt, Patches):
         inputs = inputs.perturbing(None)
-        dims, compute = wrt.blocks(inputs.x.shape[1:]), InputGrams(model, wrt)
+        dims, engine = wrt.blocks(inputs.x.shape[1:]), InputGrams(model, wrt)
     elif isinstance(wrt, str) and wrt.partition(":")[0] == "input":
         inputs = inputs.perturbing(wrt.partition(":")[2] or None)
-        dims, compute = {wrt: inputs.x[0].numel()}, InputGrams(model)
+        dims, engine = {wrt: inputs.x[0].numel()}, InputGrams(model)
     else:
         groups, parameters = _parameter_blocks(model, wrt, trainable_only=trainable_only)
-        _require_real(groups, parameters)
         dims = {block: sum(parameters[name].numel() for name in names) for block, names in groups.items()}
-        compute = ParameterGrams(model, groups, parameters)
+        engine = ParameterGrams(model, groups, parameters)
     require_deterministic(model)
-    return inputs, dims, compute
+    return inputs, dims, engine
+
+
+def in_parts(
+    compute: Callable[[slice], Part],
+    model: nn.Module,
+    inputs: Inputs,
+    engine: Engine,
+    *,
+    passes: int | None = None,
+    chunk_size: int | None,
+) -> list[Part]:
+    """``compute`` for all examples, so many at a time as ``engine`` has memory for in so many passes."""
+    with exact_autograd(model, engine.perturbed):
+        # A size that is given needs no count; but of rows other than the contrasts the engine hears only here.
+        needed = 0 if chunk_size and passes is None else engine.bytes_per_example(inputs, passes)
+        size = chunk_size or examples_that_fit(needed, inputs.device)
+        places, may_halve = range(len(inputs)), chunk_size is None
+        return list(in_chunks(lambda at: compute(slice(at.start, at.stop)), places, size, may_halve=may_halve))
 
 
 def _parameter_blocks(
-    model: nn.Module, wrt: str | Sequence[str], *, trainable_only: bool = False
+    model: nn.Module, wrt: str | Sequence[str], *, trainable_only: bool
 ) -> tuple[dict[str, list[str]], dict[str, nn.Parameter]]:
     """Names of the parameters in each block, and the parameters by name; a shared one has one name."""
-    everything = {name: p for name, p in model.named_parameters() if p.is_floating_point() or p.is_complex()}
-    parameters = {name: p for name, p in everything.items() if p.requires_grad or not trainable_only}
+    parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point() or p.is_complex()}
+    parameters = {name: p for name, p in parameters.items() if p.requires_grad or not trainable_only}
     canonical = {id(p): name for name, p in parameters.items()}
-    modules = dict(model.named_modules())
-    single = dict(model.named_parameters(remove_duplicate=False))
+    modules, single = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
     kind = "parameters that require a gradient" if trainable_only else "parameters"
 
-    def names(module: nn.Module, *, recurse: bool) -> list[str]:
-        return [canonical[id(p)] for p in module.parameters(recurse=recurse) if id(p) in canonical]
+    def names(members: Iterable[nn.Parameter]) -> list[str]:
+        return [canonical[id(p)] for p in members if id(p) in canonical]
 
+    expected = f"wrt must be one of {_WRT}, 'input:NAME', Patches(...) or a list of modules or parameters, got {wrt!r}."
     if isinstance(wrt, str):
         if wrt not in _WRT:
             hint = f" To perturb it pass the list [{wrt!r}]." if wrt in modules or wrt in single else ""
-            raise ValueError(
-                f"wrt must be one of {_WRT}, 'input:NAME', Patches(...) or a list of names of modules and parameters, "
-                f"got {wrt!r}.{hint}"
-            )
+            raise ValueError(expected + hint)
         if not parameters:
             raise ValueError(f"wrt={wrt!r} needs a model with {kind}, got one without. Use wrt='input'.")
-        if wrt == "parameters":
-            return {"parameters": list(parameters)}, parameters
-        owned = {name: names(module, recurse=False) for name, module in modules.items()}
-        return {name: group for name, group in owned.items() if group}, parameters
-    if not isinstance(wrt, Sequence) or not all(isinstance(name, str) for name in wrt):
-        raise TypeError(f"wrt must be one of {_WRT}, 'input:NAME', Patches(...) or a list of names, got {wrt!r}.")
-    if not wrt or len(set(wrt)) < len(wrt):
+        owned = {name: names(module.parameters(recurse=False)) for name, module in modules.items()}
+        layers = {name: group for name, group in owned.items() if group}
+        groups = layers if wrt == "layers" else {"parameters": list(parameters)}
+    elif not isinstance(wrt, Sequence) or not all(isinstance(name, str) for name in wrt):
+        raise TypeError(expected)
+    elif not wrt or len(set(wrt)) < len(wrt):
         raise ValueError(f"wrt must list at least one module, each once, got {list(wrt)}.")
-    groups = {}
-    for name in wrt:
-        if name in modules:
-            groups[name] = names(modules[name], recurse=True)
-        elif name in single:
-            groups[name] = [canonical[id(single[name])]] if id(single[name]) in canonical else []
-        else:
-            known = [known for known in modules if known]
+    else:
+        unknown = [name for name in wrt if name not in modules and name not in single]
+        if unknown:
+            known = list(modules)[1:]  # without the model itself
             raise ValueError(
-                f"unknown module {name!r}: the model has {known[:20]}{' ...' if len(known) > 20 else ''}. "
+                f"unknown module {unknown[0]!r}: the model has {known[:20]}{' ...' if len(known) > 20 else ''}. "
                 "Take names from model.named_modules() or model.named_parameters()."
             )
-        if not groups[name]:
+        groups = {name: names(modules[name].parameters() if name in modules else [single[name]]) for name in wrt}
+    for name, group in groups.items():
+        if not group:
             what = f"module {name!r} ({type(modules[name]).__name__})" if name in modules else f"parameter {name!r}"
             raise ValueError(f"{what} has no {kind} to perturb. Name one that has.")
-    return groups, parameters
-
-
-def _require_real(groups: dict[str, list[str]], parameters: dict[str, nn.Parameter]) -> None:
-    """Refuse complex parameters: a step along one has two real directions, and a Gram two definitions."""
-    for name in (name for names in groups.values() for name in names):
-        if parameters[name].is_complex():
+    for name in chain.from_iterable(groups.values()):
+        if parameters[name].is_complex():  # a step along one has two real directions, and a Gram two definitions
             raise ValueError(
                 f"parameter {name!r} is complex ({parameters[name].dtype}): the metric tensor needs real ones. "
                 "Keep it as its real view, torch.view_as_real(parameter), or list the modules that are real."
             )
-
-
-def _call(function: Callable[..., object], preserve_rng_state: bool, *args: object) -> object:
-    return function(*args)
+    return groups, parameters
 
 
 @contextmanager
 def exact_autograd(model: nn.Module, perturbed: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Record all that autograd needs, in full precision, for these parameters only; afterwards all is as before.
-
-    Args:
-        model: The model.
-        perturbed: The parameters that require a gradient meanwhile; all others do not.
-    """
+    """Record all that autograd needs, in full precision, for these parameters only; afterwards all is as before."""
     everything = [p for p in model.parameters() if p.is_floating_point() or p.is_complex()]
-    before = [p.requires_grad for p in everything]
-    wanted = {id(p) for p in perturbed}
+    before, wanted = [p.requires_grad for p in everything], {id(p) for p in perturbed}
     cudnn: Any = torch.backends.cudnn
     enabled = cudnn.enabled
     # TF32, cuDNN's default, keeps 10 bits: too few to tell a rank.
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
     precision = [backend.fp32_precision for backend in backends]
-    with ExitStack() as stack:
-        try:
-            for p in everything:
-                p.requires_grad_(id(p) in wanted)
-            for backend in backends:
-                backend.fp32_precision = "ieee"
-            if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-                # cuDNN's recurrent layers have no backward pass in evaluation mode.
-                cudnn.enabled = False
-            if "torch._dynamo" in sys.modules:
-                # A compiled graph goes backward once; its own code gives the same numbers.
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            # A reentrant checkpoint hides the parameters inside it from the graph: what it holds is called as it is.
-            stack.enter_context(patch.object(CheckpointFunction, "apply", _call))
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
+    try:
+        for p in everything:
+            p.requires_grad_(id(p) in wanted)
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            # cuDNN's recurrent layers have no backward pass in evaluation mode.
+            cudnn.enabled = False
+        # A compiled graph goes backward once; its own code gives the same numbers. A reentrant checkpoint hides the
+        # parameters inside it from the graph: what it holds is called as it is.
+        with (
+            torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext(),
+            patch.object(CheckpointFunction, "apply", lambda function, preserve_rng_state, *args: function(*args)),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
             yield
-        finally:
-            cudnn.enabled = enabled
-            for backend, value in zip(backends, precision, strict=True):
-                backend.fp32_precision = value
-            for p, flag in zip(everything, before, strict=True):
-                p.requires_grad_(flag)
+    finally:
+        cudnn.enabled = enabled
+        for backend, value in zip(backends, precision, strict=True):
+            backend.fp32_precision = value
+        for p, flag in zip(everything, before, strict=True):
+            p.requires_grad_(flag)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -37,8 +38,8 @@ def stability_loss(
     clean prediction), with ``stop_gradient`` their gradients are equal. For x' = x + eps, eps ~ N(0, sigma^2 I),
     E D_kl = (sigma^2 / 2) tr G(x) + O(sigma^4), G the metric tensor of an input perturbation.
 
-    Computed from the logits in float64 and returned in their dtype (float32 for half precision): the KL of two close
-    distributions is a difference of second order, of which float32 would keep nothing.
+    Computed in float64 and returned in the logits' dtype (float32 for half precision): of the KL of two close
+    distributions, a difference of second order, float32 would keep nothing.
 
     Args:
         logits: ``(N, K)`` of the clean inputs.
@@ -66,9 +67,7 @@ def stability_loss(
         >>> round(stability_loss(z, z, torch.tensor([0]), alpha=1.0).item(), 4)
         0.1269
     """
-    _require_number(alpha, name="alpha", hint="alpha weights a penalty; use 0 for plain training.")
-    if divergence not in ("kl", "ce"):
-        raise ValueError(f"divergence must be 'kl' or 'ce', got {divergence!r}.")
+    _require_settings(divergence, alpha=alpha)
     require_logits(logits, name="logits", values=validate)
     require_logits(logits_perturbed, name="logits_perturbed", values=validate)
     _require_same_shape(logits=logits, logits_perturbed=logits_perturbed)
@@ -97,17 +96,8 @@ def embedding_stability_loss(
 
     .. math:: L = \frac1N \sum_n \| f(x_n) - f(x'_n) \|_2
 
-    (Zheng et al. 2016, section 3, feature embeddings): not squared, one norm for each example. Where the two
-    embeddings agree the gradient is 0, the subgradient of least norm.
-
-    Args:
-        z: ``(N, D)`` embeddings of the clean inputs.
-        z_perturbed: ``(N, D)`` embeddings of the perturbed inputs.
-        distance: ``"l2"``.
-        validate: As for ``stability_loss``.
-
-    Returns:
-        The mean over the batch, a scalar in the unit of the embedding.
+    (Zheng et al. 2016, section 3, feature embeddings) of ``(N, D)`` embeddings of both, in their unit: not squared, one
+    norm for each example, with gradient 0 where the two agree. ``validate`` is that of ``stability_loss``.
 
     Raises:
         TypeError: If an embedding is not floating.
@@ -115,8 +105,8 @@ def embedding_stability_loss(
     """
     if distance != "l2":
         raise ValueError(f"distance must be 'l2', got {distance!r}.")
-    _require_embeddings(validate, z=z, z_perturbed=z_perturbed)
-    return _distance(z, z_perturbed).mean().to(_result_dtype(z))
+    clean, perturbed = _embeddings(validate, z=z, z_perturbed=z_perturbed)
+    return torch.linalg.vector_norm(clean - perturbed, dim=1).mean().to(_result_dtype(z))
 
 
 def triplet_loss(
@@ -126,18 +116,8 @@ def triplet_loss(
 
     .. math:: L_0 = \frac1N \sum_n \max\bigl(0,\; g + \|f(q) - f(p^+)\|_2 - \|f(q) - f(p^-)\|_2\bigr)
 
-    (Zheng et al. 2016, section 3, similar-image ranking): the task loss that the stability term stands beside. The
-    distances are those of the stability term, not squared, with gradient 0 where two embeddings agree.
-
-    Args:
-        query: ``(N, D)`` embeddings.
-        positive: ``(N, D)`` embeddings of the images that are more similar to the queries.
-        negative: ``(N, D)`` embeddings of the less similar ones.
-        margin: g, in the unit of the embedding, >= 0.
-        validate: As for ``stability_loss``.
-
-    Returns:
-        The mean over the batch, a scalar.
+    (Zheng et al. 2016, section 3, similar-image ranking) of ``(N, D)`` embeddings, with margin g >= 0 in their unit:
+    the task loss that the stability term stands beside. ``validate`` is that of ``stability_loss``.
 
     Raises:
         TypeError: If an embedding is not floating.
@@ -147,10 +127,10 @@ def triplet_loss(
         >>> triplet_loss(torch.tensor([[0.0]]), torch.tensor([[1.0]]), torch.tensor([[3.0]]), margin=2.5)
         tensor(0.5000)
     """
-    _require_number(margin, name="margin", hint="margin is a distance.")
-    _require_embeddings(validate, query=query, positive=positive, negative=negative)
-    gap = _distance(query, positive) - _distance(query, negative)
-    return (margin + gap).clamp(min=0).mean().to(_result_dtype(query))
+    _require_settings(margin=margin)
+    anchor, *others = _embeddings(validate, query=query, positive=positive, negative=negative)
+    near, far = (torch.linalg.vector_norm(anchor - other, dim=1) for other in others)
+    return (margin + (near - far)).clamp(min=0).mean().to(_result_dtype(query))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,15 +141,10 @@ class StabilityObjective:
     training mode sees both together), and returns ``stability_loss``. Dropout in training mode gives the branches masks
     of their own; put the model into evaluation mode to have them differ by the noise alone.
 
-    Attributes:
-        alpha: Weight of the stability term.
-        sigma: Standard deviation of the noise, in the unit of the pixels.
-        divergence: ``"kl"`` or ``"ce"``.
-        stop_gradient: Treat the clean output as a constant in the stability term.
-        clip: Range of the pixels; None does not clip.
-        generator: Source of the noise; None draws from PyTorch's global one.
-        validate: Look at the values of images, logits and labels in every step, for which the host waits for a GPU
-            each time. Without it what they refuse makes the loss NaN; look at the first batch, then leave it.
+    ``alpha``, ``divergence`` and ``stop_gradient`` are those of ``stability_loss``, ``sigma``, ``clip`` and
+    ``generator`` those of ``gaussian_perturbation``; a bad one is a ValueError. ``validate`` looks at the values of
+    images, logits and labels in every step, for which the host waits for a GPU each time. Without it what they refuse
+    makes the loss NaN; look at the first batch, then leave it.
 
     Example:
         >>> objective = StabilityObjective(alpha=1.0, sigma=0.1)
@@ -188,44 +163,20 @@ class StabilityObjective:
     validate: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse a bad setting before the first step.
-
-        Raises:
-            ValueError: For alpha or sigma < 0 or not finite, or an unknown divergence.
-        """
-        _require_number(self.alpha, name="alpha", hint="alpha weights a penalty; use 0 for plain training.")
-        _require_number(self.sigma, name="sigma", hint="sigma is a standard deviation; use 0 for no noise.")
-        if self.divergence not in ("kl", "ce"):
-            raise ValueError(f"divergence must be 'kl' or 'ce', got {self.divergence!r}.")
+        _require_settings(self.divergence, alpha=self.alpha, sigma=self.sigma)
 
     def __call__(self, model: Callable[[Tensor], object], x: Tensor, labels: Tensor) -> Tensor:
-        """The loss of a batch.
+        """The mean loss of images ``(N, ...)`` and classes ``(N,)``; ``model`` maps images to logits ``(N, K)``.
 
-        Args:
-            model: Images to logits ``(N, K)``, or to an object with ``.logits``.
-            x: ``(N, ...)`` images within ``clip``.
-            labels: ``(N,)`` integer classes.
-
-        Returns:
-            The mean over the batch, a scalar.
-
-        Raises:
-            TypeError, ValueError: For whatever ``gaussian_perturbation`` and ``stability_loss`` refuse.
+        Refuses what ``gaussian_perturbation`` and ``stability_loss`` refuse.
         """
         noisy = gaussian_perturbation(
             x, sigma=self.sigma, generator=self.generator, clip=self.clip, validate=self.validate
         )
         both = require_logits(model(torch.cat([x, noisy])), examples=2 * len(x), values=False)
         clean, perturbed = both.chunk(2)
-        return stability_loss(
-            clean,
-            perturbed,
-            labels,
-            alpha=self.alpha,
-            divergence=self.divergence,
-            stop_gradient=self.stop_gradient,
-            validate=self.validate,
-        )
+        loss = partial(stability_loss, alpha=self.alpha, divergence=self.divergence, stop_gradient=self.stop_gradient)
+        return loss(clean, perturbed, labels, validate=self.validate)
 
 
 def gaussian_perturbation(
@@ -238,8 +189,8 @@ def gaussian_perturbation(
 ) -> Tensor:
     """Add fresh Gaussian noise to images and clip: x' = clip(x + eps), eps ~ N(0, sigma^2 I).
 
-    Zheng et al. 2016, section 3: the same perturbation for every task. The noise belongs in pixel space, before any
-    normalisation, which is why images outside ``clip`` are refused.
+    Zheng et al. 2016, section 3. The noise belongs in pixel space, before any normalisation, which is why images
+    outside ``clip`` are refused. The result has the shape, dtype and device of the images.
 
     Args:
         x: Images, any shape, floating, within ``clip``.
@@ -247,9 +198,6 @@ def gaussian_perturbation(
         generator: Source of the noise, on any device; None draws from PyTorch's global one.
         clip: Range of the pixels; None does not clip.
         validate: Look at the pixels, for which the host waits for a GPU. Without it those outside ``clip`` become NaN.
-
-    Returns:
-        The perturbed images, same shape, dtype and device.
 
     Raises:
         TypeError: If the images are not floating.
@@ -259,13 +207,18 @@ def gaussian_perturbation(
         >>> gaussian_perturbation(torch.full((2,), 0.5), sigma=0.0)
         tensor([0.5000, 0.5000])
     """
-    _require_number(sigma, name="sigma", hint="sigma is a standard deviation; use 0 for no noise.")
+    _require_settings(sigma=sigma)
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be floating images, got {_kind(x)}. Convert 0..255 with x.float() / 255.")
     if clip is not None and not clip[0] < clip[1]:
         raise ValueError(f"clip must be (low, high) with low < high, got {clip}.")
     if validate:
-        _require_pixels(x, clip)
+        require_finite(x, name="x", hint="Check the images.")
+        if clip is not None and x.numel() and (x.min() < clip[0] or x.max() > clip[1]):
+            raise ValueError(
+                f"x must lie within clip = {clip}, got values from {x.min().item():.6g} to {x.max().item():.6g}. "
+                "Perturb pixels before normalising them, or state their range in clip."
+            )
     device = x.device if generator is None else generator.device
     # Half precision would round the noise itself: draw in float32 at least.
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -278,20 +231,8 @@ def gaussian_perturbation(
     return noisy.to(x.dtype)
 
 
-def _require_pixels(x: Tensor, clip: tuple[float, float] | None) -> None:
-    require_finite(x, name="x", hint="Check the images.")
-    if clip is not None and x.numel() and (x.min() < clip[0] or x.max() > clip[1]):
-        raise ValueError(
-            f"x must lie within clip = {clip}, got values from {x.min().item():.6g} to {x.max().item():.6g}. "
-            "Perturb pixels before normalising them, or state their range in clip."
-        )
-
-
-def _distance(first: Tensor, second: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(_widen(first) - _widen(second), dim=1)
-
-
-def _require_embeddings(validate: bool, **embeddings: Tensor) -> None:
+def _embeddings(validate: bool, **embeddings: Tensor) -> list[Tensor]:
+    """The embeddings, checked and widened."""
     for name, value in embeddings.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise TypeError(f"{name} must be a floating tensor (N, D), got {_kind(value)}.")
@@ -300,6 +241,7 @@ def _require_embeddings(validate: bool, **embeddings: Tensor) -> None:
         if validate:
             require_finite(value, name=name, hint="Check the inputs and the weights.")
     _require_same_shape(**embeddings)
+    return [_widen(value) for value in embeddings.values()]
 
 
 def _widen(tensor: Tensor) -> Tensor:
@@ -315,9 +257,12 @@ def _kind(value: object) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
-def _require_number(value: float, *, name: str, hint: str) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and >= 0, got {value}. {hint}")
+def _require_settings(divergence: str = "kl", **numbers: float) -> None:
+    for name, value in numbers.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be finite and >= 0, got {value}. Use 0 for none.")
+    if divergence not in ("kl", "ce"):
+        raise ValueError(f"divergence must be 'kl' or 'ce', got {divergence!r}.")
 
 
 def _require_same_shape(**tensors: Tensor) -> None:

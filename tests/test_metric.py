@@ -308,9 +308,10 @@ def test_errors(error: type[Exception], words: str, model, x, wrt) -> None:
         influence.metric_tensor(model, x, wrt=wrt)
 
 
-def test_chunk_size_error() -> None:
-    with pytest.raises(ValueError, match="chunk_size"):
-        influence.metric_tensor(nn.Linear(4, 3), X, chunk_size=0)
+@pytest.mark.parametrize("size", [0, True, 2.5])
+def test_chunk_size_error(size: float) -> None:
+    with pytest.raises(ValueError, match="chunk_size must be a whole number >= 1"):
+        influence.metric_tensor(nn.Linear(4, 3), X, chunk_size=size)
 
 
 def test_dropout_and_batch_norm_that_evaluate_are_fine_in_a_training_model() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import influence
 import truth
-from influence.sensitivity import ScoreSums
+from influence.contrasts import ScoreSums
 
 WRT: list[str | list[str] | influence.Patches] = ["input", "parameters", "layers", ["0"], influence.Patches(2)]
 
@@ -47,8 +47,8 @@ def test_estimate_is_unbiased(wrt: str | list[str] | influence.Patches) -> None:
 
 
 def test_a_biased_estimate_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def without_softmax(log_probs: Tensor, coefficients: Tensor, dtype: torch.dtype) -> ScoreSums:
-        return ScoreSums(log_probs, coefficients, torch.ones_like(coefficients[..., 0]), dtype)
+    def without_softmax(log_probs: Tensor, coefficients: Tensor) -> ScoreSums:
+        return ScoreSums(log_probs, coefficients, torch.ones_like(coefficients[..., 0]))
 
     exact = influence.trace(network(), images(1))[0]
     monkeypatch.setattr(ScoreSums, "of", staticmethod(without_softmax))

@@ -42,9 +42,7 @@ def patch_influence(
         The influence, with one block for each patch.
 
     Raises:
-        TypeError: As ``metric_tensor`` and ``first_order_influence``.
-        ValueError: As these.
-        RuntimeError: As ``metric_tensor``.
+        TypeError, ValueError, RuntimeError: As ``metric_tensor`` and ``first_order_influence``.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 40))
@@ -64,11 +62,9 @@ def patch_influence(
         with exact_autograd(model, compute.perturbed):
             classes, jacobian, dtype = compute.jacobian(inputs[n : n + 1], Classes.of)
         log_probs = classes.log_probs
-        label = log_probs.argmax(dim=1)
-        if given is not None:
-            label = require_labels(given, examples=len(x), classes=log_probs.shape[1], device=log_probs.device)[
-                n : n + 1
-            ]
+        wanted = log_probs.argmax(dim=1).expand(len(x)) if given is None else given
+        every = require_labels(wanted, examples=len(x), classes=log_probs.shape[1], device=log_probs.device)
+        label = every[n : n + 1]
         found = [
             exact_of_jacobians(part, log_probs.expand(len(part), -1), label.expand(len(part)), dtype)
             for part in _of_patches(jacobian[0], classes.order[0], patches)

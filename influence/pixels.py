@@ -107,12 +107,7 @@ def _box(images: Tensor, size: int, stride: int) -> Tensor:
 
 
 class InputGrams:
-    """Contrast Grams of the input, or of its patches, chunk by chunk.
-
-    Args:
-        model: The model.
-        patches: None for all of the input.
-    """
+    """Contrast Grams of the input, or of its patches, chunk by chunk."""
 
     # Parameters that must require a gradient.
     perturbed: Sequence[nn.Parameter] = ()
@@ -152,16 +147,7 @@ class InputGrams:
     def __call__(
         self, inputs: Inputs, rows: Callable[[Tensor], LogitRows] = Classes.of
     ) -> tuple[Tensor, Tensor, torch.dtype]:
-        """Compute a chunk.
-
-        Args:
-            inputs: N examples.
-            rows: As for ``ParameterGrams``.
-
-        Returns:
-            log P ``(N, K)``, the contrast Grams ``(N, B, K, K)``, or ``(N, B, m, m)`` for other rows, and the coarsest
-            dtype that occurred.
-        """
+        """Compute a chunk of examples; arguments and result as of ``ParameterGrams``."""
         if self._patches is not None:
             chosen, jacobian, dtype = self.jacobian(inputs, rows)
             return chosen.log_probs, chosen.embed(self._patches.grams(jacobian)), dtype
@@ -203,10 +189,9 @@ class InputGrams:
         return chosen, narrow, self._jacobian(inputs, logits, chosen, 1, dtype), dtype
 
     def _jacobian(self, inputs: Inputs, logits: Tensor, chosen: LogitRows, copies: int, dtype: torch.dtype) -> Tensor:
-        """Jacobian of N examples, with some copies of them in the batch.
+        """Jacobian of N examples, with copies of them in the batch: one or two keep no processor busy.
 
-        Examples are independent: one backward pass of a sum gives every example its own row, and with copies so many
-        rows. A batch of one or two keeps no processor busy.
+        They are independent: one backward pass of a sum gives every example its own row, and so does every copy.
         """
         narrow = NarrowLayer.of(logits) if isinstance(chosen, Classes) else None
         output = logits if narrow is None else narrow.edge

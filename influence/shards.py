@@ -34,16 +34,7 @@ _LOADING = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_f
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of a loader.
-
-    Attributes:
-        place: Its number.
-        numbers: Of its examples.
-        x: Inputs.
-        labels: None where they are "predicted".
-        wanted: Whether its file is ours to write.
-        is_last: Whether the data end with it.
-    """
+    """Batch number ``place`` of a loader, with the numbers of its examples; ``wanted``: its file is ours to write."""
 
     place: int
     numbers: Sequence[int]
@@ -59,7 +50,7 @@ class Batch:
 
     @property
     def digest(self) -> str:
-        """Of what its rows are made from."""
+        """Of all that its rows are made from."""
         return _digest(self.numbers, self.x, self.labels)
 
 

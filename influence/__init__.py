@@ -12,8 +12,9 @@ from influence.areas import patch_influence
 from influence.measures import Exact, Influence, Regularised, Released, first_order_influence
 from influence.metric import MetricTensor, metric_tensor
 from influence.pixels import Patches
-from influence.scoring import read_scores, refine, score
+from influence.scoring import refine, score
 from influence.sensitivity import trace, worst_direction
+from influence.shards import read_scores
 from influence.stability import (
     StabilityObjective,
     embedding_stability_loss,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from influence.checks import require_deterministic, require_labels, require_logits
+from influence.checks import require_deterministic, require_labels
 from influence.contrasts import Classes
 from influence.inputs import Inputs
 from influence.measures import Influence, exact_of_jacobians, given_labels, log_ceiling
@@ -41,9 +42,7 @@ def patch_influence(
         The influence, with one block for each patch.
 
     Raises:
-        TypeError: As ``metric_tensor`` and ``first_order_influence``.
-        ValueError: As these.
-        RuntimeError: As ``metric_tensor``.
+        TypeError, ValueError, RuntimeError: As ``metric_tensor`` and ``first_order_influence``.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 40))
@@ -58,36 +57,41 @@ def patch_influence(
     inputs = Inputs.of(x).perturbing(None)
     blocks = patches.blocks(x.shape[1:])
     require_deterministic(model)
-    if given is not None:
-        with torch.no_grad():
-            logits = require_logits(model(x[:1].clone()), examples=1)
-        given = require_labels(given, examples=len(x), classes=logits.shape[1], device=logits.device)
     parts, compute = [], InputGrams(model)
     for n in range(len(x)):
         with exact_autograd(model, compute.perturbed):
             classes, jacobian, dtype = compute.jacobian(inputs[n : n + 1], Classes.of)
-        label = classes.log_probs.argmax(dim=1) if given is None else given[n : n + 1]
-        rows = _by_class(jacobian[0].flatten(1), classes.order[0])
-        found = []
-        for part in _of_patches(rows, patches, x.shape[1:]):
-            log_probs = classes.log_probs.expand(len(part), -1)
-            found.append(exact_of_jacobians(part, log_probs, label.expand(len(part)), dtype))
-        fi, alignment, rank, near = (torch.cat(column) for column in zip(*found, strict=True))
-        ceiling = log_ceiling(classes.log_probs, label).exp()
-        parts.append((fi[None], ceiling, alignment[None], rank[None], near[None], label))
-    fi, ceiling, alignment, rank, near, label = (torch.cat(column) for column in zip(*parts, strict=True))
+        log_probs = classes.log_probs
+        wanted = log_probs.argmax(dim=1).expand(len(x)) if given is None else given
+        every = require_labels(wanted, examples=len(x), classes=log_probs.shape[1], device=log_probs.device)
+        label = every[n : n + 1]
+        found = [
+            exact_of_jacobians(part, log_probs.expand(len(part), -1), label.expand(len(part)), dtype)
+            for part in _of_patches(jacobian[0], classes.order[0], patches)
+        ]
+        columns = [torch.cat(column)[None] for column in zip(*found, strict=True)]
+        parts.append((*columns, log_ceiling(log_probs, label).exp(), label))
+    fi, alignment, rank, near, ceiling, label = (torch.cat(column) for column in zip(*parts, strict=True))
     return Influence(fi, ceiling, alignment, rank, near, label, tuple(blocks))
 
 
-def _by_class(contrasts: Tensor, order: Tensor) -> Tensor:
-    """Rows of the K - 1 contrasts ``(K - 1, V)`` at their classes ``(K, V)``, with zeros for the predicted one."""
-    rows = contrasts.new_zeros(len(order), contrasts.shape[1])
-    return rows.index_copy_(0, order[:-1], contrasts)
+def _of_patches(contrasts: Tensor, order: Tensor, patches: Patches) -> Iterator[Tensor]:
+    """Jacobians ``(M, K, p)`` float64 of some patches at a time, from that of the K - 1 contrasts ``(K - 1, C, H, W)``.
 
-
-def _of_patches(rows: Tensor, patches: Patches, shape: Sequence[int]) -> Iterator[Tensor]:
-    """Jacobians ``(M, K, p)`` float64 of some patches at a time; entries beyond the border are zero."""
-    for places, inside in patches.entries(shape, rows.device):
-        at_once = max(1, _ENTRIES // (len(rows) * places.shape[1]))
-        for where, within in zip(places.split(at_once), inside.split(at_once), strict=True):
-            yield (rows[:, where].double() * within).transpose(0, 1).contiguous()
+    Entries beyond the border are zero, and so is the row of the predicted class.
+    """
+    channels, height, width = contrasts.shape[1:]
+    most, stride = max(patches.sizes), patches.stride
+    before = (most - 1) // 2
+    rows = contrasts.new_zeros(len(order), channels, height + most - 1, width + most - 1)
+    rows[order[:-1], :, before : before + height, before : before + width] = contrasts
+    for k in patches.sizes:
+        first = before - (k - 1) // 2
+        inner = rows[:, :, first : first + height + k - 1, first : first + width + k - 1]
+        windows = inner.unfold(2, k, stride).unfold(3, k, stride)
+        # (C, rows, columns, K, k, k), or (1, rows, columns, K, C, k, k).
+        windows = windows.permute(1, 2, 3, 0, 4, 5) if patches.per_channel else windows.permute(2, 3, 0, 1, 4, 5)[None]
+        numbers = torch.arange(math.prod(windows.shape[:3]), device=rows.device)
+        at_once = max(1, _ENTRIES // windows[0, 0, 0].numel())
+        for chosen in numbers.split(at_once):
+            yield windows[torch.unravel_index(chosen, windows.shape[:3])].flatten(2).double().contiguous()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,23 +24,17 @@ _NOISE_OF_HALF = 5e-2
 
 
 def alone(model: nn.Module, inputs: Inputs) -> Tensor:
-    """Logits ``(1, K)`` of the first example, computed alone, with their graph.
-
-    Raises:
-        RuntimeError: If they are random, as with functional dropout or stochastic depth in training mode.
-    """
+    """Logits ``(1, K)`` of the first example, computed alone, with their graph; a RuntimeError if they are random."""
     before = _random_state(inputs.device)
     logits = forward(model, inputs[:1])
     if all(torch.equal(*pair) for pair in zip(before, _random_state(inputs.device), strict=True)):
         return logits
     # Some models draw a number for each layer that only training uses.
-    training = [
-        name or "the model itself" for name, m in model.named_modules() if m.training and not len(list(m.children()))
-    ]
+    training = [name for name, module in model.named_modules() if module.training and not list(module.children())]
     if training:
         raise RuntimeError(
-            f"the model draws random numbers while {training[0]!r} is in training mode: its logits change from call "
-            "to call. Call model.eval() first."
+            f"the model draws random numbers while {training[0] or 'the model itself'!r} is in training mode: its "
+            "logits change from call to call. Call model.eval() first."
         )
     with torch.no_grad(), _Drawn() as drawn:
         agree = all(_agree(inputs[:1].logits(model), logits, logits.dtype) for _ in range(_REPEATS))
@@ -65,17 +57,10 @@ class _Drawn(TorchDispatchMode):
 
 
 def require_same(model: nn.Module, inputs: Inputs, single: Tensor, batched: Tensor, dtype: torch.dtype) -> None:
-    """Refuse logits ``(1, K)`` that an example has alone when it has others in its batch.
-
-    Args:
-        model: The model.
-        inputs: The example, alone.
-        single: Its logits alone.
-        batched: Its logits beside others.
-        dtype: Precision of the computation.
+    """Refuse an example whose logits ``(1, K)`` are others alone (``single``) than beside others (``batched``).
 
     Raises:
-        RuntimeError: If they differ.
+        RuntimeError: If they differ by more than rounding of ``dtype``.
     """
     if _agree(batched, single, dtype):
         return
@@ -117,15 +102,10 @@ def _random_state(device: torch.device) -> list[Tensor]:
 
 
 def darkness(examples: int) -> Tensor:
-    """Choices of about half the examples, ``(c, N)`` bool, such that of any two each is once chosen without the other.
-
-    An example's choices are half of all c, another half for each.
-    """
-    count = next(c for c in itertools.count(2) if math.comb(c, c // 2) >= examples)
-    chosen = torch.zeros(count, examples, dtype=torch.bool)
-    for n, choice in zip(range(examples), itertools.combinations(range(count), count // 2), strict=False):
-        chosen[list(choice), n] = True
-    return chosen
+    """Choices of half the examples, ``(c, N)`` bool, such that of any two each is once chosen without the other."""
+    digits = torch.arange(max(1, (examples - 1).bit_length()))[:, None]
+    chosen = (torch.arange(examples) >> digits) % 2 == 1
+    return torch.cat([chosen, ~chosen])
 
 
 @dataclass(frozen=True)
@@ -156,11 +136,10 @@ class Weighting:
         rounds = -(-examples // len(values))
         places = torch.cat([torch.randperm(len(values), generator=generator) for _ in range(rounds)])[:examples]
         # Few digits, which any floating type holds.
-        mixture = (1 + torch.randint(16, (classes,), generator=generator) / 16) * (
-            2.0 * torch.randint(2, (classes,), generator=generator) - 1
-        )
+        sizes = 1 + torch.randint(16, (classes,), generator=generator) / 16
+        signs = 2.0 * torch.randint(2, (classes,), generator=generator) - 1
         noise = _NOISE.get(dtype, _NOISE_OF_HALF)
-        return cls(values[places].to(seeds.device), mixture.to(seeds.device), noise)
+        return cls(values[places].to(seeds.device), (sizes * signs).to(seeds.device), noise)
 
     def row(self, seeds: Tensor) -> Tensor:
         """The row, ``(1, N, ...)``."""
@@ -168,13 +147,7 @@ class Weighting:
         return (torch.tensordot(self.mixture.to(seeds), seeds, dims=1)[None] * weights).to(seeds.dtype)
 
     def holds(self, grads: Tensor, row: Tensor, outer: int) -> bool:
-        """Whether example n of each gradient is where a layout ``(outer, N, the rest)`` has it.
-
-        Args:
-            grads: ``(m, ...)`` gradients of the seeds.
-            row: ``(...)`` that of the row.
-            outer: Entries before the batch dimension.
-        """
+        """Whether a layout ``(outer, N, the rest)`` fits gradients ``(m, ...)`` of the seeds and that of the row."""
         shape = (outer, len(self.weights), -1)
         row = row.reshape(shape)
         mixed = torch.tensordot(self.mixture.to(grads.dtype), grads, dims=1).reshape(shape)
@@ -183,11 +156,7 @@ class Weighting:
 
 
 def gradients(output: Tensor | GradientEdge, leaves: Sequence[Tensor], seed: Tensor, *, retain: bool) -> list[Tensor]:
-    """Gradients of the leaves by autograd, dense, zero where there is none.
-
-    Raises:
-        RuntimeError: If PyTorch cannot.
-    """
+    """Gradients of the leaves by autograd, dense, zero where there is none; a RuntimeError says if PyTorch cannot."""
     try:
         grads = torch.autograd.grad(
             output, list(leaves), seed, retain_graph=retain, allow_unused=True, materialize_grads=True

@@ -57,7 +57,7 @@ class Inputs:
                 raise ValueError(f"x must hold at least one example, (N, ...), got shape {tuple(tensor.shape)}.")
             require_finite(tensor, name=name, hint="Check the data.")
         if len({len(tensor) for tensor in batch.tensors}) > 1:
-            counts = {name: len(tensor) for name, tensor in zip(batch.names, batch.tensors, strict=True)}
+            counts = dict(zip(batch.names, map(len, batch.tensors), strict=True))
             raise ValueError(f"all tensors of x must have the examples as first dimension, got lengths {counts}.")
         return batch
 
@@ -68,7 +68,8 @@ class Inputs:
             TypeError: If it is not floating.
             ValueError: If there is no such tensor, or several floating ones to choose from.
         """
-        floating = [n for n, tensor in zip(self.names, self.tensors, strict=True) if tensor.is_floating_point()]
+        by_name = dict(zip(self.names, self.tensors, strict=True))
+        floating = [n for n, tensor in by_name.items() if tensor.is_floating_point()]
         if name is None:
             if len(floating) > 1:
                 raise ValueError(f"x holds several floating tensors, {floating}: say which with wrt='input:NAME'.")
@@ -76,10 +77,9 @@ class Inputs:
         if name not in self.names:
             raise ValueError(f"unknown input {name!r}: x holds {list(self.names)}.")
         if name not in floating:
-            dtype = self.tensors[self.names.index(name)].dtype
             raise TypeError(
-                f"x must be floating for wrt='input', got {dtype}: integers cannot be perturbed. Convert images with "
-                "x.float(); for tokens perturb the parameters or a layer."
+                f"x must be floating for wrt='input', got {by_name[name].dtype}: integers cannot be perturbed. Convert "
+                "images with x.float(); for tokens perturb the parameters or a layer."
             )
         return replace(self, perturbed=self.names.index(name))
 
@@ -122,11 +122,7 @@ class Inputs:
 
 
 def forward(model: Callable[..., object], x: Inputs | Batch) -> Tensor:
-    """Logits ``(N, K)`` with a graph.
-
-    Raises:
-        RuntimeError: If the logits carry no gradient.
-    """
+    """Logits ``(N, K)`` with a graph; a RuntimeError if they carry no gradient."""
     logits = (x if isinstance(x, Inputs) else Inputs.of(x)).logits(model)
     if not logits.requires_grad:
         raise RuntimeError(

@@ -5,20 +5,13 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
+from influence.inputs import Inputs
+
 Part = TypeVar("Part")
-
-
-class Examples(Protocol):
-    """A batch that can be cut: a tensor, or ``inputs.Inputs``."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, examples: slice, /) -> Any: ...
-
 
 # More examples at once gain nothing, and on a CPU they leave the cache.
 _MOST = 64
@@ -46,14 +39,13 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    known = [2**32]
     if device.type == "cpu":
-        known = [value for value in (_available(), _left_in_group()) if value is not None]
-        if known:
-            return min(known)
-    return 2**32
+        known = [free for free in (_left_on_machine(), _left_in_container()) if free is not None] or known
+    return min(known)
 
 
-def _available() -> int | None:
+def _left_on_machine() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -61,55 +53,35 @@ def _available() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def _left_in_group() -> int | None:
-    """Below a container's limit, where there is one."""
+def _left_in_container() -> int | None:
     group = Path("/sys/fs/cgroup")
     try:
-        limit = (group / "memory.max").read_text().strip()
-        return None if limit == "max" else max(0, int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
+        return max(0, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no container, or "max"
         return None
 
 
-def in_chunks(compute: Callable[[Any], Part], x: Examples, size: int, *, may_halve: bool) -> Iterator[Part]:
-    """Compute a batch in chunks.
-
-    Args:
-        compute: What to do with a chunk.
-        x: The examples; has a length and takes a slice of them.
-        size: Examples in a chunk; the last one takes the rest.
-        may_halve: Whether to go on with half of it when memory runs out.
-
-    Yields:
-        The result for each chunk.
-    """
+def in_chunks(compute: Callable[[Any], Part], x: Inputs | range, size: int, *, may_halve: bool) -> Iterator[Part]:
+    """Yield ``compute(chunk)`` for chunks of so many examples; with ``may_halve``, of half when memory runs out."""
     start = 0
     while start < len(x):
         try:
-            part = compute(x[start : start + size])
+            yield compute(x[start : start + size])
+            start += size
+            continue
         except (RuntimeError, MemoryError) as error:
             if not (may_halve and size > 1 and is_out_of_memory(error)):
                 raise
-            part = None
-        if part is None:
-            # Only here is the failed attempt's memory free: the error held its frames.
-            size = max(1, min(size, len(x) - start) // 2)
-            release()
-            continue
-        yield part
-        start += size
-
-
-def release() -> None:
-    """Return unused memory to the device: unreachable objects and the allocator's cached blocks."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        # Only here is the failed attempt's memory free: the error held its frames.
+        size = max(1, min(size, len(x) - start) // 2)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on whatever device."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
     words = str(error).lower()
-    return "out of memory" in words or "can't allocate memory" in words or "alloc_failed" in words
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        sign in words for sign in ("out of memory", "can't allocate memory", "alloc_failed")
+    )

@@ -1,4 +1,4 @@
-"""Score a whole data set: stream a loader through metric and measure into a table, shard by shard."""
+"""Score a whole data set: stream a loader through metric and measure into a table, file by file."""
 
 from __future__ import annotations
 
@@ -18,23 +18,12 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from influence.checks import require_deterministic, require_labels, require_logits
 from influence.last_layer import head
-from influence.measures import Estimator, Exact, Influence, Released, first_order_influence
+from influence.measures import Estimator, Exact, Influence, Released, first_order_influence, log_ceiling
 from influence.memory import in_chunks
 from influence.metric import metric_tensor
 from influence.pixels import Patches
 from influence.progress import progress_bar
-from influence.shards import (
-    MadeFrom,
-    batches,
-    claim,
-    file_of,
-    fingerprint,
-    labels_of,
-    read_all,
-    require_no_more,
-    unpack,
-    write,
-)
+from influence.shards import batches, claim, file_of, fingerprint, labels_of, require_same, write
 
 Wrt = str | Sequence[str] | Patches
 # Fixed, not read off the free memory: the last digits of a Gram depend on it.
@@ -45,7 +34,6 @@ _MOST_VALUES = 2**26
 _FEW_VALUES = 2**20
 # Relative difference of FI of the features and of the input that rounding explains.
 _SAME = 1e-3
-_NAN = float("nan")
 
 
 def score(
@@ -63,10 +51,10 @@ def score(
 ) -> Path:
     """Compute the influence of every example of a loader and write it to a folder of Parquet files.
 
-    Each file holds some consecutive batches and appears whole or not at all, so that a run that was interrupted goes on
-    where it stopped. Each says which batches it was made from: where the loader yields others, a sample of which is
-    compared, the folder is refused. Under ``torchrun`` each process takes every n-th file; they need not talk to one
-    another, and any number of them, at any time, with as many threads each, makes the same files byte for byte.
+    Each file holds some consecutive batches and appears whole or not at all, so that an interrupted run goes on where
+    it stopped. Each says which batches it was made from: where the loader yields others, a sample of which is compared,
+    the folder is refused. Under ``torchrun`` each process takes every n-th file; they need not talk to one another, and
+    any number of them, at any time, with as many threads each, makes the same files byte for byte.
 
     Args:
         model: As for ``metric_tensor``; batches are moved to its device.
@@ -78,12 +66,11 @@ def score(
         batches_per_shard: Batches in one file.
         chunk_size: Examples computed at once. None: 32, fewer for many classes of large inputs, and half of it again
             each time memory runs out.
-        closed_form: None computes the metric tensor of every example. A number: compute it for so many examples, spread
-            over the first batch, and take a form that needs a forward pass alone for the whole data set where it holds
-            for these. Where all of them have full rank K - 1, that is FI = (1 - P_y) / P_y; the rank, which is
-            generic, is then that of the sample. Where a last linear layer sees fewer features, FI of the input is FI
-            of the features, if it is so for the sample. Trace and lambda_max, which need the rest of the network, are
-            NaN.
+        closed_form: None computes the metric tensor of every example. A number: compute it for so many examples of the
+            first batch, and take a form that needs a forward pass alone for the whole data set where it holds for
+            these: FI = (1 - P_y) / P_y where all have full rank K - 1 (the rank in the table is then theirs); FI of the
+            features of a last linear layer with fewer than K - 1 of them where FI of the input equals it. Trace and
+            lambda_max, which need the rest of the network, are NaN.
         progress: Whether to show a bar.
 
     Returns:
@@ -98,6 +85,7 @@ def score(
 
     Example:
         >>> import tempfile
+        >>> from influence import read_scores
         >>> loader = DataLoader(torch.zeros(6, 5), batch_size=4)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = score(nn.Linear(5, 3), loader, folder, labels="predicted", progress=False)
@@ -105,8 +93,8 @@ def score(
         >>> len(table)
         6
     """
-    sizes = (("batches_per_shard", batches_per_shard), ("chunk_size", chunk_size), ("closed_form", closed_form))
-    for name, value in sizes:
+    sizes = {"batches_per_shard": batches_per_shard, "chunk_size": chunk_size, "closed_form": closed_form}
+    for name, value in sizes.items():
         if value is not None and (isinstance(value, bool) or value < 1):
             raise ValueError(f"{name} must be at least 1, got {value}.")
     if labels not in ("given", "predicted"):
@@ -121,73 +109,43 @@ def score(
         raise ValueError(f"closed_form is that of Exact(), got {estimator!r}.")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    claim(
-        folder,
-        {
-            "model": fingerprint(model),
-            "wrt": list(wrt) if isinstance(wrt, list | tuple) else repr(wrt),
-            "estimator": repr(estimator),
-            "labels": labels,
-            "data": None if labels == "predicted" else labels_of(loader),
-            "batches_per_shard": batches_per_shard,
-            "chunk_size": chunk_size,
-            "closed_form": closed_form,
-        },
-    )
+    key = {
+        "model": fingerprint(model),
+        "wrt": list(wrt) if isinstance(wrt, list | tuple) else repr(wrt),
+        "estimator": repr(estimator),
+        "labels": labels,
+        "data": None if labels == "predicted" else labels_of(loader),
+    }
+    claim(folder, {**key, **sizes})
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 
-    def mine(shard: int) -> bool:
-        return shard % world == rank and not file_of(folder, shard).exists()
+    def mine(number: int) -> bool:
+        return number % world == rank and not file_of(folder, number).exists()
 
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    shortcut: Callable[[Tensor, Tensor | None], pd.DataFrame] | None = None
-    bar = progress_bar(
-        desc=f"scores {rank + 1}/{world}" if world > 1 else "scores", unit="example", disable=not progress
-    )
-    with bar:
-        rows: list[pd.DataFrame] = []
-        made_from: MadeFrom | None = None
+    rows_of: Callable[[Tensor, Tensor | None], pd.DataFrame] | None = None
+    rows: list[pd.DataFrame] = []
+    digests: list[str] = []
+    title = f"scores {rank + 1}/{world}" if world > 1 else "scores"
+    with progress_bar(desc=title, unit="example", disable=not progress) as bar:
         for batch in batches(loader, folder, labels, batches_per_shard, mine):
-            made_from = MadeFrom() if made_from is None else made_from
-            x, given = unpack(batch.content, labels)
-            made_from.add(batch.numbers, x, given)
+            number, place = divmod(batch.place, batches_per_shard)
+            file = file_of(folder, number)
             if batch.wanted:
-                x = _like(model, x.to(device))
-                if closed_form is None:
-                    table = _scored(model, x, given, wrt, estimator, chunk_size)
-                else:
-                    if shortcut is None:
-                        shortcut = _shortcut(model, x, wrt, estimator, closed_form)
-                    table = shortcut(x, given)
+                x = _like(model, batch.x)
+                if rows_of is None and closed_form is not None:
+                    rows_of = _closed_form(model, x, wrt, estimator, closed_form)
+                elif rows_of is None:
+                    rows_of = partial(_rows, model, wrt=wrt, estimator=estimator, chunk_size=chunk_size)
+                table = rows_of(x, batch.labels)
                 rows.append(table.assign(example=np.asarray(batch.numbers)[table["example"]]))
+                digests.append(batch.digest)
                 bar.update(len(x))
-            if not batch.ends_file:
-                continue
-            made_from.is_last = batch.is_last
-            target = file_of(folder, batch.shard)
-            if batch.wanted:
-                write(target, pd.concat(rows, ignore_index=True), made_from)
-            elif target.exists():
-                made_from.require_same(target)
-            if batch.is_last:
-                require_no_more(folder, batch.shard)
-            rows, made_from = [], None
+                if batch.is_last or place + 1 == batches_per_shard:
+                    write(file, pd.concat(rows, ignore_index=True), digests, is_last=batch.is_last)
+                    rows, digests = [], []
+            elif file.exists():
+                require_same(file, place, batch)
     return folder
-
-
-def read_scores(path: str | Path) -> pd.DataFrame:
-    """Read what ``score`` wrote, in the order of the loader.
-
-    Args:
-        path: The folder.
-
-    Returns:
-        One row for each example and block.
-
-    Raises:
-        ValueError: If there are no scores, or a file is missing. ``pandas.read_parquet`` reads what there is.
-    """
-    return read_all(Path(path))
 
 
 def refine(
@@ -219,41 +177,37 @@ def refine(
     near = near.double() if near.is_floating_point() else near
     metric = metric_tensor(copy.deepcopy(model).double(), near, wrt=wrt, chunk_size=chunk_size)
     better = first_order_influence(metric, result.labels[chosen], estimator=estimator)
-    fields = {}
-    for name in ("fi", "alignment", "rank", "near_cut", "ceiling"):
-        fields[name] = getattr(result, name).clone()
-        fields[name][chosen] = getattr(better, name)
-    return replace(result, **fields)
+    names = ("fi", "alignment", "rank", "near_cut", "ceiling")
+    return replace(result, **{n: getattr(result, n).index_copy(0, chosen, getattr(better, n)) for n in names})
 
 
-def _scored(
+def _rows(
     model: nn.Module,
     x: Tensor,
     labels: Tensor | None,
+    *,
     wrt: Wrt,
     estimator: Estimator,
     chunk_size: int | None,
+    spectrum: bool = True,
 ) -> pd.DataFrame:
-    """Rows of one batch, whose examples count from 0."""
-    done = 0
-    rows = []
+    """Rows of one batch, whose examples count from 0, with trace and lambda_max or without."""
 
-    def compute(part: Tensor) -> tuple[Influence, Tensor, Tensor, int]:
-        metric = metric_tensor(model, part, wrt=wrt, chunk_size=len(part))
-        given = metric.log_probs.argmax(dim=1) if labels is None else labels[done : done + len(part)]
+    def compute(part: range) -> pd.DataFrame:
+        images, count = x[part.start : part.stop], len(part)
+        metric = metric_tensor(model, images, wrt=wrt, chunk_size=count)
+        given: Tensor | Literal["predicted"] = "predicted" if labels is None else labels[part.start : part.stop]
         result = first_order_influence(metric, given, estimator=estimator)
         if isinstance(estimator, Released):
-            result = refine(result, model, part, wrt=wrt, estimator=estimator, chunk_size=len(part))
-        return result, metric.trace(), metric.lambda_max(), len(part)
+            result = refine(result, model, images, wrt=wrt, estimator=estimator, chunk_size=count)
+        table = result.to_dataframe()
+        table["example"] += part.start
+        table["trace"] = metric.trace().cpu().flatten().numpy() if spectrum else np.nan
+        table["lambda_max"] = metric.lambda_max().cpu().flatten().numpy() if spectrum else np.nan
+        return table
 
     size = chunk_size or min(_CHUNK, _examples_at_once(model, x, wrt))
-    for result, trace, largest, count in in_chunks(compute, x, size, may_halve=chunk_size is None):
-        table = result.to_dataframe()
-        table["example"] += done
-        table["trace"], table["lambda_max"] = trace.cpu().flatten().numpy(), largest.cpu().flatten().numpy()
-        rows.append(table)
-        done += count
-    return pd.concat(rows, ignore_index=True)
+    return pd.concat(in_chunks(compute, range(len(x)), size, may_halve=chunk_size is None), ignore_index=True)
 
 
 def _examples_at_once(model: nn.Module, x: Tensor, wrt: Wrt) -> int:
@@ -266,12 +220,12 @@ def _examples_at_once(model: nn.Module, x: Tensor, wrt: Wrt) -> int:
 
 
 def _like(model: nn.Module, x: Tensor) -> Tensor:
-    """Floating inputs in the precision of the model's parameters."""
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
-    return x.to(parameter.dtype) if parameter is not None and x.is_floating_point() else x
+    """Inputs where the model's parameters are, floating ones in their precision."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, dtype=x.dtype))
+    return x.to(parameter) if x.is_floating_point() else x.to(parameter.device)
 
 
-def _shortcut(
+def _closed_form(
     model: nn.Module, x: Tensor, wrt: Wrt, estimator: Estimator, count: int
 ) -> Callable[[Tensor, Tensor | None], pd.DataFrame]:
     """What makes the rows of a batch from its inputs and labels by a forward pass.
@@ -281,12 +235,11 @@ def _shortcut(
     """
     sample = x[torch.linspace(0, len(x) - 1, min(count, len(x))).round().long().to(x.device)]
     metric = metric_tensor(model, sample, wrt=wrt, chunk_size=1)
-    result = first_order_influence(metric, metric.log_probs.argmax(dim=1), estimator=estimator)
+    result = first_order_influence(metric, estimator=estimator)
     full = metric.log_probs.shape[1] - 1
     if bool((result.rank == full).all()):
-        return partial(_in_closed_form, model, dict.fromkeys(metric.blocks, full))
-    found = head(model, sample) if wrt == "input" else None
-    features_differ = ""
+        return partial(_from_logits, model, metric.blocks)
+    found, features_differ = head(model, sample) if wrt == "input" else None, ""
     if found is not None:
         features = first_order_influence(metric_tensor(*found), result.labels, estimator=estimator)
         same = torch.isclose(result.fi, features.fi, rtol=_SAME, atol=0) & (result.rank == features.rank)
@@ -308,35 +261,20 @@ def _from_features(model: nn.Module, estimator: Estimator, x: Tensor, labels: Te
     if found is None:
         raise ValueError("the model's last layer made the logits of the first batch, but not of this one.")
     layer, features = found
-    tables = []
-    for rows in torch.arange(len(x), device=x.device).split(max(1, min(_CHUNK, _FEW_VALUES // layer.classes**2))):
-        metric = metric_tensor(layer, features[rows], chunk_size=len(rows))
-        given = metric.log_probs.argmax(dim=1) if labels is None else labels[rows]
-        result = first_order_influence(metric, given, estimator=estimator)
-        table = result.to_dataframe()
-        table["example"] += int(rows[0])
-        tables.append(table)
-    return pd.concat(tables, ignore_index=True).assign(trace=_NAN, lambda_max=_NAN)
+    size = max(1, min(_CHUNK, _FEW_VALUES // layer.classes**2))
+    return _rows(layer, features, labels, wrt="input", estimator=estimator, chunk_size=size, spectrum=False)
 
 
-def _in_closed_form(model: nn.Module, blocks: dict[str, int], x: Tensor, labels: Tensor | None) -> pd.DataFrame:
-    """Rows of one batch from the logits alone."""
+def _from_logits(model: nn.Module, blocks: tuple[str, ...], x: Tensor, labels: Tensor | None) -> pd.DataFrame:
+    """Rows of one batch at full rank."""
     with torch.no_grad():
         logits = require_logits(model(x.clone()), examples=len(x))
     log_probs = torch.log_softmax(logits.double(), dim=1)
     labels = log_probs.argmax(dim=1) if labels is None else labels
     labels = require_labels(labels, examples=len(x), classes=logits.shape[1], device=logits.device)
-    # log((1 - P) / P), without the digits that 1 - P would lose.
-    others = log_probs.scatter(1, labels[:, None], -torch.inf).logsumexp(dim=1)
-    ceiling = (others - log_probs.gather(1, labels[:, None]).squeeze(1)).exp()[:, None].expand(-1, len(blocks))
-    nothing = torch.zeros(ceiling.shape, dtype=torch.bool)
-    result = Influence(
-        fi=ceiling,
-        ceiling=ceiling[:, 0],
-        alignment=torch.ones_like(ceiling),
-        rank=torch.tensor(list(blocks.values())).expand(len(x), -1),
-        near_cut=nothing,
-        labels=labels,
-        blocks=tuple(blocks),
-    )
-    return result.to_dataframe().assign(trace=_NAN, lambda_max=_NAN)
+    ceiling = log_ceiling(log_probs, labels).exp()
+    fi = ceiling[:, None].expand(-1, len(blocks))
+    one = torch.ones_like(fi)
+    rank = one.long() * (logits.shape[1] - 1)
+    result = Influence(fi, ceiling, one, rank, torch.zeros_like(one, dtype=torch.bool), labels, blocks)
+    return result.to_dataframe().assign(trace=np.nan, lambda_max=np.nan)

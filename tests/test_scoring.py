@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -274,3 +275,21 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", STREAM, str(tmp_path)], capture_output=True, text=True, check=True)
     assert len(influence.read_scores(tmp_path)) == 2048
     assert int(done.stdout) < 20e6
+
+
+def test_a_data_set_without_indices(tmp_path: Path) -> None:
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            yield from data().dataset
+
+    whole = influence.read_scores(influence.score(network(), data(), tmp_path / "a", progress=False))
+    loader = DataLoader(Stream(), batch_size=3)
+    for _ in range(2):
+        influence.score(network(), loader, tmp_path / "b", progress=False)
+        pd.testing.assert_frame_equal(influence.read_scores(tmp_path / "b"), whole)
+
+
+def test_examples_that_a_loader_drops_are_refused(tmp_path: Path) -> None:
+    dropping = DataLoader(data().dataset, batch_size=3, collate_fn=lambda rows: torch.stack([x for x, _ in rows[1:]]))
+    with pytest.raises(ValueError, match=r"loader must keep the examples of a batch, got 2 of 3"):
+        influence.score(network(), dropping, tmp_path, labels="predicted", progress=False)

@@ -48,15 +48,10 @@ def using(backend: str) -> Iterator[None]:
         _CHOSEN.reset(token)
 
 
-def takes_triton(name: str, kind: Hashable, device: torch.device, *, triton: Kernel, torch: Kernel) -> bool:
+def takes_triton(name: str, kind: Hashable, device: torch.device, triton: Kernel, reference: Kernel) -> bool:
     """Whether a kernel runs in Triton.
 
-    Args:
-        name: Of the kernel.
-        kind: What its time depends on. "auto" tries both on the first shape of a kind.
-        device: Where its arguments are.
-        triton: Runs the kernel on the arguments at hand.
-        torch: Runs the reference on them.
+    "auto" tries both on the arguments at hand the first time that it meets a kind of shape, what the time depends on.
 
     Raises:
         RuntimeError: For "triton" on a CPU without Triton's interpreter.
@@ -70,14 +65,13 @@ def takes_triton(name: str, kind: Hashable, device: torch.device, *, triton: Ker
         return True
     if device.type != "cuda":
         return False
-    key = (name, kind, _device_name(device))
-    if key not in _BETTER:
-        # Nothing can be timed while a graph is captured.
-        better = None if _capturing() else is_better(name, triton, torch)
-        if better is None:
-            return False
-        _BETTER[key] = better
-    return _BETTER[key]
+    key = (name, kind, torch.cuda.get_device_name(device))
+    # Nothing can be timed while a graph is captured.
+    if key not in _BETTER and not torch.cuda.is_current_stream_capturing():
+        better = is_better(name, triton, reference)
+        if better is not None:
+            _BETTER[key] = better
+    return _BETTER.get(key, False)
 
 
 def is_better(name: str, triton: Kernel, reference: Kernel) -> bool | None:
@@ -95,7 +89,7 @@ def is_better(name: str, triton: Kernel, reference: Kernel) -> bool | None:
     if not agree:
         _LOG.warning("%s: Triton gives other numbers here; PyTorch's kernel is used", name)
         return False
-    return _seconds(triton, expected[0].device) < _seconds(reference, expected[0].device)
+    return _seconds(triton) < _seconds(reference)
 
 
 def _close(mine: Tensor, theirs: Tensor) -> bool:
@@ -103,26 +97,12 @@ def _close(mine: Tensor, theirs: Tensor) -> bool:
     return bool((mine - theirs).abs().max() <= tolerance * theirs.abs().max())
 
 
-def _seconds(kernel: Kernel, device: torch.device) -> float:
+def _seconds(kernel: Kernel) -> float:
     """The shortest of a few runs."""
-    best = float("inf")
+    times = []
     for _ in range(_REPEATS):
-        _synchronize(device)
         start = time.perf_counter()
-        kernel()
-        _synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device)
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_current_stream_capturing()
+        result = kernel()[0]
+        result[(0,) * result.ndim].item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return min(times)

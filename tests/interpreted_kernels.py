@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from torch import nn
@@ -80,7 +78,9 @@ class Residual(nn.Module):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_relu_norm_backward_in_the_reverse_pass(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relu_norm_backward_in_the_reverse_pass(
+    shared: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     used: list[tuple[int, ...]] = []
     kernel = reverse.relu_norm_backward_triton
     monkeypatch.setattr(
@@ -94,16 +94,12 @@ def test_relu_norm_backward_in_the_reverse_pass(shared: bool, monkeypatch: pytes
         norm.running_var.copy_(torch.tensor([0.5, 2.0, 1e-3]))
         norm.weight.data.copy_(torch.tensor([1.0, -2.0, 0.5]))
     x = normal(2, 2, 6, 6, dtype=torch.float64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        reference = influence.metric_tensor(model, x, wrt="layers", backend="torch")
-        assert not used
-        ours = influence.metric_tensor(model, x, wrt="layers", backend="triton")
+    reference = influence.metric_tensor(model, x, wrt="layers", backend="torch")
+    assert not used
+    ours = influence.metric_tensor(model, x, wrt="layers", backend="triton")
     torch.testing.assert_close(ours.gram, reference.gram, rtol=1e-12, atol=1e-12)
-    assert used == [(3, 2, 3, 4, 4)] * 2
-    # The rows come from nowhere else.
-    monkeypatch.setattr(reverse, "relu_norm_backward_triton", lambda *given: [2 * part for part in kernel(*given)])
-    assert not torch.equal(influence.metric_tensor(model, x, wrt="layers", backend="triton").gram, reference.gram)
+    # Three contrasts of two examples, at both ReLUs; and no layer took the autograd path.
+    assert used == [(3, 2, 3, 4, 4)] * 2 and not caplog.records
 
 
 def test_whole_path() -> None:
@@ -137,9 +133,9 @@ def test_triton_was_used(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_real_kernels_agree_as_auto_asks() -> None:
     """The interpreter is slower by far, so the answer is no; a kernel that differs or fails would have said so."""
     rows = normal(2, 9, 100)
-    slow = lambda: (gram.gram_torch(rows), [gram.gram_torch(rows) for _ in range(3000)])[:1]  # noqa: E731
-    assert is_better("gram", lambda: (gram.gram_triton(rows),), slow) is True
-    assert is_better("gram", lambda: (1.01 * gram.gram_triton(rows),), slow) is False
+    slow = lambda: (gram.gram_torch(rows), [gram.gram_torch(rows) for _ in range(3000)])[0]  # noqa: E731
+    assert is_better("gram", lambda: gram.gram_triton(rows), slow) is True
+    assert is_better("gram", lambda: 1.01 * gram.gram_triton(rows), slow) is False
 
 
 @pytest.mark.parametrize("classes", [2, 10, 33, 4100])

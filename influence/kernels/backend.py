@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ _CHOSEN: ContextVar[str] = ContextVar("influence_backend", default="auto")
 # What "auto" found on each device for each kind of shape, for as long as the process lives.
 _BETTER: dict[tuple[Hashable, ...], bool] = {}
 _REPEATS = 5
-Kernel = Callable[[], tuple[Tensor, ...]]
+Kernel = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 @contextmanager
@@ -48,14 +49,15 @@ def using(backend: str) -> Iterator[None]:
         _CHOSEN.reset(token)
 
 
-def takes_triton(name: str, kind: Hashable, device: torch.device, triton: Kernel, reference: Kernel) -> bool:
-    """Whether a kernel runs in Triton.
+def takes_triton(kind: Hashable, triton: Kernel, reference: Kernel, *given: Any, **options: Any) -> bool:
+    """Whether a kernel runs in Triton for some arguments, the first of them a tensor.
 
-    "auto" tries both on the arguments at hand the first time that it meets a kind of shape, what the time depends on.
+    "auto" tries both on these the first time that it meets a kind of shape, what the time depends on.
 
     Raises:
         RuntimeError: For "triton" on a CPU without Triton's interpreter.
     """
+    device, name = given[0].device, triton.__name__
     chosen = _CHOSEN.get()
     if chosen == "torch" or not HAS_TRITON:
         return False
@@ -68,7 +70,7 @@ def takes_triton(name: str, kind: Hashable, device: torch.device, triton: Kernel
     key = (name, kind, torch.cuda.get_device_name(device))
     # Nothing can be timed while a graph is captured.
     if key not in _BETTER and not torch.cuda.is_current_stream_capturing():
-        better = is_better(name, triton, reference)
+        better = is_better(name, lambda: triton(*given, **options), lambda: reference(*given, **options))
         if better is not None:
             _BETTER[key] = better
     return _BETTER.get(key, False)
@@ -76,20 +78,23 @@ def takes_triton(name: str, kind: Hashable, device: torch.device, triton: Kernel
 
 def is_better(name: str, triton: Kernel, reference: Kernel) -> bool | None:
     """Whether a kernel gives the reference's numbers, and in less time; None where both give nothing but zeros."""
-    expected = reference()
+    expected = _parts(reference())
     if not any(bool(value.any()) for value in expected):
         return None
     try:
-        agree = all(_close(mine, theirs) for mine, theirs in zip(triton(), expected, strict=True))
+        agree = all(_close(mine, theirs) for mine, theirs in zip(_parts(triton()), expected, strict=True))
+        reason = "gives other numbers"
     except torch.OutOfMemoryError:
         return None
     except Exception as error:  # the compiler's own errors have no common base
-        _LOG.warning("%s: Triton does not run it here (%s); PyTorch's kernel is used", name, error)
-        return False
+        agree, reason = False, f"does not run it ({error})"
     if not agree:
-        _LOG.warning("%s: Triton gives other numbers here; PyTorch's kernel is used", name)
-        return False
-    return _seconds(triton) < _seconds(reference)
+        _LOG.warning("%s: Triton %s here; PyTorch's kernel is used", name, reason)
+    return agree and _seconds(triton) < _seconds(reference)
+
+
+def _parts(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else result
 
 
 def _close(mine: Tensor, theirs: Tensor) -> bool:
@@ -102,7 +107,7 @@ def _seconds(kernel: Kernel) -> float:
     times = []
     for _ in range(_REPEATS):
         start = time.perf_counter()
-        result = kernel()[0]
+        result = _parts(kernel())[0]
         result[(0,) * result.ndim].item()  # waits for the device
         times.append(time.perf_counter() - start)
     return min(times)

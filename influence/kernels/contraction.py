@@ -16,10 +16,8 @@ from influence.kernels.gram import products
 
 # What a float64 multiplication costs, in float32 ones.
 _DOUBLE = 2.0
-# Entries of Y made at once.
-_PIECE = 2**23
-# The same where one buffer serves all: it stays in a core's cache.
-_TILE = 2**20
+# Entries of Y made at once, and where one buffer, which stays in a core's cache, serves all.
+_PIECE, _TILE = 2**23, 2**20
 # A sum over many entries goes to so many sums side by side, which use all cores.
 _SEGMENTS = 4
 # Multiplications for one class from which on a call of its own costs nothing.
@@ -27,11 +25,7 @@ _LARGE = 2**18
 
 
 def cheaper(*, positions: int, inputs: int, outputs: int, classes: int, double: bool, shared: float) -> str:
-    """The way, "ghost" or "materialise", that takes fewer multiplications for one example.
-
-    There are T positions, D inputs, P outputs and m classes, S takes ``shared`` multiplications, and where the
-    gradients are ``double`` all cost the same.
-    """
+    """The way, "ghost" or "materialise", that takes fewer multiplications for one example; S takes ``shared``."""
     price = 1.0 if double else _DOUBLE
     products = price * classes**2
     materialise = classes * positions * inputs * outputs + products * inputs * outputs

@@ -1,17 +1,15 @@
 """Gram of the rows of many Jacobians, <J_k, J_l>, added up in float64 whatever their precision.
 
 What the kernel is for, on an H100 (3.35 TB/s; 67 TFLOP/s on the tensor cores in float64): m rows of p float32 entries.
-PyTorch writes a float64 copy and reads it back, 4 + 8 + 8 bytes an entry; the kernel reads 4 and does 2 R FLOPs with
-it, R the rows padded to 16, 32 or 64. With K = 10, all weights of a ResNet50 (m = 9, p = 23.5 M) are 4.2 GB, 1.3 ms, an
-example against 0.85 GB, 0.25 ms (0.18 ms of multiplying); the ten passes themselves, 29 GFLOP, take 0.43 ms in float32.
-At R = 64 multiplying takes longer than reading (120 against 75 ps a column of 63 rows, PyTorch 380), and with more rows
-the library's matrix product is as good.
+PyTorch writes a float64 copy and reads it back, 4 + 8 + 8 bytes an entry; the kernel reads 4 and does 2 R FLOPs, R the
+rows padded to 16, 32 or 64. All weights of a ResNet50 (m = 9, p = 23.5 M) are 4.2 GB, 1.3 ms, an example against
+0.85 GB, 0.25 ms (0.18 ms of multiplying); the ten passes, 29 GFLOP, take 0.43 ms in float32. At R = 64 multiplying
+takes longer than reading (120 against 75 ps a column, PyTorch 380); with more rows the library's product is as good.
 """
 # ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,7 +29,7 @@ def products(rows: Tensor) -> Tensor:
     examples, classes, width = rows.shape
     if rows.dtype == torch.float32 and 0 < classes <= max(WARPS) and examples * width > 0:
         kind = (_padded(classes), width.bit_length(), (examples * width).bit_length())
-        if takes_triton("gram", kind, rows.device, lambda: (gram_triton(rows),), lambda: (gram_torch(rows),)):
+        if takes_triton(kind, gram_triton, gram_torch, rows):
             return gram_triton(rows)
     return gram_torch(rows)
 
@@ -47,9 +45,7 @@ def gram_torch(rows: Tensor) -> Tensor:
     return gram
 
 
-if TYPE_CHECKING or not HAS_TRITON:
-    gram_kernel: Any = None
-else:
+if HAS_TRITON:
     import triton
     import triton.language as tl
 

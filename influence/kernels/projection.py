@@ -11,9 +11,7 @@ from influence.kernels.elimination import eliminate_rows, in_tiles
 _ROUNDING = 16.0
 
 
-def weighted_projection(
-    rows: Tensor, log_weights: Tensor, target: Tensor, cut: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def weighted_projection(rows: Tensor, log_weights: Tensor, target: Tensor, cut: Tensor) -> tuple[Tensor, ...]:
     r"""Fit ``target`` by a linear function of ``rows`` and return the explained and the unexplained sum of squares.
 
     The two parts of sum_i w_i t_i^2 under the best linear fit t_i ~ c_i . u. Probabilities as weights w span hundreds
@@ -39,31 +37,28 @@ def weighted_projection(
         length, may add about delta^2 sensitivity to the unexplained part.
     """
     given = rows, log_weights, target, cut.expand_as(log_weights)
-    explained, unexplained, sensitivity = in_tiles(_projection, given, entries=rows.shape[1] * rows.shape[2])
-    return explained, unexplained, sensitivity
+    return in_tiles(_projection, *given, entries=rows.shape[1] * rows.shape[2])
 
 
 def _projection(rows: Tensor, log_weights: Tensor, target: Tensor, cut: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    batch, _, width = rows.shape
-    weight_root = (0.5 * log_weights).exp()
+    width, weight_root = rows.shape[2], (0.5 * log_weights).exp()
     if width == 0:
-        nothing = rows.new_zeros(batch)
+        nothing = rows.new_zeros(len(rows))
         return nothing, (weight_root * target).square().sum(dim=-1), nothing
-    example = torch.arange(batch, device=rows.device)
     found = eliminate_rows(rows, log_weights, cut)
     lower, pivots, used = found.lower, found.pivots, found.used
 
     # Rows left out and pivots take no part in the second group.
     taken = torch.zeros_like(log_weights).scatter_add(1, pivots, used.to(log_weights.dtype))
     spent = torch.isneginf(log_weights) | (taken > 0)
-    first = lower[example[:, None], pivots]
+    first = lower.gather(1, pivots[:, :, None].expand(-1, -1, width))
     first = torch.where(used[:, :, None], first, 0.0) + torch.diag_embed((~used).to(rows.dtype))
     coefficients = torch.linalg.solve_triangular(first, lower, upper=False, left=False)
     coefficients = torch.where(spent[..., None] | ~used[:, None, :], 0.0, coefficients)
-    pivot_log = torch.where(used, log_weights[example[:, None], pivots], 0.0)
+    pivot_log = torch.where(used, log_weights.gather(1, pivots), 0.0)
     gap = torch.where(spent, -torch.inf, log_weights)[:, :, None] - pivot_log[:, None, :]
     scaled = torch.where(coefficients == 0, 0.0, coefficients * (0.5 * gap).clamp(max=600.0).exp())
-    pivot_target = torch.where(used, target[example[:, None], pivots], 0.0)
+    pivot_target = torch.where(used, target.gather(1, pivots), 0.0)
     rest_root = torch.where(spent, 0.0, weight_root)
     miss = target - (coefficients @ pivot_target[..., None]).squeeze(-1)
     # How far the fit of the pivots' targets moves at each row, as rows move relative to their length.

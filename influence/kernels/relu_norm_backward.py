@@ -7,10 +7,9 @@ for the mask (it reads the ReLU's output again for each class) and 2 E m for the
 weighs more.
 """
 # ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,13 +23,8 @@ def fused(grad: Tensor, result: Tensor, scale: Tensor) -> bool:
     """Whether the kernel runs for these arguments; where it does not, two operations in place are as good."""
     if not grad.numel() or grad.dtype not in (torch.float32, torch.float64):
         return False
-    return takes_triton(
-        "relu_norm_backward",
-        (grad.dtype, grad.shape[0].bit_length(), grad.numel().bit_length()),
-        grad.device,
-        lambda: relu_norm_backward_triton(grad, result, scale),
-        lambda: relu_norm_backward_torch(grad, result, scale),
-    )
+    kind = (grad.dtype, grad.shape[0].bit_length(), grad.numel().bit_length())
+    return takes_triton(kind, relu_norm_backward_triton, relu_norm_backward_torch, grad, result, scale)
 
 
 def relu_norm_backward_torch(grad: Tensor, result: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,21 +32,15 @@ def relu_norm_backward_torch(grad: Tensor, result: Tensor, scale: Tensor) -> tup
 
     .. math:: g = grad\,[result > 0], \qquad g' = scale_c \, g
 
-    Args:
-        grad: ``(m, N, C, ...)`` gradient of the ReLU's output for m classes.
-        result: ``(N, C, ...)`` the ReLU's output, of the same dtype.
-        scale: ``(C,)`` weight / sqrt(running_var + eps) of the BatchNorm, of the same dtype.
-
-    Returns:
-        g, the gradient of the BatchNorm's output and of what was added to it, and g', that of its input; as ``grad``.
+    ``grad`` is the gradient ``(m, N, C, ...)`` of the ReLU's output for m classes, ``result`` this output, ``scale``
+    weight / sqrt(running_var + eps) of the BatchNorm, ``(C,)``. Returned are g, the gradient of the BatchNorm's output
+    and of what was added to it, and g', that of its input.
     """
     masked = torch.ops.aten.threshold_backward(grad, result.expand_as(grad), 0)
     return masked, masked * scale.view(-1, *(1,) * (result.ndim - 2))
 
 
-if TYPE_CHECKING or not HAS_TRITON:
-    relu_norm_kernel: Any = None
-else:
+if HAS_TRITON:
     import triton
     import triton.language as tl
 

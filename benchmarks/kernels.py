@@ -55,19 +55,17 @@ def variants() -> Iterator[Variant]:
         signature = {"rows": "*fp32", "out": "*fp64", **sizes}
         yield Variant("gram", gram.gram_kernel, signature, constants, warps, f"{rows} rows, {gram.BLOCK} entries")
     for dtype in ("float32", "float64"):
-        names = ("grad", "residual", "result", "scale", "masked", "scaled")
-        signature = dict.fromkeys(names, _POINTERS[dtype])
+        signature = dict.fromkeys(("grad", "result", "scale", "masked", "scaled"), _POINTERS[dtype])
         signature |= {"classes": "i32", "entries": "i64", "inner": "i64", "channels": "i32"}
-        for residual in (True, False):
-            constants = {"RESIDUAL": residual, "BLOCK": relu_norm_backward.BLOCK}
-            text = f"{dtype}, {relu_norm_backward.BLOCK} entries{', residual' if residual else ''}"
-            kernel, warps = relu_norm_backward.relu_norm_kernel, relu_norm_backward.WARPS
-            yield Variant("relu_norm_backward", kernel, signature, constants, warps, text)
+        constants = {"BLOCK": relu_norm_backward.BLOCK}
+        text = f"{dtype}, {relu_norm_backward.BLOCK} entries"
+        kernel, warps = relu_norm_backward.relu_norm_kernel, relu_norm_backward.WARPS
+        yield Variant("relu_norm_backward", kernel, signature, constants, warps, text)
     for block, warps in stability_loss.WARPS.items():
         for dtype, kl in (("float32", True), ("float32", False), ("bfloat16", True), ("float64", True)):
             signature = dict.fromkeys(("z", "w", "grad_z", "grad_w"), _POINTERS[dtype])
             signature = {name: signature.get(name, kind) for name, kind in _LOSS.items()}
-            constants = {"KL": kl, "STOP": False, "WIDE": dtype == "float64", "BLOCK": block}
+            constants = {"KL": kl, "STOP": False, "BLOCK": block}
             text = f"{dtype}, {'KL' if kl else 'CE'}, {block} classes"
             yield Variant("stability_loss", stability_loss.stability_loss_kernel, signature, constants, warps, text)
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from influence.checks import require_labels
 from influence.kernels.elimination import Factor, factor_of_jacobian, pivoted_cholesky
-from influence.kernels.jacobi import small_svd
 from influence.kernels.projection import weighted_projection
 from influence.metric import MetricTensor, default_rtol
 
@@ -281,7 +280,8 @@ def _released(problems: _Problems, factor: Factor, diagonal: Tensor, epsilon: fl
         return zero, zero.long(), zero.bool()
     probs, root = problems.log_probs.exp(), (0.5 * problems.log_probs).exp()
     weights = probs / (root + epsilon)
-    left, singular = small_svd(weights[..., None] * (factor.rows - probs[:, None] @ factor.rows))
+    scores = factor.rows - probs[:, None] @ factor.rows
+    left, singular, _ = torch.linalg.svd(weights[..., None] * scores, full_matrices=False)
     label = problems.labels[:, None]
     kept = singular > epsilon
     row = left.gather(1, label[..., None].expand(-1, 1, left.shape[2])).squeeze(1)

@@ -25,7 +25,6 @@ from influence.grams.parameters import ParameterGrams
 from influence.inputs import Batch, Inputs
 from influence.kernels.backend import using
 from influence.kernels.elimination import pivoted_cholesky
-from influence.kernels.jacobi import jacobi_eigvals
 from influence.memory import examples_that_fit, in_chunks
 from influence.pixels import InputGrams, Patches
 
@@ -132,10 +131,8 @@ class MetricTensor:
 
     def lambda_max(self) -> Tensor:
         """Largest eigenvalue of G, ``(N, B)``, in (unit of omega)^-2: the worst unit perturbation."""
-        weighted = self.root_gram()
-        if weighted.device.type == "cpu":
-            return torch.linalg.eigvalsh(weighted)[..., -1].clamp(min=0)
-        return jacobi_eigvals(weighted.flatten(0, 1)).amax(dim=1).view(weighted.shape[:2])
+        # Not eigvalsh, which CUDA's library runs matrix by matrix; of a semi-definite matrix they are the same.
+        return torch.linalg.svdvals(self.root_gram())[..., 0]
 
     def rank(self, *, rtol: float | None = None) -> Tensor:
         """Rank of G, ``(N, B)`` int64, at most K - 1.

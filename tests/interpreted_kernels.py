@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import influence
+from influence.grams import reverse
 from influence.kernels import gram, relu_norm_backward, stability_loss
 from influence.kernels.backend import is_better, using
 
@@ -44,37 +45,61 @@ def test_offsets_beyond_32_bits(far: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (3, 2, 5, 4, 4), (2, 3, 7, 13, 13), (4, 2, 6)])
-@pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("last", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_relu_norm_backward(shape: tuple[int, ...], residual: bool, last: bool, dtype: torch.dtype) -> None:
+def test_relu_norm_backward(shape: tuple[int, ...], last: bool, dtype: torch.dtype) -> None:
     if last and len(shape) != 5:
         pytest.skip("channels-last is for images")
-    grad, other = normal(*shape, dtype=dtype), normal(*shape, seed=1, dtype=dtype) if residual else None
-    result, scale = normal(*shape[1:], seed=2, dtype=dtype).relu(), normal(shape[2], seed=3, dtype=dtype)
+    grad, scale = normal(*shape, dtype=dtype), normal(shape[2], seed=3, dtype=dtype)
+    result = normal(*shape[1:], seed=2, dtype=dtype).relu()
     if last:
         result = result.contiguous(memory_format=torch.channels_last)
-    expected = relu_norm_backward.relu_norm_backward_torch(grad, result, scale, other)
-    ours = relu_norm_backward.relu_norm_backward_triton(grad, result, scale, other)
+    expected = relu_norm_backward.relu_norm_backward_torch(grad, result, scale)
+    ours = relu_norm_backward.relu_norm_backward_triton(grad, result, scale)
     for mine, theirs in zip(ours, expected, strict=True):
         assert mine.dtype == dtype and mine.shape == theirs.shape
         assert torch.equal(mine, theirs)
 
 
-def test_relu_norm_backward_is_autograds() -> None:
-    norm = nn.BatchNorm2d(3).double().eval()
-    norm.running_var.copy_(torch.tensor([0.5, 2.0, 1e-3]))
-    norm.weight.data.copy_(torch.tensor([1.0, -2.0, 0.5]))
-    z, identity = (normal(2, 3, 4, 4, seed=s, dtype=torch.float64).requires_grad_() for s in (0, 1))
-    result = torch.relu(norm(z) + identity)
-    grads, others = normal(5, 2, 3, 4, 4, seed=2, dtype=torch.float64), normal(5, 2, 3, 4, 4, seed=3).double()
-    scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach()
-    with using("triton"):
-        masked, scaled = relu_norm_backward.relu_norm_backward(grads, result.detach(), scale, others)
-    for k in range(5):
-        to_z, to_identity = torch.autograd.grad(result, (z, identity), grads[k] + others[k], retain_graph=True)
-        torch.testing.assert_close(masked[k], to_identity, rtol=1e-14, atol=0)
-        torch.testing.assert_close(scaled[k], to_z, rtol=1e-12, atol=0)
+class Residual(nn.Module):
+    """``relu(norm(z))``, ``relu(norm(z) + identity)``, and a norm with a second user."""
+
+    def __init__(self, *, shared: bool) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(2, 3, 3), nn.Conv2d(3, 3, 3, padding=1)])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(3), nn.BatchNorm2d(3)])
+        self.head, self.shared = nn.Linear(3, 4), shared
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.norms[0](self.convs[0](x))
+        x = torch.relu(z)
+        x = torch.relu(self.norms[1](self.convs[1](x)) + (z if self.shared else x))
+        return self.head(x.mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_relu_norm_backward_in_the_reverse_pass(
+    shared: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    used: list[tuple[int, ...]] = []
+    kernel = reverse.relu_norm_backward_triton
+    monkeypatch.setattr(
+        reverse, "relu_norm_backward_triton", lambda *given: used.append(given[0].shape) or kernel(*given)
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Residual(shared=shared).double().eval()
+    for seed, norm in enumerate(model.norms):
+        norm.running_mean.copy_(normal(3, seed=seed))
+        norm.running_var.copy_(torch.tensor([0.5, 2.0, 1e-3]))
+        norm.weight.data.copy_(torch.tensor([1.0, -2.0, 0.5]))
+    x = normal(2, 2, 6, 6, dtype=torch.float64)
+    reference = influence.metric_tensor(model, x, wrt="layers", backend="torch")
+    assert not used
+    ours = influence.metric_tensor(model, x, wrt="layers", backend="triton")
+    torch.testing.assert_close(ours.gram, reference.gram, rtol=1e-12, atol=1e-12)
+    # Three contrasts of two examples, at both ReLUs; and no layer took the autograd path.
+    assert used == [(3, 2, 3, 4, 4)] * 2 and not caplog.records
 
 
 def test_whole_path() -> None:
@@ -108,9 +133,9 @@ def test_triton_was_used(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_real_kernels_agree_as_auto_asks() -> None:
     """The interpreter is slower by far, so the answer is no; a kernel that differs or fails would have said so."""
     rows = normal(2, 9, 100)
-    slow = lambda: (gram.gram_torch(rows), [gram.gram_torch(rows) for _ in range(3000)])[:1]  # noqa: E731
-    assert is_better("gram", lambda: (gram.gram_triton(rows),), slow) is True
-    assert is_better("gram", lambda: (1.01 * gram.gram_triton(rows),), slow) is False
+    slow = lambda: (gram.gram_torch(rows), [gram.gram_torch(rows) for _ in range(3000)])[0]  # noqa: E731
+    assert is_better("gram", lambda: gram.gram_triton(rows), slow) is True
+    assert is_better("gram", lambda: 1.01 * gram.gram_triton(rows), slow) is False
 
 
 @pytest.mark.parametrize("classes", [2, 10, 33, 4100])

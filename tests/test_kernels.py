@@ -7,9 +7,7 @@ import torch
 
 from influence.kernels import elimination
 from influence.kernels.elimination import factor_of_jacobian, pivoted_cholesky
-from influence.kernels.jacobi import jacobi_eigvals, jacobi_svd, rounds
 from influence.kernels.projection import weighted_projection
-from influence.kernels.relu_norm_backward import relu_norm_backward
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -134,49 +132,3 @@ def test_a_jacobian_tells_pivots_apart_that_its_gram_cannot() -> None:
     rows = torch.cat([rows, torch.ones(3, 1, dtype=torch.float64)], dim=1)[None]
     factor = factor_of_jacobian(rows, rtol=1e-30)
     assert factor.rank.item() == 3 and pivoted_cholesky(rows @ rows.mT, rtol=1e-12).rank.item() == 2
-
-
-@pytest.mark.parametrize("shape", [(50, 9, 9), (7, 6, 1), (300, 5, 4), (3, 40, 23), (0, 4, 4), (2, 4, 0)])
-def test_jacobi_against_lapack(shape: tuple[int, int, int]) -> None:
-    matrix = torch.randn(shape, generator=generator(), dtype=torch.float64)
-    left, values = jacobi_svd(matrix)
-    torch.testing.assert_close(values.sort(descending=True).values, torch.linalg.svdvals(matrix), rtol=1e-12, atol=0)
-    unit = torch.eye(shape[2], dtype=torch.float64).expand(shape[0], -1, -1)
-    torch.testing.assert_close(left.mT @ left, unit, rtol=0, atol=1e-12)
-    # The directions span what the matrix does, each with its own length.
-    torch.testing.assert_close((left * values.square()[:, None]) @ left.mT, matrix @ matrix.mT, rtol=1e-10, atol=1e-11)
-
-
-def test_jacobi_keeps_small_values_beside_large_ones() -> None:
-    core = torch.linalg.qr(torch.randn(4, 6, 6, generator=generator(), dtype=torch.float64))[0][:, :, :3]
-    scale = torch.tensor([1e12, 1.0, 1e-12], dtype=torch.float64)
-    values = jacobi_svd(core * scale)[1].sort(descending=True).values
-    torch.testing.assert_close(values, scale.expand(4, -1), rtol=1e-12, atol=0)
-    gram = core @ core.mT
-    torch.testing.assert_close(
-        jacobi_eigvals(gram).sort(descending=True).values, torch.tensor([1.0, 1, 1, 0, 0, 0]).double().expand(4, -1)
-    )
-
-
-@pytest.mark.parametrize("width", [0, 1, 2, 5, 8])
-def test_every_pair_meets_once(width: int) -> None:
-    met = [pair for first, second in rounds(width) for pair in zip(first, second, strict=True)]
-    assert sorted(tuple(sorted(pair)) for pair in met) == [(i, j) for i in range(width) for j in range(i + 1, width)]
-    assert all(len({*first, *second}) == 2 * len(first) for first, second in rounds(width))
-
-
-@pytest.mark.parametrize(
-    ("words", "change"),
-    [
-        ("must be", {"grad": torch.zeros(3, 2, 5, 4, 5)}),
-        ("must be", {"scale": torch.zeros(4)}),
-        ("must be", {"residual": torch.zeros(2, 5, 4, 4)}),
-        ("one dtype", {"scale": torch.zeros(5).double()}),
-    ],
-)
-def test_relu_norm_backward_refuses_what_does_not_fit(words: str, change: dict[str, torch.Tensor]) -> None:
-    given = {"grad": torch.zeros(3, 2, 5, 4, 4), "result": torch.zeros(2, 5, 4, 4), "scale": torch.zeros(5)}
-    masked, scaled = relu_norm_backward(**given)
-    assert masked.shape == scaled.shape == (3, 2, 5, 4, 4)
-    with pytest.raises(ValueError, match=words):
-        relu_norm_backward(**(given | change))

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_auto_keeps_what_agrees_and_is_faster(monkeypatch: pytest.MonkeyPatch) -
     calls: list[str] = []
 
     def kernel(name: str, seconds: float, factor: float = 1.0) -> backend.Kernel:
-        def run() -> tuple[torch.Tensor, ...]:
+        def run(*_: object) -> tuple[torch.Tensor, ...]:
             calls.append(name)
             time.sleep(seconds)
             return (factor * torch.ones(3, dtype=torch.float64),)
@@ -116,14 +117,14 @@ def test_auto_keeps_what_agrees_and_is_faster(monkeypatch: pytest.MonkeyPatch) -
     # On a GPU: found once for each kind, and kept.
     monkeypatch.setattr(backend, "HAS_TRITON", True)
     monkeypatch.setattr(backend, "_BETTER", {})
-    monkeypatch.setattr(backend, "_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(backend, "_capturing", lambda: False)
-    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    given = SimpleNamespace(device=torch.device("cuda"))
     calls.clear()
     for kind, better in ((1, True), (1, True), (2, True)):
-        assert backend.takes_triton("k", kind, cuda, triton=kernel("triton", 0), torch=reference) is better
+        assert backend.takes_triton(kind, kernel("triton", 0), reference, given) is better
     assert calls.count("triton") == 2 * (1 + backend._REPEATS)
-    monkeypatch.setattr(backend, "_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     calls.clear()
-    assert backend.takes_triton("k", 3, cuda, triton=kernel("triton", 0), torch=reference) is False
+    assert backend.takes_triton(3, kernel("triton", 0), reference, given) is False
     assert not calls and len(backend._BETTER) == 2

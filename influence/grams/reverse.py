@@ -18,6 +18,7 @@ from torch import Tensor
 from influence.grams.graph import Graph
 from influence.grams.rules import RULES, Grads, Node, Operand, Site, shape_of
 from influence.kernels.gram import products
+from influence.kernels.relu_norm_backward import fused, relu_norm_backward_triton
 from influence.memory import is_out_of_memory
 
 
@@ -34,6 +35,7 @@ def reverse(graph: Graph, seeds: Tensor, collect: Callable[[Site, Tensor], None]
     if graph.root[0] not in visited:
         return
     pending: dict[Node, _Waiting] = {}
+    ahead: dict[Node, tuple[Tensor, int, Tensor]] = {}
     _deliver(pending, graph.root, seeds, owned=False)
     with torch.no_grad():
         for node in graph.order:
@@ -42,7 +44,10 @@ def reverse(graph: Graph, seeds: Tensor, collect: Callable[[Site, Tensor], None]
             waiting = pending.pop(node)
             if node in graph.sites and waiting.grads[0] is not None:
                 collect(graph.sites[node], waiting.grads[0])
-            if node in further:
+            made = _relu_norm(node, waiting.grads[0], ahead, visited) if node in further else None
+            if made is not None:
+                _deliver(pending, node.next_functions[0], made, owned=True)
+            elif node in further:
                 _pass_on(node, waiting, pending, [source in visited for source, _ in node.next_functions])
             del waiting
 
@@ -101,6 +106,35 @@ def _over(node: Node, waiting: _Waiting, wanted: Sequence[bool]) -> Grads | None
     if rule is None or rule.over is None or grad is None or not waiting.owned[0] or any(wanted[1:]):
         return None
     return [grad] + [None] * (len(wanted) - 1) if rule.over(node, grad) else None
+
+
+def _relu_norm(
+    node: Node, grad: Tensor | None, ahead: dict[Node, tuple[Tensor, int, Tensor]], visited: set[Node]
+) -> Tensor | None:
+    """Gradient of the input of a ReLU, or of a BatchNorm before one, where one kernel makes both; None elsewhere.
+
+    From the ReLU on, ``ahead`` keeps for the BatchNorm the gradients of its output, with its version, and of its input.
+    """
+    if node in ahead:
+        masked, version, scaled = ahead.pop(node)
+        # Where the BatchNorm has another user, the gradient of that one was added.
+        return scaled if grad is masked and masked._version == version else None
+    if grad is None or node.name() != "ReluBackward0":
+        return None
+    source = node.next_functions[0][0]
+    # relu(norm(z)), or relu(norm(z) + identity)
+    for norm, _ in source.next_functions if source.name() == "AddBackward0" else node.next_functions:
+        if norm not in visited or not norm.name().endswith("BatchNormBackward0") or shape_of(norm) != shape_of(node):
+            continue
+        rule, ones = RULES[norm.name()], grad.new_ones(1, 1, grad.shape[2], *(1,) * (grad.ndim - 3))
+        scale = rule.vjp and rule.vjp(norm, [ones], [below in visited for below, _ in norm.next_functions])
+        if scale and scale[0] is not None:
+            given = grad, node._saved_result, scale[0].flatten()
+            if fused(*given):
+                masked, scaled = relu_norm_backward_triton(*given)
+                ahead[norm] = masked, masked._version, scaled
+                return masked
+    return None
 
 
 def _is_new(tensor: Tensor, grads: Grads) -> bool:

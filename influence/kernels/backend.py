@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ _CHOSEN: ContextVar[str] = ContextVar("influence_backend", default="auto")
 # What "auto" found on each device for each kind of shape, for as long as the process lives.
 _BETTER: dict[tuple[Hashable, ...], bool] = {}
 _REPEATS = 5
-Kernel = Callable[[], tuple[Tensor, ...]]
+Kernel = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 @contextmanager
@@ -48,19 +49,15 @@ def using(backend: str) -> Iterator[None]:
         _CHOSEN.reset(token)
 
 
-def takes_triton(name: str, kind: Hashable, device: torch.device, *, triton: Kernel, torch: Kernel) -> bool:
-    """Whether a kernel runs in Triton.
+def takes_triton(kind: Hashable, triton: Kernel, reference: Kernel, *given: Any, **options: Any) -> bool:
+    """Whether a kernel runs in Triton for some arguments, the first of them a tensor.
 
-    Args:
-        name: Of the kernel.
-        kind: What its time depends on. "auto" tries both on the first shape of a kind.
-        device: Where its arguments are.
-        triton: Runs the kernel on the arguments at hand.
-        torch: Runs the reference on them.
+    "auto" tries both on these the first time that it meets a kind of shape, what the time depends on.
 
     Raises:
         RuntimeError: For "triton" on a CPU without Triton's interpreter.
     """
+    device, name = given[0].device, triton.__name__
     chosen = _CHOSEN.get()
     if chosen == "torch" or not HAS_TRITON:
         return False
@@ -70,32 +67,34 @@ def takes_triton(name: str, kind: Hashable, device: torch.device, *, triton: Ker
         return True
     if device.type != "cuda":
         return False
-    key = (name, kind, _device_name(device))
-    if key not in _BETTER:
-        # Nothing can be timed while a graph is captured.
-        better = None if _capturing() else is_better(name, triton, torch)
-        if better is None:
-            return False
-        _BETTER[key] = better
-    return _BETTER[key]
+    key = (name, kind, torch.cuda.get_device_name(device))
+    # Nothing can be timed while a graph is captured.
+    if key not in _BETTER and not torch.cuda.is_current_stream_capturing():
+        better = is_better(name, lambda: triton(*given, **options), lambda: reference(*given, **options))
+        if better is not None:
+            _BETTER[key] = better
+    return _BETTER.get(key, False)
 
 
 def is_better(name: str, triton: Kernel, reference: Kernel) -> bool | None:
     """Whether a kernel gives the reference's numbers, and in less time; None where both give nothing but zeros."""
-    expected = reference()
+    expected = _parts(reference())
     if not any(bool(value.any()) for value in expected):
         return None
     try:
-        agree = all(_close(mine, theirs) for mine, theirs in zip(triton(), expected, strict=True))
+        agree = all(_close(mine, theirs) for mine, theirs in zip(_parts(triton()), expected, strict=True))
+        reason = "gives other numbers"
     except torch.OutOfMemoryError:
         return None
     except Exception as error:  # the compiler's own errors have no common base
-        _LOG.warning("%s: Triton does not run it here (%s); PyTorch's kernel is used", name, error)
-        return False
+        agree, reason = False, f"does not run it ({error})"
     if not agree:
-        _LOG.warning("%s: Triton gives other numbers here; PyTorch's kernel is used", name)
-        return False
-    return _seconds(triton, expected[0].device) < _seconds(reference, expected[0].device)
+        _LOG.warning("%s: Triton %s here; PyTorch's kernel is used", name, reason)
+    return agree and _seconds(triton) < _seconds(reference)
+
+
+def _parts(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else result
 
 
 def _close(mine: Tensor, theirs: Tensor) -> bool:
@@ -103,26 +102,12 @@ def _close(mine: Tensor, theirs: Tensor) -> bool:
     return bool((mine - theirs).abs().max() <= tolerance * theirs.abs().max())
 
 
-def _seconds(kernel: Kernel, device: torch.device) -> float:
+def _seconds(kernel: Kernel) -> float:
     """The shortest of a few runs."""
-    best = float("inf")
+    times = []
     for _ in range(_REPEATS):
-        _synchronize(device)
         start = time.perf_counter()
-        kernel()
-        _synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device)
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_current_stream_capturing()
+        result = _parts(kernel())[0]
+        result[(0,) * result.ndim].item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return min(times)

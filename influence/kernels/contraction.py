@@ -1,9 +1,10 @@
 """Gram of the gradients of a weight, W_k = g_k^T A, from the gradients g of its output and its shared input A.
 
-Two ways, by counted cost (``cheaper``). *Materialise*: W_k (P x D) for all classes, then their products. *Shared
-ghost*: S = A A^T (T x T) is the same for all classes, so <W_k, W_l> = <g_k, S g_l> and no W is made. In single
-precision the ghost is taken through a root of S, Y_k = R^T g_k with S = R R^T: as <S g_k, g_l> it would lose twice the
-digits that W_k itself has lost, and with them the rank. All products of two gradients are added up in float64.
+Two ways, by counted cost (``cheaper``), both the Gram of Y_k = g_k B. *Materialise*: B = A (T x D), so that Y_k is W_k.
+*Shared ghost*: S = A A^T (T x T) is the same for all classes, so <W_k, W_l> = <g_k, S g_l> and no W is made; in single
+precision B is a root of S, as <S g_k, g_l> would lose twice the digits that W_k itself has lost, and with them the
+rank. Y is made in pieces by the library's matrix product and goes to ``gram.products``: a piece, 32 MB, stays in the
+50 MB cache of an H100, and a kernel that writes no Y would read B once for every output channel instead.
 """
 
 from __future__ import annotations
@@ -11,26 +12,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from influence.kernels.projected import projected_gram
+from influence.kernels.gram import products
 
 # What a float64 multiplication costs, in float32 ones.
 _DOUBLE = 2.0
+# Entries of Y made at once, and where one buffer, which stays in a core's cache, serves all.
+_PIECE, _TILE = 2**23, 2**20
+# A sum over many entries goes to so many sums side by side, which use all cores.
+_SEGMENTS = 4
+# Multiplications for one class from which on a call of its own costs nothing.
+_LARGE = 2**18
 
 
 def cheaper(*, positions: int, inputs: int, outputs: int, classes: int, double: bool, shared: float) -> str:
-    """Count multiplications of both ways for one example.
-
-    Args:
-        positions: T.
-        inputs: D.
-        outputs: P.
-        classes: m.
-        double: Whether the gradients are float64, so that all costs the same.
-        shared: Multiplications for S.
-
-    Returns:
-        "ghost" or "materialise".
-    """
+    """The way, "ghost" or "materialise", that takes fewer multiplications for one example; S takes ``shared``."""
     price = 1.0 if double else _DOUBLE
     products = price * classes**2
     materialise = classes * positions * inputs * outputs + products * inputs * outputs
@@ -40,35 +35,17 @@ def cheaper(*, positions: int, inputs: int, outputs: int, classes: int, double: 
 
 
 def materialised_gram(grads: Tensor, shared: Tensor) -> Tensor:
-    """Gram of W_k = sum_t g_k[t] a[t]^T.
-
-    Args:
-        grads: ``(N, m, P, T)``.
-        shared: ``(N, D, T)``.
-
-    Returns:
-        ``(N, m, m)`` float64.
-    """
-    return projected_gram(grads, shared.mT)
+    """Gram ``(N, m, m)`` float64 of W_k = sum_t g_k[t] a[t]^T from g ``(N, m, P, T)`` and a ``(N, D, T)``."""
+    return _projected_gram(grads, shared.mT)
 
 
 def ghost_gram(grads: Tensor, gram: Tensor) -> Tensor:
-    """Gram of W_k from S = A A^T alone.
-
-    Args:
-        grads: ``(N, m, P, T)``.
-        gram: S, ``(N, T, T)`` float64.
-
-    Returns:
-        ``(N, m, m)`` float64.
-    """
-    if grads.dtype == torch.float64:
-        examples, classes, _, positions = grads.shape
-        rows = grads.reshape(examples, -1, positions)
-        turned = (rows @ gram).reshape(examples, classes, -1)
-        product = turned @ rows.reshape(examples, classes, -1).mT
-        return 0.5 * (product + product.mT)
-    return projected_gram(grads, root(gram).to(grads.dtype))
+    """Gram ``(N, m, m)`` float64 of W_k from g ``(N, m, P, T)`` and S ``(N, T, T)`` float64."""
+    if grads.dtype != torch.float64:
+        return _projected_gram(grads, root(gram).to(grads.dtype))
+    rows = grads.flatten(1, 2)
+    product = (rows @ gram).view(*grads.shape[:2], -1) @ grads.flatten(2).mT
+    return 0.5 * (product + product.mT)
 
 
 def root(gram: Tensor) -> Tensor:
@@ -83,3 +60,46 @@ def root(gram: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(gram[bad])
         lower[bad] = vectors * values.clamp(min=0).sqrt()[:, None, :]
     return lower
+
+
+def _projected_gram(grads: Tensor, shared: Tensor) -> Tensor:
+    """Gram ``(N, m, m)`` float64 of g_k B from g ``(N, m, P, T)`` and B ``(N, T, J)``."""
+    examples, classes, outputs, positions = grads.shape
+    width = shared.shape[2]
+    gram = grads.new_zeros(examples, classes, classes, dtype=torch.float64)
+    if grads.device.type == "cpu" and outputs * positions * width >= _LARGE:
+        for n in range(examples):
+            _one_by_one(grads[n], shared[n], gram[n])
+        return gram
+    # Never more than a piece of all Y_k at once.
+    tile = max(1, min(outputs, _PIECE // max(1, classes * width)))
+    step = max(1, _PIECE // max(1, classes * width * tile))
+    for start in range(0, examples, step):
+        chunk = slice(start, start + step)
+        for first in range(0, outputs, tile):
+            part = grads[chunk, :, first : first + tile]
+            rows = part.reshape(len(part), -1, positions) @ shared[chunk]
+            gram[chunk] += products(rows.reshape(len(part), classes, -1))
+    return gram
+
+
+def _one_by_one(grads: Tensor, shared: Tensor, gram: Tensor) -> None:
+    """Add the Gram of one example, ``(m, P, T)`` and ``(T, J)``, to ``(m, m)``: in tiles that share their memory."""
+    classes, outputs, positions = grads.shape
+    width = shared.shape[1]
+    tile = max(1, min(outputs, _TILE // max(1, classes * width)))
+    rows = grads.new_empty(classes * tile * width)
+    wide = torch.empty_like(rows, dtype=torch.float64)
+    # One product for all classes is faster, where a copy that lets them lie together is small beside it.
+    together = width >= 4 * outputs
+    for first in range(0, outputs, tile):
+        part = grads[:, first : first + tile]
+        made = rows[: part.shape[:2].numel() * width].view(*part.shape[:2], width)
+        if together:
+            torch.mm(part.reshape(-1, positions), shared, out=made.view(-1, width))
+        else:
+            torch.bmm(part, shared.expand(classes, positions, width), out=made)
+        copied = wide[: made.numel()].view(classes, -1).copy_(made.flatten(1))
+        segments = _SEGMENTS if copied.shape[1] % _SEGMENTS == 0 else 1
+        side = copied.unflatten(1, (segments, -1)).transpose(0, 1)
+        gram += torch.bmm(side, side.mT).sum(dim=0)

@@ -4,8 +4,8 @@ A pivot is the squared distance of a row of a Jacobian from the span of the rows
 the pivoted Cholesky factorisation (Higham 1990); from the rows themselves it is Gram-Schmidt with row pivoting, which
 keeps the digits that a Gram squares away. Both are the loop ``_eliminate``; they differ in how one column is made.
 
-No Triton kernel: of 50,000 examples x 107 layers with K = 10 the Grams are 4.3 GB, 1.3 ms at an H100's 3.35 TB/s when
-each is read once, and 0.1 s when PyTorch's operations move 80 times that, of a scan that takes a quarter of an hour.
+No Triton kernel: all Grams of 50,000 examples x 107 layers, K = 10, are 4.3 GB, read once in 1.3 ms on an H100, and
+0.1 s when PyTorch's operations move 80 times that, of a scan that takes a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 # From the components so far (steps, Q, M), the row taken (M,) and its squared residual (M,), infinite where none is, to
 # the components (Q, M) of all rows along that residual, zero where none is.
 Column = Callable[[Tensor, Tensor, Tensor], Tensor]
-
 # From the number of steps so far and which problems (m,) to their squared residuals (Q, m), computed anew.
 Remainder = Callable[[int, Tensor], Tensor]
+# What the loop knows of the rows: their squared lengths (M, Q), and these two.
+Rows = tuple[Tensor, Column, Remainder | None]
 
 # Entries worked on at once on a CPU: half a MB stays in a core's cache, and calls are few.
 _TILE_ENTRIES = 2**16
@@ -35,144 +37,87 @@ _NOISE = 256 * torch.finfo(torch.float64).eps ** 2
 
 @dataclass(frozen=True)
 class Factor:
-    """A rank-revealing factor of a batch of Grams, ``gram ~ rows @ rows^T``.
+    """A rank-revealing factor of M Grams, ``gram ~ rows @ rows^T``."""
 
-    Attributes:
-        rows: ``(M, K, R)`` float64, R the largest rank of the batch; columns from an example's rank on are zero.
-        rank: ``(M,)`` int64.
-        largest: ``(M,)`` first pivot, in the unit of the Gram.
-        smallest: ``(M,)`` last pivot kept, relative to the first; infinity at rank 0.
-        refused: ``(M,)`` first pivot left out, relative to the first; 0 where none was.
-    """
-
-    rows: Tensor
-    rank: Tensor
-    largest: Tensor
-    smallest: Tensor
-    refused: Tensor
+    rows: Tensor  # (M, K, R) float64, R the largest rank of all; columns from a Gram's own rank on are zero
+    rank: Tensor  # (M,) int64
+    largest: Tensor  # (M,) first pivot, in the unit of the Gram
+    smallest: Tensor  # (M,) last pivot kept, relative to the first; infinity at rank 0
+    refused: Tensor  # (M,) first pivot left out, relative to the first; 0 where none was
 
 
 @dataclass(frozen=True)
 class Elimination:
-    """What the loop did, in at most ``steps`` steps; a step that found no pivot left zeros.
+    """What the loop did; a step that found no pivot left zeros."""
 
-    Attributes:
-        lower: ``(M, Q, steps)`` components of the rows along the direction of each step.
-        pivots: ``(M, steps)`` int64, the row taken in each step.
-        used: ``(M, steps)`` bool, whether it took one.
-        values: ``(M, steps)`` squared residual of the row taken.
-        left: ``(M, Q)`` squared residuals at the end; zero for a row that was taken.
-    """
-
-    lower: Tensor
-    pivots: Tensor
-    used: Tensor
-    values: Tensor
-    left: Tensor
+    lower: Tensor  # (M, Q, steps) components of the rows along the direction of each step
+    pivots: Tensor  # (M, steps) int64, the row taken in each step
+    used: Tensor  # (M, steps) bool, whether it took one
+    values: Tensor  # (M, steps) squared residual of the row taken
+    left: Tensor  # (M, Q) squared residuals at the end; zero for a row that was taken
 
 
 def pivoted_cholesky(gram: Tensor, *, rtol: float, max_rank: int | None = None) -> Factor:
-    """Factor positive semi-definite matrices, largest pivot first, until a pivot falls to ``rtol`` of the first.
+    """Factor positive semi-definite matrices ``(M, K, K)`` float64, largest pivot (squared length) first.
 
-    The rule does not depend on the unit of the perturbation.
-
-    Args:
-        gram: ``(M, K, K)`` float64, symmetric positive semi-definite.
-        rtol: Tolerance on the pivots (squared lengths), relative to the largest.
-        max_rank: Stop here; K - 1 for a contrast Gram. None: K.
-
-    Returns:
-        The factor.
+    It ends where a pivot falls to ``rtol`` of the first, so that no unit matters, or at ``max_rank``, K - 1 for a
+    contrast Gram.
     """
-    classes = gram.shape[1]
-    steps = classes if max_rank is None else min(max_rank, classes)
-
-    def factor(part: Tensor) -> tuple[Tensor, ...]:
-        turned = part.permute(1, 2, 0)
-
-        def column(lower: Tensor, index: Tensor, pivot: Tensor) -> Tensor:
-            entries = turned.gather(0, index.expand(1, *turned.shape[1:])).squeeze(0)
-            before = lower.gather(1, index.expand(len(lower), 1, -1)).squeeze(1)
-            return (entries - _dot(lower, before)) * pivot.rsqrt()
-
-        return _factor(part.diagonal(dim1=-2, dim2=-1), column, rtol, steps)
-
-    return Factor(*in_tiles(factor, (gram,), entries=classes**2))
+    return _factor(_cholesky, gram, rtol, max_rank)
 
 
 def factor_of_jacobian(jacobian: Tensor, *, rtol: float, max_rank: int | None = None) -> Factor:
-    """Factor ``jacobian @ jacobian^T`` without forming it, where there are many classes and few values.
-
-    Args:
-        jacobian: ``(M, K, p)`` float64.
-        rtol: As for ``pivoted_cholesky``.
-        max_rank: As for ``pivoted_cholesky``.
-
-    Returns:
-        The factor.
-    """
-    _, classes, values = jacobian.shape
-    steps = min(values, classes if max_rank is None else max_rank)
-
-    def factor(part: Tensor) -> tuple[Tensor, ...]:
-        column, remainder = _gram_schmidt(part, steps)
-        return _factor(part.square().sum(dim=-1), column, rtol, steps, remainder)
-
-    return Factor(*in_tiles(factor, (jacobian,), entries=classes * values))
+    """Factor ``J J^T`` without forming it, from J ``(M, K, p)`` float64 with many classes and few values."""
+    return _factor(_gram_schmidt, jacobian, rtol, max_rank)
 
 
 def eliminate_rows(rows: Tensor, log_weights: Tensor, cut: Tensor) -> Elimination:
-    """Take the row of the largest weighted residual, and its direction out of all others, at most r times.
-
-    Args:
-        rows: ``(M, Q, r)`` float64.
-        log_weights: ``(M, Q)``; minus infinity leaves a row out.
-        cut: ``(M, Q)`` or ``(M, 1)``: a row whose squared residual (unweighted) falls to this is never taken, and has
-            no component along later directions.
-    """
-    steps = rows.shape[2]
-    column, remainder = _gram_schmidt(rows, steps)
-    return _eliminate(rows.square().sum(dim=-1), column, steps, cut, log_weights, remainder)
+    """Take the row of largest weighted residual, and its direction out of all others; see ``weighted_projection``."""
+    return _eliminate(_gram_schmidt(rows, rows.shape[2]), rows.shape[2], cut, log_weights)
 
 
-def in_tiles(
-    function: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...], *, entries: int
-) -> tuple[Tensor, ...]:
+def in_tiles(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor, entries: int) -> tuple[Tensor, ...]:
     """``function`` of problems along the first dimension, on a CPU as many at a time as the cache holds."""
     count, step = len(tensors[0]), max(64, _TILE_ENTRIES // max(1, entries))
     if count <= step or entries > _WIDE or tensors[0].device.type != "cpu":
         return function(*tensors)
     parts = [function(*part) for part in zip(*(tensor.split(step) for tensor in tensors), strict=True)]
-    return tuple(_joined(column) for column in zip(*parts, strict=True))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def _joined(parts: tuple[Tensor, ...]) -> Tensor:
-    """Concatenate along the first dimension; factors of fewer columns get zeros."""
-    if parts[0].ndim < 3:
-        return torch.cat(parts)
-    width = max(part.shape[2] for part in parts)
-    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[2])) for part in parts])
+def _factor(way: Callable[[Tensor, int], Rows], matrix: Tensor, rtol: float, max_rank: int | None) -> Factor:
+    _, classes, values = matrix.shape
+    steps = min(values, classes if max_rank is None else max_rank)
+
+    def factor(part: Tensor) -> tuple[Tensor, ...]:
+        rows = way(part, steps)
+        largest = rows[0].amax(dim=-1).clamp(min=0)
+        found = _eliminate(rows, steps, rtol * largest[:, None])
+        rank = found.used.sum(dim=1)
+        unit = torch.where(largest > 0, largest, 1.0)
+        smallest = pad(torch.where(found.used, found.values, torch.inf), (0, 1), value=torch.inf).amin(dim=1)
+        refused = found.left.amax(dim=1).clamp(min=0).masked_fill((rank == steps) | (largest == 0), 0.0)
+        return found.lower, rank, largest, smallest / unit, refused / unit
+
+    lower, rank, *pivots = in_tiles(factor, matrix, entries=classes * values)
+    return Factor(lower[:, :, : int(rank.max()) if len(rank) else 0], rank, *pivots)
 
 
-def _factor(
-    diagonal: Tensor, column: Column, rtol: float, steps: int, remainder: Remainder | None = None
-) -> tuple[Tensor, ...]:
-    largest = diagonal.amax(dim=-1).clamp(min=0) if diagonal.numel() else diagonal.new_zeros(len(diagonal))
-    found = _eliminate(diagonal, column, steps, rtol * largest[:, None], remainder=remainder)
-    rank = found.used.sum(dim=1)
-    unit = torch.where(largest > 0, largest, 1.0)
-    smallest = torch.where(found.used, found.values, torch.inf).amin(dim=1) if found.used.shape[1] else unit + torch.inf
-    full = (rank == steps) | (largest == 0)
-    refused = torch.where(full, 0.0, found.left.amax(dim=1).clamp(min=0) / unit) if steps else torch.zeros_like(unit)
-    return found.lower[:, :, : int(rank.max()) if len(rank) else 0], rank, largest, smallest / unit, refused
+def _cholesky(gram: Tensor, steps: int) -> Rows:
+    turned = gram.permute(1, 2, 0)
+
+    def column(lower: Tensor, index: Tensor, pivot: Tensor) -> Tensor:
+        entries = turned.gather(0, index.expand(1, *turned.shape[1:])).squeeze(0)
+        before = lower.gather(1, index.expand(len(lower), 1, -1)).squeeze(1)
+        return (entries - _dot(lower, before)) * pivot.rsqrt()
+
+    return gram.diagonal(dim1=-2, dim2=-1), column, None
 
 
-def _gram_schmidt(rows: Tensor, steps: int) -> tuple[Column, Remainder]:
-    """How ``_eliminate`` gets a column of rows ``(M, Q, r)``, and the squared residuals of all of them ``(Q, M)``."""
+def _gram_schmidt(rows: Tensor, steps: int) -> Rows:
     batch, count, width = rows.shape
-    wide = count * width > _WIDE
-    turned = _zeros(width, count, batch, rows, wide).copy_(rows.permute(2, 1, 0))
-    units = _zeros(steps, width, batch, rows, wide)
+    turned = _zeros(width, count, rows).copy_(rows.permute(2, 1, 0))
+    units = _zeros(steps, width, rows)
 
     def column(lower: Tensor, index: Tensor, pivot: Tensor) -> Tensor:
         before = units[: len(lower)]
@@ -187,29 +132,14 @@ def _gram_schmidt(rows: Tensor, steps: int) -> tuple[Column, Remainder]:
         before, some = units[:step, :, chosen].permute(2, 0, 1), rows[chosen]
         return (some - (some @ before.mT) @ before).square().sum(dim=-1).T
 
-    return column, remainder
+    return rows.square().sum(dim=-1), column, remainder
 
 
-def _eliminate(
-    length: Tensor,
-    column: Column,
-    steps: int,
-    cut: Tensor,
-    log_weights: Tensor | None = None,
-    remainder: Remainder | None = None,
-) -> Elimination:
-    """The loop.
-
-    Args:
-        length: ``(M, Q)`` squared lengths of the rows.
-        column: How the components along a residual are made.
-        steps: How many rows to take at most.
-        cut: ``(M, Q)`` or ``(M, 1)``: where a squared residual falls to this the row is not taken.
-        log_weights: ``(M, Q)``: what is largest is the weighted residual, and rows below the cut are left as they are.
-        remainder: Computes the squared residuals anew.
-    """
+def _eliminate(rows: Rows, steps: int, cut: Tensor, log_weights: Tensor | None = None) -> Elimination:
+    """The loop; with ``log_weights`` a row whose residual fell to the cut has no component along later directions."""
+    length, column, remainder = rows
     batch, count = length.shape
-    lower = _zeros(steps, count, batch, length, count * steps > _WIDE)
+    lower = _zeros(steps, count, length)
     length, cut = length.T.clone(), cut.T
     weights = None if log_weights is None else log_weights.T.contiguous()
     sure, least = length.clone(), _NOISE * length
@@ -244,11 +174,11 @@ def _eliminate(
     return Elimination(lower.permute(2, 1, 0).contiguous(), pivots.T, used.T, values.T, length.T)
 
 
-def _zeros(first: int, second: int, batch: int, like: Tensor, wide: bool) -> Tensor:
-    """``(first, second, batch)``: stored batch first for matrix products, else batch last, to run along it."""
-    if wide:
-        return like.new_zeros(batch, first, second).permute(1, 2, 0)
-    return like.new_zeros(first, second, batch)
+def _zeros(first: int, second: int, like: Tensor) -> Tensor:
+    """``(first, second, M)``: stored batch first for matrix products, else batch last, to run along it."""
+    if first * second > _WIDE:
+        return like.new_zeros(len(like), first, second).permute(1, 2, 0)
+    return like.new_zeros(first, second, len(like))
 
 
 def _dot(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import torch
 
+_CPU, _CUDA, _DOUBLE, _SINGLE = "cpu", "cuda", torch.float64, torch.float32
 # Largest error of a Gram relative to its largest entry, against float64 brute force.
-GRAM = {
-    (torch.float64, "cpu"): 1e-10,
-    (torch.float64, "cuda"): 1e-10,
-    (torch.float32, "cpu"): 1e-4,
-    (torch.float32, "cuda"): 1e-4,
-}
+GRAM = {(_DOUBLE, _CPU): 1e-10, (_DOUBLE, _CUDA): 1e-10, (_SINGLE, _CPU): 1e-4, (_SINGLE, _CUDA): 1e-4}
 # A Triton kernel against its PyTorch reference, relative to the largest entry: the order of sums, nothing else.
-KERNEL = {
-    (torch.float64, "cpu"): 1e-13,
-    (torch.float64, "cuda"): 1e-12,
-    (torch.float32, "cpu"): 1e-5,
-    (torch.float32, "cuda"): 1e-5,
-}
+KERNEL = {(_DOUBLE, _CPU): 1e-13, (_DOUBLE, _CUDA): 1e-12, (_SINGLE, _CPU): 1e-5, (_SINGLE, _CUDA): 1e-5}
 # Our reverse pass against PyTorch's, relative to the largest entry; worse, and a layer takes the autograd path. What is
 # looked for is another gradient, not rounding: cuDNN may choose another algorithm for another batch.
 REVERSE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}

@@ -12,28 +12,18 @@ from influence.grams.rules import RULES, Grads, Layout, Node, Rule, Site, requir
 
 
 def _scale_and_shift(site: Site, grads: Tensor, normal: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Gradients ``(m, N, C, T)`` and normalised input ``(N, C, T)``, or a constant, to the Grams."""
-    weight, bias = site.operand(1), site.operand(2)
+    """Gradients ``(m, N, C, T)`` and normalised input ``(N, C, T)`` to the Grams."""
     # Both sums over the positions in one pass over the gradients.
     sums = torch.stack([normal, torch.ones_like(normal)], dim=2).to(grads.dtype) @ grads.permute(1, 2, 3, 0)
-    for operand, row in ((weight, sums[:, :, 0]), (bias, sums[:, :, 1])):
+    for place in (1, 2):
+        operand = site.operand(place)
         if operand is not None:
-            yield vector_gram(operand, row.mT)
+            yield vector_gram(operand, sums[:, :, place - 1].mT)
 
 
-def _channels(tensor: Tensor, layout: Layout, start: int) -> Tensor:
-    """(..., N * r, C, *positions) to (..., N, C, r * T)."""
-    split = layout.split(tensor, start, start + 1)
-    split = split.flatten(start + 3) if split.ndim > start + 3 else split.unsqueeze(-1)
-    if split.shape[start + 1] == 1:
-        return split.squeeze(start + 1)
-    return split.movedim(start + 1, -2).flatten(-2, -1)
-
-
-def _rows_last(tensor: Tensor, axes: int, layout: Layout, start: int) -> Tensor:
-    """(..., rows, *features) to (..., N, F, r)."""
-    flat = tensor.flatten(tensor.ndim - axes)
-    return layout.split(flat, start, flat.ndim - 1).mT
+def _to_input(grad: Tensor, normal: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Gradient of the normalised values to that of the input, but for the deviation."""
+    return grad - grad.mean(dim=axes, keepdim=True) - normal * (grad * normal).mean(dim=axes, keepdim=True)
 
 
 # -- batch ------------------------------------------------------------------------------------------------------------
@@ -55,7 +45,7 @@ def _batch_grams(site: Site, grad: Tensor, layout: Layout) -> Iterator[tuple[str
     require_form(_evaluates(node))
     centred = node._saved_input.detach() - node._saved_running_mean.view(shape)
     normal = centred * _deviation(node).to(grad.dtype).view(shape)
-    yield from _scale_and_shift(site, _channels(grad, layout, 1), _channels(normal, layout, 0))
+    return _scale_and_shift(site, layout.channels(grad, 1), layout.channels(normal, 0))
 
 
 def _factor(node: Node, grad: Tensor) -> Tensor:
@@ -93,62 +83,51 @@ def _grouped(node: Node) -> tuple[Tensor, Tensor]:
 
 def _group_grams(site: Site, grad: Tensor, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     normal = _grouped(site.node)[0].view(grad.shape[1:])
-    yield from _scale_and_shift(site, _channels(grad, layout, 1), _channels(normal, layout, 0))
+    return _scale_and_shift(site, layout.channels(grad, 1), layout.channels(normal, 0))
 
 
 def _group_vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
-    grad = grads[0]
+    grad, weight = grads[0], node._saved_weight
     if grad is None or any(other is not None for other in grads[1:]) or any(wanted[1:]):
         return None
     normal, deviation = _grouped(node)
-    if node._saved_weight is not None:
-        inner = grad * node._saved_weight.detach().view(-1, *(1,) * (grad.ndim - 3))
-    else:
-        inner = grad
-    inner = inner.reshape(len(grad), *normal.shape)
-    inner = inner - inner.mean(dim=-1, keepdim=True) - normal * (inner * normal).mean(dim=-1, keepdim=True)
+    inner = grad if weight is None else grad * weight.detach().view(-1, *(1,) * (grad.ndim - 3))
+    inner = _to_input(inner.reshape(len(grad), *normal.shape), normal, (-1,))
     return [(inner * deviation).view(grad.shape), None, None]
 
 
-# -- layer ------------------------------------------------------------------------------------------------------------
-
-
-def _unnormalised(site: Site) -> Sequence[int]:
-    return site.shape[: len(site.shape) - len(site.node._saved_normalized_shape)]
+# -- layer and root mean square ---------------------------------------------------------------------------------------
 
 
 def _layer_normal(node: Node) -> Tensor:
-    normal: Tensor = (node._saved_input.detach() - node._saved_result1) * node._saved_result2
-    return normal
+    saved: Tensor = node._saved_input.detach()
+    if node.name() == "FusedRmsNormBackward0":
+        return saved * node._saved_result1
+    return (saved - node._saved_result1) * node._saved_result2
 
 
 def _layer_grams(site: Site, grad: Tensor, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     axes = len(site.node._saved_normalized_shape)
     require_form(grad.ndim - 1 > axes)
-    normal = _rows_last(_layer_normal(site.node), axes, layout, 0)
-    yield from _scale_and_shift(site, _rows_last(grad, axes, layout, 1), normal)
+
+    def by_example(tensor: Tensor, dim: int) -> Tensor:
+        """(..., rows, *features) to (..., N, F, r)."""
+        return layout.split(tensor.flatten(-axes).flatten(dim, -2), dim).mT
+
+    return _scale_and_shift(site, by_example(grad, 1), by_example(_layer_normal(site.node), 0))
 
 
 def _layer_vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
-    grad = grads[0]
+    grad, weight = grads[0], node._saved_weight
     if grad is None or any(wanted[1:]):
         return None
-    weight, axes = node._saved_weight, tuple(range(-len(node._saved_normalized_shape), 0))
-    normal = _layer_normal(node)
     inner = grad if weight is None else grad * weight.detach()
-    inner = inner - inner.mean(dim=axes, keepdim=True) - normal * (inner * normal).mean(dim=axes, keepdim=True)
-    return [inner * node._saved_result2, None, None]
+    axes = range(-len(node._saved_normalized_shape), 0)
+    return [_to_input(inner, _layer_normal(node), tuple(axes)) * node._saved_result2, None, None]
 
 
-def _rms_grams(site: Site, grad: Tensor, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    axes = len(site.node._saved_normalized_shape)
-    require_form(grad.ndim - 1 > axes)
-    normal = _rows_last(site.node._saved_input.detach() * site.node._saved_result1, axes, layout, 0)
-    yield from _scale_and_shift(site, _rows_last(grad, axes, layout, 1), normal)
-
-
-for _name in ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0"):
-    RULES[_name] = Rule(frozenset({1, 2}), grams=_batch_grams, vjp=_batch_vjp, over=_batch_over)
-RULES["NativeGroupNormBackward0"] = Rule(frozenset({1, 2}), grams=_group_grams, vjp=_group_vjp)
-RULES["NativeLayerNormBackward0"] = Rule(frozenset({1, 2}), _unnormalised, _layer_grams, _layer_vjp)
-RULES["FusedRmsNormBackward0"] = Rule(frozenset({1}), _unnormalised, _rms_grams)
+for _kind in ("Native", "Cudnn", "Miopen"):
+    RULES[f"{_kind}BatchNormBackward0"] = Rule(frozenset({1, 2}), _batch_grams, _batch_vjp, _batch_over)
+RULES["NativeGroupNormBackward0"] = Rule(frozenset({1, 2}), _group_grams, _group_vjp)
+RULES["NativeLayerNormBackward0"] = Rule(frozenset({1, 2}), _layer_grams, _layer_vjp)
+RULES["FusedRmsNormBackward0"] = Rule(frozenset({1}), _layer_grams)

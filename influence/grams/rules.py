@@ -1,13 +1,10 @@
-"""What is known of an operator, one ``Rule`` each; the files of this folder hold them, one file per family.
+"""What is known of an operator, one ``Rule`` each, in the files of this folder, one for each family.
 
-A rule says where the operator takes a parameter, among which dimensions of its output the batch dimension is, how the
-Gram of the parameter follows from the gradient of the output, and its vector-Jacobian product (VJP). All four are
-optional: an operator without a rule runs its own backward formula, its parameters take the autograd path.
+An operator without a rule runs its own backward formula; its parameters take the autograd path.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,29 +63,23 @@ class Layout:
     outer: int
     examples: int
 
-    def split(self, tensor: Tensor, start: int, stop: int) -> Tensor:
-        """Split dimensions start..stop-1 and put the examples before the others: ``(..., N, outer * inner, ...)``."""
-        count = math.prod(tensor.shape[start:stop])
-        inner = count // (self.outer * self.examples)
-        flat = tensor.flatten(start, stop - 1) if stop - start > 1 else tensor
-        if self.outer == 1:
-            return flat.unflatten(start, (self.examples, inner))
-        parts = flat.unflatten(start, (self.outer, self.examples, inner)).transpose(start, start + 1)
-        return parts.flatten(start + 1, start + 2)
+    def split(self, tensor: Tensor, dim: int) -> Tensor:
+        """Put the examples that a dimension holds before the rest of it: ``(..., N, outer * inner, ...)``."""
+        parts = tensor.unflatten(dim, (self.outer, self.examples, -1))
+        return parts.transpose(dim, dim + 1).flatten(dim + 1, dim + 2)
 
-
-def first_dimension(site: Site) -> Sequence[int]:
-    """The batch is the output's first dimension, as in images ``(N, C, H, W)``."""
-    return site.shape[:1]
+    def channels(self, tensor: Tensor, dim: int) -> Tensor:
+        """``(..., N * r, C, *positions)`` to ``(..., N, C, r * T)``: windows in the batch are more positions."""
+        flat = tensor.reshape(*tensor.shape[: dim + 2], -1)
+        return self.split(flat, dim).movedim(dim + 1, -2).flatten(-2)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """An operator.
+    """An operator; what is left out it does not have.
 
     Attributes:
         places: Inputs at which it may take a parameter that has a Gram here.
-        batch: Sizes of the leading dimensions of its output, negative for one that cannot be the batch dimension.
         grams: Gives the name and the Gram ``(N, m, m)`` float64 of each parameter of a site, from the gradients
             ``(m, ...)`` of its output and the layout of these. It raises an error where the node is not of the form
             that the rule was made for; any error sends the site's parameters to the autograd path.
@@ -99,7 +90,6 @@ class Rule:
     """
 
     places: frozenset[int] = frozenset()
-    batch: Callable[[Site], Sequence[int]] = first_dimension
     grams: Callable[[Site, Tensor, Layout], Iterable[tuple[str, Tensor]]] | None = None
     vjp: Callable[[Node, Grads, Sequence[bool]], Grads | None] | None = None
     over: Callable[[Node, Tensor], bool] | None = None

@@ -45,13 +45,10 @@ def _add_vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
     return [grads[0], grads[0]] if node._saved_alpha == 1 else None
 
 
-def _relu_vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
-    return None if grads[0] is None else [torch.ops.aten.threshold_backward(grads[0], node._saved_result, 0)]
-
-
-def _relu_over(node: Node, grad: Tensor) -> bool:
-    torch.ops.aten.threshold_backward.grad_input(grad, node._saved_result, 0, grad_input=grad)
-    return True
+def _relu_entries(node: Node, grad: Tensor, over: bool) -> Tensor:
+    mask, result = torch.ops.aten.threshold_backward, node._saved_result
+    masked: Tensor = mask.grad_input(grad, result, 0, grad_input=grad) if over else mask(grad, result, 0)
+    return masked
 
 
 def _cat_vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
@@ -76,5 +73,5 @@ for _kind in ("Add", "Sub", "Mul"):
     RULES[f"{_kind}Backward0"] = Rule(frozenset({0, 1}), _grams, _add_vjp if _kind == "Add" else None)
 RULES["ExpandBackward0"] = Rule(frozenset({0}), _grams)
 RULES["CatBackward0"] = Rule(vjp=_cat_vjp)
-RULES["ReluBackward0"] = Rule(vjp=_relu_vjp, over=_relu_over)
+RULES["ReluBackward0"] = Rule(entries=_relu_entries)
 RULES["UnsafeViewBackward0"] = RULES["ViewBackward0"] = Rule(vjp=_view_vjp)

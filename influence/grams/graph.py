@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +24,10 @@ Users = Mapping[Node, list[tuple[Node, int]]]
 
 @dataclass(frozen=True)
 class Graph:
-    """The graph behind some logits.
+    """The graph behind some logits: ``root``, the node that made them, and which of its outputs they are.
 
-    Attributes:
-        root: The node that made the logits, and which of its outputs they are.
-        order: All nodes, each after every node that uses its result.
-        sites: Where parameters enter, keyed by node.
-        refused: Parameters that no site can stand for, each with the reason.
+    ``order`` has all nodes, each after every node that uses its result, ``sites`` those where parameters enter, and
+    ``refused`` the parameters that no site can stand for, each with the reason.
     """
 
     root: tuple[Node, int]
@@ -136,15 +133,13 @@ def _viewed(node: Node, users: Users) -> tuple[int, ...]:
 def _topological(root: Node) -> tuple[Node, ...]:
     """Users before what they use, by depth-first search without recursion."""
     done: list[Node] = []
-    seen = {root}
-    stack: list[tuple[Node, Iterable[tuple[Node, int]]]] = [(root, iter(root.next_functions))]
+    seen: set[Node] = set()
+    stack = [(root, False)]
     while stack:
-        node, sources = stack[-1]
-        source = next((source for source, _ in sources if source is not None and source not in seen), None)
-        if source is None:
+        node, all_below_done = stack.pop()
+        if all_below_done:
             done.append(node)
-            stack.pop()
-        else:
-            seen.add(source)
-            stack.append((source, iter(source.next_functions)))
+        elif node is not None and node not in seen:
+            seen.add(node)
+            stack += [(node, True), *((source, False) for source, _ in reversed(node.next_functions))]
     return tuple(reversed(done))

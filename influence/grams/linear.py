@@ -25,14 +25,8 @@ def weight_gram(grads: Tensor, inputs: Tensor) -> Tensor:
     examples, classes, groups, outputs, positions = grads.shape
     rows, columns = grads.transpose(1, 2).flatten(0, 1), inputs.flatten(0, 1)
     features = columns.shape[1]
-    way = cheaper(
-        positions=positions,
-        inputs=features,
-        outputs=outputs,
-        classes=classes,
-        double=grads.itemsize == 8,
-        shared=positions**2 * features,
-    )
+    shared, double = positions**2 * features, grads.itemsize == 8
+    way = cheaper(positions=positions, inputs=features, outputs=outputs, classes=classes, double=double, shared=shared)
     if way == "ghost":
         wide = columns.double()
         gram = ghost_gram(rows, wide.mT @ wide)

@@ -240,14 +240,9 @@ def _pytorch_gradients(graph: Graph, seed: Tensor) -> dict[Node, Tensor | None]:
 
 
 def _quadratic(found: Sequence[Sequence[tuple[str, Tensor]]], probes: Tensor) -> dict[str, Tensor]:
-    """What a random combination of the rows says of the Gram of each parameter.
+    """For each parameter ``(R, 3)``: v^T gram v, the size of its terms, and that of the largest terms at its site.
 
-    Args:
-        found: The names and Grams ``(R, m, m)`` at each site, for R examples.
-        probes: v, ``(R, m)``.
-
-    Returns:
-        For each parameter ``(R, 3)``: v^T gram v, the size of its terms, and that of the largest terms at its site.
+    ``found`` are the names and Grams ``(R, m, m)`` at each site, for R examples; ``probes`` are v, ``(R, m)``.
     """
     if not found or not len(probes):
         return {}
@@ -264,15 +259,9 @@ def _quadratic(found: Sequence[Sequence[tuple[str, Tensor]]], probes: Tensor) ->
 
 
 def _layout(site: Site, grads: Tensor, row: Tensor | None, weighting: Weighting) -> Layout:
-    """Find the batch dimension of a site: the one in which every example's gradient is PyTorch's, with its weight.
+    """The layout of our gradients ``(m, ...)`` at a site: every example's is PyTorch's ``(...)``, with its weight.
 
     Where two would do, they differ only in entries without a gradient.
-
-    Args:
-        site: The site.
-        grads: ``(m, ...)`` our gradients.
-        row: ``(...)`` PyTorch's of the weighted row.
-        weighting: The weights.
     """
     examples = len(weighting.weights)
     if grads.is_complex():

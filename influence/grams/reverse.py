@@ -107,12 +107,13 @@ def vjp(node: Node, grads: Grads, wanted: Sequence[bool], *, over: bool = False)
         node: The node.
         grads: One for each output, None where there is none.
         wanted: Which inputs are asked for; the others may come back as None.
-        over: Whether that of the first output may be overwritten.
+        over: Whether that of the first output may be overwritten: nothing else looks at it.
     """
     rule, first = RULES.get(node.name()), grads[0]
-    if rule is not None and rule.over is not None and over and first is not None and not any(wanted[1:]):
-        if rule.over(node, first):
-            return [first] + [None] * (len(wanted) - 1)
+    if rule is not None and rule.entries is not None and first is not None and not any(wanted[1:]):
+        below = rule.entries(node, first, over)
+        if below is not None:
+            return [below] + [None] * (len(wanted) - 1)
     if rule is not None and rule.vjp is not None:
         result = rule.vjp(node, grads, wanted)
         if result is not None:

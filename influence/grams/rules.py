@@ -19,13 +19,9 @@ Grads = list[Tensor | None]
 
 @dataclass(frozen=True)
 class Operand:
-    """A parameter at one input of a node.
+    """A parameter at one input of a node, ``next_functions[place]``.
 
-    Attributes:
-        name: Of the parameter.
-        place: Which input of the node, in ``next_functions``.
-        picks: Nodes between the parameter and the input that pick entries of it, from the input on; empty where its
-            entries are only rearranged.
+    ``picks`` are the nodes between them, from the input on, that pick entries of it; none where they only rearrange.
     """
 
     name: str
@@ -37,10 +33,7 @@ class Operand:
 class Site:
     """A node at which parameters meet the data.
 
-    Attributes:
-        node: The node.
-        operands: The parameters that it takes.
-        shape: Of its output, as the node after it sees it where that one only splits dimensions.
+    ``shape`` is that of its output, as the node after it sees it where that one only splits dimensions.
     """
 
     node: Node
@@ -85,14 +78,14 @@ class Rule:
             that the rule was made for; any error sends the site's parameters to the autograd path.
         vjp: Gives the gradients of the inputs, from the node, those of its outputs and which inputs are asked for;
             None where the node is not of the form that it was made for.
-        over: The same for an operator with one input that takes a gradient, written over the gradient of the output,
-            which nothing else looks at; False, and nothing written, where it cannot be.
+        entries: The same where one input takes a gradient, each entry a multiple of that of the output, over which it
+            is written where the last argument says so.
     """
 
     places: frozenset[int] = frozenset()
     grams: Callable[[Site, Tensor, Layout], Iterable[tuple[str, Tensor]]] | None = None
     vjp: Callable[[Node, Grads, Sequence[bool]], Grads | None] | None = None
-    over: Callable[[Node, Tensor], bool] | None = None
+    entries: Callable[[Node, Tensor, bool], Tensor | None] | None = None
 
 
 # By the name of the node; each file of a family adds its own.

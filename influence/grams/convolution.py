@@ -19,16 +19,10 @@ _MANY_POSITIONS = 64
 
 
 def im2col(x: Tensor, kernel: Sequence[int], out: Sequence[int], node: Node) -> Tensor:
-    """Columns that a convolution multiplies its weight with.
+    """Columns of ``x`` ``(N, C, *positions)`` that the convolution of a node multiplies its weight with.
 
-    Args:
-        x: ``(N, C, *positions)``, any number of dimensions.
-        kernel: Size of the window.
-        out: Positions of the window along each dimension.
-        node: The convolution's, for its stride, padding and dilation.
-
-    Returns:
-        ``(N, C * prod(kernel), T)`` with T the product of ``out``; a view of ``x`` for windows of one entry.
+    The window has the size ``kernel`` and ``out`` positions along each dimension, T in all. Returns
+    ``(N, C * prod(kernel), T)``, a view of ``x`` for windows of one entry.
     """
     padding = node._saved_padding
     if any(padding):
@@ -79,18 +73,9 @@ def _vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
         result = torch.convolution(grad, turned, None, stride, reach, dilation, False, [0] * len(reach), 1)
     else:
         # Only the shape of the input matters.
+        rest = node._saved_transposed, node._saved_output_padding, node._saved_groups, [True, False, False]
         result = torch.ops.aten.convolution_backward(
-            grad,
-            grad.new_empty(shape),
-            weight,
-            None,
-            stride,
-            padding,
-            dilation,
-            node._saved_transposed,
-            node._saved_output_padding,
-            node._saved_groups,
-            [True, False, False],
+            grad, grad.new_empty(shape), weight, None, stride, padding, dilation, *rest
         )[0]
     return [result.unflatten(0, grads[0].shape[:2]), None, None]
 

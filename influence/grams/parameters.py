@@ -37,13 +37,8 @@ _FOR_EACH_COMPARED = 8
 class ParameterGrams:
     """Contrast Grams of blocks of parameters, chunk by chunk.
 
-    Args:
-        model: The model.
-        blocks: Names of the parameters in each block.
-        parameters: The parameters by name.
-
-    Attributes:
-        refused: Parameters that take the autograd path, with the reason.
+    ``blocks`` are the names of the parameters in each; ``refused`` are those that take the autograd path, with the
+    reason.
     """
 
     def __init__(
@@ -196,22 +191,18 @@ class ParameterGrams:
         value, size, largest = torch.stack([quadratic.get(name, none) for name in self._parameters], dim=1).unbind(-1)
         limit = 2 * REVERSE[dtype] * torch.maximum(size, squares) + REVERSE[dtype] ** 2 * largest
         right = ((value - squares).abs() <= limit).all(dim=0).tolist()
-        wrong = [name for name, holds in zip(self._parameters, right, strict=True) if not holds]
-        new = dict.fromkeys((name for name in wrong if name not in self.refused), "its Gram is not autograd's")
-        self.refused.update(new)
-        return bool(new)
+        wrong = {name for name, holds in zip(self._parameters, right, strict=True) if not holds} - self.refused.keys()
+        self.refused.update(dict.fromkeys(wrong, "its Gram is not autograd's"))
+        return bool(wrong)
 
     def _by_autograd(self, inputs: Inputs, rows: LogitRows, gram: Tensor) -> None:
         """Add the Grams of the refused parameters of one example, ``(B, m, m)``, class by class."""
         leaves = {name: parameter for name, parameter in self._parameters.items() if name in self.refused}
         logits = forward(self._model, inputs)
-        seeds = rows.seeds(logits.dtype)
-        found = [
-            [grad.flatten() for grad in gradients(logits, list(leaves.values()), seed, retain=k < len(seeds) - 1)]
-            for k, seed in enumerate(seeds)
-        ]
+        seeds, tensors = rows.seeds(logits.dtype), list(leaves.values())
+        found = [gradients(logits, tensors, seed, retain=k < len(seeds) - 1) for k, seed in enumerate(seeds)]
         for name, row in zip(leaves, zip(*found, strict=True), strict=True):
-            part = products(torch.stack(row)[None])[0]
+            part = products(torch.stack(row).reshape(1, len(row), -1))[0]
             for block in self._of[name]:
                 gram[block] += part
 

@@ -21,13 +21,9 @@ from influence.memory import is_out_of_memory
 
 
 def reverse(graph: Graph, seeds: Tensor, collect: Callable[[Site, Tensor], None]) -> None:
-    """Send seeds back through the graph and hand over the gradient at each site.
+    """Send m gradients ``(m, N, K)`` of the logits of N examples back through the graph.
 
-    Args:
-        graph: From ``read_graph``.
-        seeds: ``(m, N, K)``, m gradients of the logits of N examples.
-        collect: Called with each site, latest first, and the gradient ``(m, ...)`` of its output, which it must not
-            change.
+    ``collect`` gets each site, latest first, and the gradient ``(m, ...)`` of its output, which it must not change.
     """
     visited, further = graph.visited()
     if graph.root[0] not in visited:
@@ -101,13 +97,10 @@ def _fit(grad: Tensor, node: Node, output: int) -> Tensor:
 
 
 def vjp(node: Node, grads: Grads, wanted: Sequence[bool], *, over: bool = False) -> Grads:
-    """Gradients ``(m, ...)`` of a node's inputs from those of its outputs.
+    """Gradients ``(m, ...)`` of a node's inputs from those of its outputs, None where there is none.
 
-    Args:
-        node: The node.
-        grads: One for each output, None where there is none.
-        wanted: Which inputs are asked for; the others may come back as None.
-        over: Whether that of the first output may be overwritten: nothing else looks at it.
+    Inputs that are not ``wanted`` may come back as None; ``over`` says that nothing else looks at the gradient of the
+    first output, which may be overwritten.
     """
     rule, first = RULES.get(node.name()), grads[0]
     if rule is not None and rule.entries is not None and first is not None and not any(wanted[1:]):

@@ -13,14 +13,9 @@ from influence.kernels.contraction import cheaper, ghost_gram, materialised_gram
 
 
 def weight_gram(grads: Tensor, inputs: Tensor) -> Tensor:
-    """Gram of the gradients W_k = sum_t g_k[t] a[t]^T of a weight, by the cheaper way of ``kernels.contraction``.
+    """Gram ``(N, m, m)`` float64 of the gradients W_k = sum_t g_k[t] a[t]^T of a weight, by the cheaper of two ways.
 
-    Args:
-        grads: g, ``(N, m, G, P, T)``: m classes, G groups, P outputs, T positions.
-        inputs: a, ``(N, G, D, T)``.
-
-    Returns:
-        ``(N, m, m)`` float64.
+    ``grads`` are g, ``(N, m, G, P, T)``: m classes, G groups, P outputs, T positions; ``inputs`` a, ``(N, G, D, T)``.
     """
     examples, classes, groups, outputs, positions = grads.shape
     rows, columns = grads.transpose(1, 2).flatten(0, 1), inputs.flatten(0, 1)

@@ -74,14 +74,9 @@ class ParameterGrams:
     ) -> tuple[Tensor, Tensor, torch.dtype]:
         """Compute a chunk of N examples.
 
-        Args:
-            inputs: The examples.
-            rows: Chooses, from logits ``(N, K)``, the m linear combinations of them whose gradients make the Gram: the
-                contrasts with the predicted class, unless something else is given.
-
-        Returns:
-            log P ``(N, K)``, the contrast Grams ``(N, B, K, K)``, or ``(N, B, m, m)`` for other rows, and the coarsest
-            dtype that occurred.
+        ``rows`` chooses, from logits ``(N, K)``, the m linear combinations of them whose gradients make the Gram.
+        Returns log P ``(N, K)``, the contrast Grams ``(N, B, K, K)``, or ``(N, B, m, m)`` for other rows, and the
+        coarsest dtype that occurred.
         """
         logits = forward(self._model, inputs)
         graph = read_graph(logits, {name: p for name, p in self._parameters.items() if name not in self.refused})
@@ -110,8 +105,6 @@ class ParameterGrams:
             for n in range(len(inputs)):
                 self._by_autograd(inputs[n : n + 1], chosen[n], gram[n])
         return chosen.log_probs, chosen.embed(gram), dtype
-
-    # -- rules --------------------------------------------------------------------------------------------------------
 
     def _through_features(
         self, graph: Graph, narrow: NarrowLayer, classes: Classes, gram: Tensor, dtype: torch.dtype, probes: Tensor
@@ -170,8 +163,6 @@ class ParameterGrams:
             if row is not None and bool(row.any()):
                 refuse(site, "its gradient does not arrive")
         return _quadratic(found, probes)
-
-    # -- autograd -----------------------------------------------------------------------------------------------------
 
     def _squares(self, inputs: Inputs, batched: Tensor, seed: Tensor, dtype: torch.dtype) -> Tensor:
         """For each parameter the squared length ``(P,)`` of its gradient from a seed for one example alone, float64.

@@ -241,7 +241,7 @@ def test_a_rule_that_is_wrong_or_fails_is_not_believed(
         pass
 
     def wrong(*arguments: Any) -> Any:
-        for name, gram in linear._addmm_grams(*arguments):
+        for name, gram in linear._grams(*arguments):
             yield name, gram * 1.001
 
     def fails(*arguments: Any) -> Any:
@@ -251,7 +251,7 @@ def test_a_rule_that_is_wrong_or_fails_is_not_believed(
     net, x = Believed(plain).double().eval(), sequences()
     rule = rules.RULES["AddmmBackward0"]
     for grams, words in ((wrong, "its Gram is not autograd's"), (fails, "an attribute that the node has not")):
-        monkeypatch.setitem(rules.RULES, "AddmmBackward0", rules.Rule(rule.places, rule.batch, grams, rule.vjp))
+        monkeypatch.setitem(rules.RULES, "AddmmBackward0", rules.Rule(rule.places, grams, rule.vjp))
         with caplog.at_level(logging.WARNING, logger="influence"):
             influence.grams.parameters._ANNOUNCED.clear()
             assert_right(net, x, "layers")
@@ -270,7 +270,7 @@ def test_a_reverse_pass_that_is_wrong_or_fails_is_not_believed(monkeypatch: pyte
         raise RuntimeError("no such thing")
 
     for vjp in (wrong, fails):
-        broken = rules.Rule(rule.places, rule.batch, rule.grams, vjp)
+        broken = rules.Rule(rule.places, rule.grams, vjp)
         monkeypatch.setitem(rules.RULES, "NativeLayerNormBackward0", broken)
         assert_right(net, x, "layers")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,15 +11,11 @@ from influence.grams.rules import RULES, Layout, Rule, Site, require_form
 from influence.kernels.gram import products
 
 
-def _tokens(site: Site) -> Sequence[int]:
-    return site.shape[:-1]
-
-
 def _grams(site: Site, grad: Tensor, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     node, operand = site.node, site.operands[0]
     require_form(not node._saved_scale_grad_by_freq and not operand.picks)
-    rows = layout.split(grad.flatten(1, -2), 1, 2).permute(1, 0, 3, 2)
-    mine = layout.split(node._saved_indices.flatten(), 0, 1)
+    rows = layout.split(grad.flatten(1, -2), 1).permute(1, 0, 3, 2)
+    mine = layout.split(node._saved_indices.flatten(), 0)
     # Positions that hold the same token add up: each goes to the token's first one.
     same = mine[:, :, None] == mine[:, None, :]
     first = F.one_hot(same.byte().argmax(dim=2), mine.shape[1]).to(grad.dtype)
@@ -30,4 +26,4 @@ def _grams(site: Site, grad: Tensor, layout: Layout) -> Iterator[tuple[str, Tens
     yield operand.name, products((rows @ first[:, None]).flatten(2))
 
 
-RULES["EmbeddingBackward0"] = Rule(frozenset({0}), _tokens, _grams)
+RULES["EmbeddingBackward0"] = Rule(frozenset({0}), _grams)

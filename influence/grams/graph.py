@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,20 +12,9 @@ from torch import Tensor, nn
 from influence.grams.rules import RULES, Node, Operand, Site, shape_of
 
 # Only rearrange the entries of a parameter: its Gram does not see them.
-_REARRANGE = {
-    "AliasBackward0",
-    "CloneBackward0",
-    "PermuteBackward0",
-    "ReshapeAliasBackward0",
-    "SqueezeBackward0",
-    "SqueezeBackward1",
-    "SqueezeBackward2",
-    "TBackward0",
-    "ToCopyBackward0",
-    "TransposeBackward0",
-    "UnsafeViewBackward0",
-    "UnsqueezeBackward0",
-    "ViewBackward0",
+_REARRANGE = {"SqueezeBackward1", "SqueezeBackward2"} | {
+    f"{kind}Backward0"
+    for kind in "Alias Clone Permute ReshapeAlias Squeeze T ToCopy Transpose UnsafeView Unsqueeze View".split()
 }
 # Pick entries of a parameter: its gradient goes back through them.
 _PICK = {"EmbeddingBackward0", "IndexBackward0", "IndexSelectBackward0", "SelectBackward0", "SliceBackward0"}
@@ -35,13 +24,10 @@ Users = Mapping[Node, list[tuple[Node, int]]]
 
 @dataclass(frozen=True)
 class Graph:
-    """The graph behind some logits.
+    """The graph behind some logits: ``root``, the node that made them, and which of its outputs they are.
 
-    Attributes:
-        root: The node that made the logits, and which of its outputs they are.
-        order: All nodes, each after every node that uses its result.
-        sites: Where parameters enter, keyed by node.
-        refused: Parameters that no site can stand for, each with the reason.
+    ``order`` has all nodes, each after every node that uses its result, ``sites`` those where parameters enter, and
+    ``refused`` the parameters that no site can stand for, each with the reason.
     """
 
     root: tuple[Node, int]
@@ -69,8 +55,7 @@ class Graph:
         for node in reversed(self.order):
             if any(source in visited for source, _ in node.next_functions):
                 further.add(node)
-                visited.add(node)
-            elif node in self.sites:
+            if node in further or node in self.sites:
                 visited.add(node)
         return visited, further
 
@@ -78,13 +63,8 @@ class Graph:
 def read_graph(logits: Tensor, parameters: Mapping[str, nn.Parameter]) -> Graph:
     """Walk the graph of ``logits`` and find the site of each parameter.
 
-    Args:
-        logits: The model's output, with a graph.
-        parameters: The parameters looked for, by name.
-
-    Returns:
-        The graph. A parameter that is used twice, has a hook, or whose node has no rule is refused; one that the logits
-        do not depend on is left out.
+    A parameter that is used twice, has a hook, or whose node has no rule is refused; one that the logits do not depend
+    on is left out.
 
     Raises:
         RuntimeError: For reentrant checkpoints, which keep the graph of what they hold to themselves.
@@ -101,58 +81,48 @@ def read_graph(logits: Tensor, parameters: Mapping[str, nn.Parameter]) -> Graph:
         for place, (source, _) in enumerate(node.next_functions):
             if source is not None:
                 users.setdefault(source, []).append((node, place))
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    leaves = {names[id(node.variable)]: node for node in order if id(getattr(node, "variable", None)) in names}
-
+    leaves = {id(variable): node for node in order if (variable := getattr(node, "variable", None)) is not None}
     refused: dict[str, str] = {}
     found: dict[Node, list[Operand]] = {}
-    for name in parameters:
-        if name not in leaves:
+    for name, parameter in parameters.items():
+        if id(parameter) not in leaves:
             continue
-        reason, user, operand = _climb(name, leaves[name], users)
-        if parameters[name]._backward_hooks:
-            reason, operand = "has a hook", None
-        if operand is None:
-            refused[name] = reason
+        site = "has a hook" if parameter._backward_hooks else _climb(name, leaves[id(parameter)], users)
+        if isinstance(site, str):
+            refused[name] = site
         else:
-            found.setdefault(user, []).append(operand)
+            found.setdefault(site[0], []).append(site[1])
     sites = {node: Site(node, tuple(found[node]), _viewed(node, users)) for node in order if node in found}
     return Graph((logits.grad_fn, logits.output_nr), order, sites, refused)
 
 
-def _climb(name: str, leaf: Node, users: Users) -> tuple[str, Node, Operand | None]:
-    """Go from a parameter to the one node with a rule that uses it."""
-    node = leaf
+def _climb(name: str, node: Node, users: Users) -> str | tuple[Node, Operand]:
+    """Go from a parameter to the one node with a rule that uses it; where there is none, say why."""
     picks: list[Node] = []
-    while True:
-        above = users.get(node, [])
-        if len(above) != 1:
-            return f"used {len(above)} times", None, None
-        user, place = above[0]
-        kind = user.name()
-        if kind in RULES and place in RULES[kind].places and not _is_position(user, users):
-            return "", user, Operand(name, place, tuple(reversed(picks)))
-        if kind in _PICK:
-            picks.append(user)
-        elif kind not in _REARRANGE:
-            return f"no rule for {kind.removesuffix('0').removesuffix('Backward')}", None, None
-        elif picks:
+    while len(above := users.get(node, [])) == 1:
+        node, place = above[0]
+        kind = node.name()
+        if kind in RULES and place in RULES[kind].places and not _is_position(node, users):
+            return node, Operand(name, place, tuple(reversed(picks)))
+        if kind not in _PICK | _REARRANGE:
+            return f"no rule for {kind.removesuffix('0').removesuffix('Backward')}"
+        if picks or kind in _PICK:
             # Once entries were picked, every step belongs to the way back.
-            picks.append(user)
-        node = user
+            picks.append(node)
+    return f"used {len(above)} times"
 
 
 def _is_position(node: Node, users: Users) -> bool:
     """Whether a table is looked up once for all examples, as positions are: what it gives is broadcast."""
-    if node.name() != "EmbeddingBackward0":
-        return False
     size = math.prod(shape_of(node))
-    return any(math.prod(shape_of(user)) > size for user, _ in users.get(node, []) if user._input_metadata)
+    return node.name() == "EmbeddingBackward0" and any(
+        math.prod(shape_of(user)) > size for user, _ in users.get(node, []) if user._input_metadata
+    )
 
 
 def _viewed(node: Node, users: Users) -> tuple[int, ...]:
-    shape = shape_of(node)
-    above = users.get(node, [])
+    """Shape of a node's output, as the one node that uses it may split all its dimensions but the last."""
+    shape, above = shape_of(node), users.get(node, [])
     if len(above) == 1 and above[0][0].name() in ("ViewBackward0", "UnsafeViewBackward0"):
         viewed = shape_of(above[0][0])
         if viewed[-1:] == shape[-1:]:
@@ -163,16 +133,13 @@ def _viewed(node: Node, users: Users) -> tuple[int, ...]:
 def _topological(root: Node) -> tuple[Node, ...]:
     """Users before what they use, by depth-first search without recursion."""
     done: list[Node] = []
-    seen = {root}
-    stack: list[tuple[Node, Iterable[tuple[Node, int]]]] = [(root, iter(root.next_functions))]
+    seen: set[Node] = set()
+    stack = [(root, False)]
     while stack:
-        node, sources = stack[-1]
-        for source, _ in sources:
-            if source is not None and source not in seen:
-                seen.add(source)
-                stack.append((source, iter(source.next_functions)))
-                break
-        else:
+        node, all_below_done = stack.pop()
+        if all_below_done:
             done.append(node)
-            stack.pop()
+        elif node is not None and node not in seen:
+            seen.add(node)
+            stack += [(node, True), *((source, False) for source, _ in reversed(node.next_functions))]
     return tuple(reversed(done))

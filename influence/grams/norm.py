@@ -11,32 +11,21 @@ from influence.grams.reverse import vector_gram
 from influence.grams.rules import RULES, Grads, Layout, Node, Rule, Site, require_form
 
 
-def _scale_and_shift(site: Site, grads: Tensor, normal: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Gradients ``(m, N, C, T)`` and normalised input ``(N, C, T)``, or a constant, to the Grams."""
-    weight, bias = site.operand(1), site.operand(2)
+def _grams(site: Site, grads: Tensor, normal: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Gradients ``(m, N, C, T)`` and normalised input ``(N, C, T)`` to the Grams of scale and shift."""
     # Both sums over the positions in one pass over the gradients.
     sums = torch.stack([normal, torch.ones_like(normal)], dim=2).to(grads.dtype) @ grads.permute(1, 2, 3, 0)
-    for operand, row in ((weight, sums[:, :, 0]), (bias, sums[:, :, 1])):
+    for place in (1, 2):
+        operand = site.operand(place)
         if operand is not None:
-            yield vector_gram(operand, row.mT)
-
-
-def _channels(tensor: Tensor, layout: Layout, start: int) -> Tensor:
-    """(..., N * r, C, *positions) to (..., N, C, r * T)."""
-    split = layout.split(tensor, start, start + 1)
-    split = split.flatten(start + 3) if split.ndim > start + 3 else split.unsqueeze(-1)
-    if split.shape[start + 1] == 1:
-        return split.squeeze(start + 1)
-    return split.movedim(start + 1, -2).flatten(-2, -1)
-
-
-def _rows_last(tensor: Tensor, axes: int, layout: Layout, start: int) -> Tensor:
-    """(..., rows, *features) to (..., N, F, r)."""
-    flat = tensor.flatten(tensor.ndim - axes)
-    return layout.split(flat, start, flat.ndim - 1).mT
+            yield vector_gram(operand, sums[:, :, place - 1].mT)
 
 
 # -- batch ------------------------------------------------------------------------------------------------------------
+
+
+def _evaluates(node: Node) -> bool:
+    return not node._saved_training and node._saved_running_mean is not None
 
 
 def _deviation(node: Node) -> Tensor:
@@ -46,109 +35,66 @@ def _deviation(node: Node) -> Tensor:
     return deviation
 
 
-def _evaluates(node: Node) -> bool:
-    return not node._saved_training and node._saved_running_mean is not None
-
-
 def _batch_grams(site: Site, grad: Tensor, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     node, shape = site.node, (-1, *(1,) * (grad.ndim - 3))
     require_form(_evaluates(node))
     centred = node._saved_input.detach() - node._saved_running_mean.view(shape)
     normal = centred * _deviation(node).to(grad.dtype).view(shape)
-    yield from _scale_and_shift(site, _channels(grad, layout, 1), _channels(normal, layout, 0))
+    return _grams(site, layout.channels(grad, 1), layout.channels(normal, 0))
 
 
-def _factor(node: Node, grad: Tensor) -> Tensor:
-    """Weight / deviation, in the shape that multiplies a gradient ``(m, N, C, ...)``."""
-    scale = _deviation(node)
-    if node._saved_weight is not None:
-        scale = scale * node._saved_weight.detach().double()
-    return scale.to(grad.dtype).view(-1, *(1,) * (grad.ndim - 3))
-
-
-def _batch_vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
-    grad = grads[0]
-    if grad is None or any(wanted[1:]) or not _evaluates(node):
-        return None
-    return [grad * _factor(node, grad), None, None]
-
-
-def _batch_over(node: Node, grad: Tensor) -> bool:
+def _batch_entries(node: Node, grad: Tensor, over: bool) -> Tensor | None:
     if not _evaluates(node):
-        return False
-    grad.mul_(_factor(node, grad))
-    return True
+        return None
+    weight, scale = node._saved_weight, _deviation(node)
+    scale = scale if weight is None else scale * weight.detach().double()
+    return torch.mul(grad, scale.to(grad.dtype).view(-1, *(1,) * (grad.ndim - 3)), out=grad if over else None)
 
 
-# -- group ------------------------------------------------------------------------------------------------------------
+# -- group, layer and root mean square --------------------------------------------------------------------------------
 
 
-def _grouped(node: Node) -> tuple[Tensor, Tensor]:
-    """Normalised input ``(N, G, rest)`` and 1 / deviation ``(N, G, 1)``."""
-    saved = node._saved_input.detach()
-    batch, groups = saved.shape[0], node._saved_group
-    mean, deviation = (part.view(batch, groups, 1) for part in (node._saved_result1, node._saved_result2))
-    return (saved.reshape(batch, groups, -1) - mean) * deviation, deviation
+def _normalised(node: Node) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Normalised input, 1 / deviation, and the dimensions that share it; of a group ``(N, G, rest)``."""
+    saved: Tensor = node._saved_input.detach()
+    if node.name() == "NativeGroupNormBackward0":
+        saved = saved.reshape(len(saved), node._saved_group, -1)
+        mean, deviation = (part.unsqueeze(-1) for part in (node._saved_result1, node._saved_result2))
+        return (saved - mean) * deviation, deviation, (-1,)
+    axes = tuple(range(-len(node._saved_normalized_shape), 0))
+    if node.name() == "FusedRmsNormBackward0":
+        return saved * node._saved_result1, node._saved_result1, axes
+    return (saved - node._saved_result1) * node._saved_result2, node._saved_result2, axes
 
 
 def _group_grams(site: Site, grad: Tensor, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    normal = _grouped(site.node)[0].view(grad.shape[1:])
-    yield from _scale_and_shift(site, _channels(grad, layout, 1), _channels(normal, layout, 0))
-
-
-def _group_vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
-    grad = grads[0]
-    if grad is None or any(other is not None for other in grads[1:]) or any(wanted[1:]):
-        return None
-    normal, deviation = _grouped(node)
-    if node._saved_weight is not None:
-        inner = grad * node._saved_weight.detach().view(-1, *(1,) * (grad.ndim - 3))
-    else:
-        inner = grad
-    inner = inner.reshape(len(grad), *normal.shape)
-    inner = inner - inner.mean(dim=-1, keepdim=True) - normal * (inner * normal).mean(dim=-1, keepdim=True)
-    return [(inner * deviation).view(grad.shape), None, None]
-
-
-# -- layer ------------------------------------------------------------------------------------------------------------
-
-
-def _unnormalised(site: Site) -> Sequence[int]:
-    return site.shape[: len(site.shape) - len(site.node._saved_normalized_shape)]
-
-
-def _layer_normal(node: Node) -> Tensor:
-    normal: Tensor = (node._saved_input.detach() - node._saved_result1) * node._saved_result2
-    return normal
+    normal = _normalised(site.node)[0].view(grad.shape[1:])
+    return _grams(site, layout.channels(grad, 1), layout.channels(normal, 0))
 
 
 def _layer_grams(site: Site, grad: Tensor, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    axes = len(site.node._saved_normalized_shape)
-    require_form(grad.ndim - 1 > axes)
-    normal = _rows_last(_layer_normal(site.node), axes, layout, 0)
-    yield from _scale_and_shift(site, _rows_last(grad, axes, layout, 1), normal)
+    normal, _, axes = _normalised(site.node)
+    require_form(grad.ndim - 1 > len(axes))
+    # (..., rows, *features) to (..., N, F, r)
+    grads, normal = (tensor.flatten(-len(axes)) for tensor in (grad, normal))
+    return _grams(site, layout.split(grads.flatten(1, -2), 1).mT, layout.split(normal.flatten(0, -2), 0).mT)
 
 
-def _layer_vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
-    grad = grads[0]
-    if grad is None or any(wanted[1:]):
+def _vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
+    grad, weight = grads[0], node._saved_weight
+    if grad is None or any(other is not None for other in grads[1:]) or any(wanted[1:]):
         return None
-    weight, axes = node._saved_weight, tuple(range(-len(node._saved_normalized_shape), 0))
-    normal = _layer_normal(node)
-    inner = grad if weight is None else grad * weight.detach()
+    normal, deviation, axes = _normalised(node)
+    if weight is not None:
+        by_channel = node.name() == "NativeGroupNormBackward0"
+        grad = grad * (weight.view(-1, *(1,) * (grad.ndim - 3)) if by_channel else weight).detach()
+    inner = grad.reshape(len(grad), *normal.shape)
     inner = inner - inner.mean(dim=axes, keepdim=True) - normal * (inner * normal).mean(dim=axes, keepdim=True)
-    return [inner * node._saved_result2, None, None]
+    return [(inner * deviation).view(grad.shape), None, None]
 
 
-def _rms_grams(site: Site, grad: Tensor, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    axes = len(site.node._saved_normalized_shape)
-    require_form(grad.ndim - 1 > axes)
-    normal = _rows_last(site.node._saved_input.detach() * site.node._saved_result1, axes, layout, 0)
-    yield from _scale_and_shift(site, _rows_last(grad, axes, layout, 1), normal)
-
-
-for _name in ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0"):
-    RULES[_name] = Rule(frozenset({1, 2}), grams=_batch_grams, vjp=_batch_vjp, over=_batch_over)
-RULES["NativeGroupNormBackward0"] = Rule(frozenset({1, 2}), grams=_group_grams, vjp=_group_vjp)
-RULES["NativeLayerNormBackward0"] = Rule(frozenset({1, 2}), _unnormalised, _layer_grams, _layer_vjp)
-RULES["FusedRmsNormBackward0"] = Rule(frozenset({1}), _unnormalised, _rms_grams)
+for _kind in ("Native", "Cudnn", "Miopen"):
+    RULES[f"{_kind}BatchNormBackward0"] = Rule(frozenset({1, 2}), _batch_grams, entries=_batch_entries)
+RULES["NativeGroupNormBackward0"] = Rule(frozenset({1, 2}), _group_grams, _vjp)
+RULES["NativeLayerNormBackward0"] = Rule(frozenset({1, 2}), _layer_grams, _vjp)
+RULES["FusedRmsNormBackward0"] = Rule(frozenset({1}), _layer_grams)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -34,37 +34,22 @@ _ANNOUNCED: set[tuple[str, tuple[str, ...]]] = set()
 _FOR_EACH_COMPARED = 8
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What autograd says about an example alone.
-
-    Attributes:
-        probe: ``(m,)`` float64, coefficients of a random combination of the rows.
-        squares: For each parameter the squared length of the gradient of that combination, float64.
-    """
-
-    probe: Tensor
-    squares: Mapping[str, Tensor]
-
-
 class ParameterGrams:
     """Contrast Grams of blocks of parameters, chunk by chunk.
 
-    Args:
-        model: The model.
-        blocks: Names of the parameters in each block.
-        parameters: The parameters by name.
-
-    Attributes:
-        refused: Parameters that take the autograd path, with the reason.
+    ``blocks`` are the names of the parameters in each; ``refused`` are those that take the autograd path, with the
+    reason.
     """
 
     def __init__(
         self, model: nn.Module, blocks: Mapping[str, Sequence[str]], parameters: Mapping[str, nn.Parameter]
     ) -> None:
         self._model = model
-        self._of = {name: [b for b, names in enumerate(blocks.values()) if name in names] for name in parameters}
-        self._parameters = {name: parameters[name] for name in parameters if self._of[name]}
+        self._of: dict[str, list[int]] = {}
+        for b, names in enumerate(blocks.values()):
+            for name in names:
+                self._of.setdefault(name, []).append(b)
+        self._parameters = {name: parameter for name, parameter in parameters.items() if name in self._of}
         self._blocks = len(blocks)
         self._generator = torch.Generator().manual_seed(0)
         self._compared = False
@@ -87,37 +72,33 @@ class ParameterGrams:
     def __call__(
         self, inputs: Inputs, rows: Callable[[Tensor], LogitRows] = Classes.of
     ) -> tuple[Tensor, Tensor, torch.dtype]:
-        """Compute a chunk.
+        """Compute a chunk of N examples.
 
-        Args:
-            inputs: N examples.
-            rows: Chooses, from logits ``(N, K)``, the m linear combinations of them whose gradients make the Gram: the
-                contrasts with the predicted class, unless something else is given.
-
-        Returns:
-            log P ``(N, K)``, the contrast Grams ``(N, B, K, K)``, or ``(N, B, m, m)`` for other rows, and the coarsest
-            dtype that occurred.
+        ``rows`` chooses, from logits ``(N, K)``, the m linear combinations of them whose gradients make the Gram.
+        Returns log P ``(N, K)``, the contrast Grams ``(N, B, K, K)``, or ``(N, B, m, m)`` for other rows, and the
+        coarsest dtype that occurred.
         """
         logits = forward(self._model, inputs)
         graph = read_graph(logits, {name: p for name, p in self._parameters.items() if name not in self.refused})
         self.refused.update(graph.refused)
         dtype, chosen = graph.coarsest_dtype(), rows(logits)
         seeds = chosen.seeds(logits.dtype)
-        references = []
-        if not self._compared:
-            for n in range(1 if len(inputs) < 2 * _FOR_EACH_COMPARED else 2):
-                references.append(self._reference(inputs[n : n + 1], logits[n : n + 1].detach(), seeds[:, n], dtype))
+        compared = 0 if self._compared else 1 if len(inputs) < 2 * _FOR_EACH_COMPARED else 2
+        probes = torch.randn(compared, chosen.count, generator=self._generator, dtype=torch.float64).to(seeds.device)
+        squares = []
+        for n, probe in enumerate(probes):
+            seed = (probe @ seeds[:, n].double()).to(logits.dtype)[None]
+            squares.append(self._squares(inputs[n : n + 1], logits[n : n + 1].detach(), seed, dtype))
         gram = logits.new_zeros(len(inputs), self._blocks, chosen.count, chosen.count, dtype=torch.float64)
-        probes = [reference.probe for reference in references]
         narrow = NarrowLayer.of(logits) if isinstance(chosen, Classes) else None
         if narrow is None or not isinstance(chosen, Classes):
             quadratic = self._collect_all(graph, seeds, gram, dtype, probes)
         else:
             quadratic = self._through_features(graph, narrow, chosen, gram, dtype, probes)
         del graph, logits
-        if references:
+        if squares:
             self._compared = True
-            if self._refuse_what_differs(references, quadratic, dtype):
+            if self._refuse_what_differs(torch.stack(squares).cpu(), quadratic, dtype):
                 return self(inputs, rows)
         self._announce()
         if self.refused:
@@ -125,16 +106,8 @@ class ParameterGrams:
                 self._by_autograd(inputs[n : n + 1], chosen[n], gram[n])
         return chosen.log_probs, chosen.embed(gram), dtype
 
-    # -- rules --------------------------------------------------------------------------------------------------------
-
     def _through_features(
-        self,
-        graph: Graph,
-        narrow: NarrowLayer,
-        classes: Classes,
-        gram: Tensor,
-        dtype: torch.dtype,
-        probes: Sequence[Tensor],
+        self, graph: Graph, narrow: NarrowLayer, classes: Classes, gram: Tensor, dtype: torch.dtype, probes: Tensor
     ) -> dict[str, Tensor]:
         """Send the classes through the last layer, and its features, which are fewer, through all before it."""
         last = {node: site for node, site in graph.sites.items() if node is graph.root[0]}
@@ -144,21 +117,16 @@ class ParameterGrams:
         features = gram.new_zeros(len(gram), self._blocks, narrow.width, narrow.width)
         graph = replace(graph, sites=below, root=(narrow.edge.node, narrow.edge.output_nr))
         rows = narrow.contrasts(classes)
-        probes = [probe @ rows[n] for n, probe in enumerate(probes)]
+        probes = (probes[:, None] @ rows[: len(probes)]).squeeze(1)
         quadratic |= self._collect_all(graph, narrow.seeds(len(gram)), features, dtype, probes)
         for b in range(self._blocks):
             gram[:, b] += narrow.spread(features[:, b], rows)
         return quadratic
 
     def _collect_all(
-        self, graph: Graph, seeds: Tensor, gram: Tensor, dtype: torch.dtype, probes: Sequence[Tensor]
+        self, graph: Graph, seeds: Tensor, gram: Tensor, dtype: torch.dtype, probes: Tensor
     ) -> dict[str, Tensor]:
-        """Add the Grams of all sites of a graph for ``(m, N, ...)`` seeds to ``(N, B, m, m)``.
-
-        Returns:
-            For each parameter ``(probes, 3)``: v^T gram v of the example of each probe v ``(m,)``, the size of the
-            terms, and that of the largest terms at its site.
-        """
+        """Add the Grams of all sites of a graph for ``(m, N, ...)`` seeds to ``(N, B, m, m)``; see ``_quadratic``."""
         weighting = Weighting.draw(seeds, dtype, self._generator)
         waiting = dict(graph.sites)
         truth: Mapping[Node, Tensor | None] = {}
@@ -179,9 +147,8 @@ class ParameterGrams:
                 return
             for name, part in parts:
                 for block in self._of[name]:
-                    gram[:, block] += part
-            if probes:
-                found.append([(name, part[: len(probes)]) for name, part in parts])
+                    gram[:, block].add_(part)
+            found.append([(name, part[: len(probes)]) for name, part in parts])
 
         try:
             truth = _pytorch_gradients(graph, weighting.row(seeds)[0])
@@ -197,44 +164,36 @@ class ParameterGrams:
                 refuse(site, "its gradient does not arrive")
         return _quadratic(found, probes)
 
-    # -- autograd -----------------------------------------------------------------------------------------------------
+    def _squares(self, inputs: Inputs, batched: Tensor, seed: Tensor, dtype: torch.dtype) -> Tensor:
+        """For each parameter the squared length ``(P,)`` of its gradient from a seed for one example alone, float64.
 
-    def _reference(self, inputs: Inputs, batched: Tensor, seeds: Tensor, dtype: torch.dtype) -> Reference:
-        """Compute one example alone: it must have the logits that it has in the batch."""
+        The example must have the logits that it has in the batch.
+        """
         logits, self._first = self._first if self._first is not None else alone(self._model, inputs), None
         require_same(self._model, inputs, logits.detach(), batched, dtype)
-        probe = torch.randn(len(seeds), generator=self._generator, dtype=torch.float64).to(seeds.device)
-        seed = (probe @ seeds.double()).to(logits.dtype)[None]
-        grads = gradients(logits, self.perturbed, seed, retain=False)
-        return Reference(probe, {name: _square(g) for name, g in zip(self._parameters, grads, strict=True)})
+        grads = [grad.flatten() for grad in gradients(logits, self.perturbed, seed, retain=False)]
+        # To single precision at least; a copy in double would take longer than the gradient.
+        wide = [grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads]
+        return torch.stack([torch.dot(grad, grad).double() for grad in wide])
 
-    def _refuse_what_differs(
-        self, references: Sequence[Reference], quadratic: Mapping[str, Tensor], dtype: torch.dtype
-    ) -> bool:
+    def _refuse_what_differs(self, squares: Tensor, quadratic: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
         """Whether a Gram was another than autograd's; a parameter whose gradient no rule met has none."""
-        before = len(self.refused)
-        for name in self._parameters:
-            if name in self.refused:
-                continue
-            ours = quadratic.get(name, torch.zeros(len(references), 3, dtype=torch.float64))
-            theirs = torch.stack([reference.squares[name] for reference in references]).cpu()
-            limit = 2 * REVERSE[dtype] * torch.maximum(ours[:, 1], theirs) + REVERSE[dtype] ** 2 * ours[:, 2]
-            if not bool(((ours[:, 0] - theirs).abs() <= limit).all()):
-                self.refused[name] = "its Gram is not autograd's"
-        return len(self.refused) > before
+        none = torch.zeros(len(squares), 3, dtype=torch.float64)
+        value, size, largest = torch.stack([quadratic.get(name, none) for name in self._parameters], dim=1).unbind(-1)
+        limit = 2 * REVERSE[dtype] * torch.maximum(size, squares) + REVERSE[dtype] ** 2 * largest
+        right = ((value - squares).abs() <= limit).all(dim=0).tolist()
+        wrong = {name for name, holds in zip(self._parameters, right, strict=True) if not holds} - self.refused.keys()
+        self.refused.update(dict.fromkeys(wrong, "its Gram is not autograd's"))
+        return bool(wrong)
 
     def _by_autograd(self, inputs: Inputs, rows: LogitRows, gram: Tensor) -> None:
         """Add the Grams of the refused parameters of one example, ``(B, m, m)``, class by class."""
-        names = [name for name in self._parameters if name in self.refused]
-        leaves = [self._parameters[name] for name in names]
+        leaves = {name: parameter for name, parameter in self._parameters.items() if name in self.refused}
         logits = forward(self._model, inputs)
-        seeds = rows.seeds(logits.dtype)
-        found = [
-            [grad.flatten() for grad in gradients(logits, leaves, seed, retain=k < len(seeds) - 1)]
-            for k, seed in enumerate(seeds)
-        ]
-        for name, row in zip(names, zip(*found, strict=True), strict=True):
-            part = products(torch.stack(row)[None])[0]
+        seeds, tensors = rows.seeds(logits.dtype), list(leaves.values())
+        found = [gradients(logits, tensors, seed, retain=k < len(seeds) - 1) for k, seed in enumerate(seeds)]
+        for name, row in zip(leaves, zip(*found, strict=True), strict=True):
+            part = products(torch.stack(row).reshape(1, len(row), -1))[0]
             for block in self._of[name]:
                 gram[block] += part
 
@@ -245,22 +204,12 @@ class ParameterGrams:
         if not names or key in _ANNOUNCED:
             return
         _ANNOUNCED.add(key)
-        shown = [f"{name}: {self.refused[name]}" for name in names[:5]]
+        shown = "; ".join(f"{name}: {self.refused[name]}" for name in names[:5])
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         _LOG.warning(
-            "%s: %d of %d parameters have no exact rule and take the slower, equally exact autograd path (%s%s)",
-            type(self._model).__name__,
-            len(names),
-            len(self._parameters),
-            "; ".join(shown),
-            more,
+            f"{key[0]}: {len(names)} of {len(self._parameters)} parameters have no exact rule and take the slower, "
+            f"equally exact autograd path ({shown}{more})"
         )
-
-
-def _square(grad: Tensor) -> Tensor:
-    """Squared length, to single precision at least: a copy in double would take longer than the gradient."""
-    flat = grad.flatten() if grad.itemsize >= 4 else grad.flatten().float()
-    return torch.dot(flat, flat).double()
 
 
 def _pytorch_gradients(graph: Graph, seed: Tensor) -> dict[Node, Tensor | None]:
@@ -272,17 +221,19 @@ def _pytorch_gradients(graph: Graph, seed: Tensor) -> dict[Node, Tensor | None]:
     return dict(zip(graph.sites, grads, strict=True))
 
 
-def _quadratic(found: Sequence[Sequence[tuple[str, Tensor]]], probes: Sequence[Tensor]) -> dict[str, Tensor]:
-    """What ``ParameterGrams._collect_all`` returns, from the names and Grams ``(probes, m, m)`` at each site."""
-    if not found:
+def _quadratic(found: Sequence[Sequence[tuple[str, Tensor]]], probes: Tensor) -> dict[str, Tensor]:
+    """For each parameter ``(R, 3)``: v^T gram v, the size of its terms, and that of the largest terms at its site.
+
+    ``found`` are the names and Grams ``(R, m, m)`` at each site, for R examples; ``probes`` are v, ``(R, m)``.
+    """
+    if not found or not len(probes):
         return {}
-    grams, probe = torch.stack([gram for parts in found for _, gram in parts]), torch.stack(list(probes))
-    value = ((grams @ probe[..., None]).squeeze(-1) * probe).sum(dim=-1)
-    size = (grams.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt() * probe.abs()).sum(dim=-1).square()
-    rows = iter(torch.stack([value, size], dim=-1).cpu())
+    grams = torch.stack([gram for parts in found for _, gram in parts])
+    value = ((grams @ probes[..., None]).squeeze(-1) * probes).sum(dim=-1)
+    size = (grams.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt() * probes.abs()).sum(dim=-1).square()
+    sites = torch.stack([value, size], dim=-1).cpu().split([len(parts) for parts in found])
     result = {}
-    for parts in found:
-        own = torch.stack([next(rows) for _ in parts])
+    for parts, own in zip(found, sites, strict=True):
         # A bias whose gradients cancel has rounding alone, of the size of what cancels.
         largest = own[..., 1:].amax(dim=0)
         result.update({name: torch.cat([mine, largest], dim=1) for (name, _), mine in zip(parts, own, strict=True)})
@@ -290,25 +241,17 @@ def _quadratic(found: Sequence[Sequence[tuple[str, Tensor]]], probes: Sequence[T
 
 
 def _layout(site: Site, grads: Tensor, row: Tensor | None, weighting: Weighting) -> Layout:
-    """Find the batch dimension of a site: the one in which every example's gradient is PyTorch's, with its weight.
+    """The layout of our gradients ``(m, ...)`` at a site: every example's is PyTorch's ``(...)``, with its weight.
 
     Where two would do, they differ only in entries without a gradient.
-
-    Args:
-        site: The site.
-        grads: ``(m, ...)`` our gradients.
-        row: ``(...)`` PyTorch's of the weighted row.
-        weighting: The weights.
     """
     examples = len(weighting.weights)
     if grads.is_complex():
         raise ValueError("it meets complex numbers")
     if row is None:
         raise ValueError("PyTorch has no gradient there")
-    sizes = RULES[site.node.name()].batch(site)
-    places = [i for i, size in enumerate(sizes) if size > 0 and size % examples == 0]
-    outers = dict.fromkeys(abs(math.prod(sizes[:i])) for i in places) if examples > 1 else [1]
-    for outer in outers:
+    places = [i for i, size in enumerate(site.shape) if size > 0 and size % examples == 0]
+    for outer in dict.fromkeys(math.prod(site.shape[:i]) for i in places) if examples > 1 else [1]:
         if weighting.holds(grads, row, outer):
             return Layout(outer, examples)
     if places or examples == 1:

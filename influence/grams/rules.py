@@ -1,13 +1,10 @@
-"""What is known of an operator, one ``Rule`` each; the files of this folder hold them, one file per family.
+"""What is known of an operator, one ``Rule`` each, in the files of this folder, one for each family.
 
-A rule says where the operator takes a parameter, among which dimensions of its output the batch dimension is, how the
-Gram of the parameter follows from the gradient of the output, and its vector-Jacobian product (VJP). All four are
-optional: an operator without a rule runs its own backward formula, its parameters take the autograd path.
+An operator without a rule runs its own backward formula; its parameters take the autograd path.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +19,9 @@ Grads = list[Tensor | None]
 
 @dataclass(frozen=True)
 class Operand:
-    """A parameter at one input of a node.
+    """A parameter at one input of a node, ``next_functions[place]``.
 
-    Attributes:
-        name: Of the parameter.
-        place: Which input of the node, in ``next_functions``.
-        picks: Nodes between the parameter and the input that pick entries of it, from the input on; empty where its
-            entries are only rearranged.
+    ``picks`` are the nodes between them, from the input on, that pick entries of it; none where they only rearrange.
     """
 
     name: str
@@ -40,10 +33,7 @@ class Operand:
 class Site:
     """A node at which parameters meet the data.
 
-    Attributes:
-        node: The node.
-        operands: The parameters that it takes.
-        shape: Of its output, as the node after it sees it where that one only splits dimensions.
+    ``shape`` is that of its output, as the node after it sees it where that one only splits dimensions.
     """
 
     node: Node
@@ -66,43 +56,36 @@ class Layout:
     outer: int
     examples: int
 
-    def split(self, tensor: Tensor, start: int, stop: int) -> Tensor:
-        """Split dimensions start..stop-1 and put the examples before the others: ``(..., N, outer * inner, ...)``."""
-        count = math.prod(tensor.shape[start:stop])
-        inner = count // (self.outer * self.examples)
-        flat = tensor.flatten(start, stop - 1) if stop - start > 1 else tensor
-        if self.outer == 1:
-            return flat.unflatten(start, (self.examples, inner))
-        parts = flat.unflatten(start, (self.outer, self.examples, inner)).transpose(start, start + 1)
-        return parts.flatten(start + 1, start + 2)
+    def split(self, tensor: Tensor, dim: int) -> Tensor:
+        """Put the examples that a dimension holds before the rest of it: ``(..., N, outer * inner, ...)``."""
+        parts = tensor.unflatten(dim, (self.outer, self.examples, -1))
+        return parts.transpose(dim, dim + 1).flatten(dim + 1, dim + 2)
 
-
-def first_dimension(site: Site) -> Sequence[int]:
-    """The batch is the output's first dimension, as in images ``(N, C, H, W)``."""
-    return site.shape[:1]
+    def channels(self, tensor: Tensor, dim: int) -> Tensor:
+        """``(..., N * r, C, *positions)`` to ``(..., N, C, r * T)``: windows in the batch are more positions."""
+        flat = tensor.reshape(*tensor.shape[: dim + 2], -1)
+        return self.split(flat, dim).movedim(dim + 1, -2).flatten(-2)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """An operator.
+    """An operator; what is left out it does not have.
 
     Attributes:
         places: Inputs at which it may take a parameter that has a Gram here.
-        batch: Sizes of the leading dimensions of its output, negative for one that cannot be the batch dimension.
         grams: Gives the name and the Gram ``(N, m, m)`` float64 of each parameter of a site, from the gradients
             ``(m, ...)`` of its output and the layout of these. It raises an error where the node is not of the form
             that the rule was made for; any error sends the site's parameters to the autograd path.
         vjp: Gives the gradients of the inputs, from the node, those of its outputs and which inputs are asked for;
             None where the node is not of the form that it was made for.
-        over: The same for an operator with one input that takes a gradient, written over the gradient of the output,
-            which nothing else looks at; False, and nothing written, where it cannot be.
+        entries: The same where one input takes a gradient, each entry a multiple of that of the output, over which it
+            is written where the last argument says so.
     """
 
     places: frozenset[int] = frozenset()
-    batch: Callable[[Site], Sequence[int]] = first_dimension
     grams: Callable[[Site, Tensor, Layout], Iterable[tuple[str, Tensor]]] | None = None
     vjp: Callable[[Node, Grads, Sequence[bool]], Grads | None] | None = None
-    over: Callable[[Node, Tensor], bool] | None = None
+    entries: Callable[[Node, Tensor, bool], Tensor | None] | None = None
 
 
 # By the name of the node; each file of a family adds its own.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from influence.memory import is_out_of_memory
 
 # Calls of a model that draws random numbers, of which none may differ.
 _REPEATS = 8
+# Examples that are called again without the first ones, in the opposite order.
+_TURNED = 4
 # Entries of a gradient below this share of the example's largest may be rounding.
 _NOISE = {torch.float64: 1e-10, torch.float32: 1e-4}
 _NOISE_OF_HALF = 5e-2
@@ -28,6 +30,12 @@ def alone(model: nn.Module, inputs: Inputs) -> Tensor:
     before = _random_state(inputs.device)
     logits = forward(model, inputs[:1])
     if all(torch.equal(*pair) for pair in zip(before, _random_state(inputs.device), strict=True)):
+        # Some models change from call to call without a random number. A CPU gives the same digits twice.
+        if inputs.device.type == "cpu":
+            with torch.no_grad():
+                again = inputs[:1].logits(model)
+            if (again - logits).abs().max() > 8 * torch.finfo(logits.dtype).eps * logits.abs().max():
+                _refuse_random()
         return logits
     # Some models draw a number for each layer that only training uses.
     training = [name for name, module in model.named_modules() if module.training and not list(module.children())]
@@ -57,7 +65,7 @@ class _Drawn(TorchDispatchMode):
 
 
 def require_same(model: nn.Module, inputs: Inputs, single: Tensor, batched: Tensor, dtype: torch.dtype) -> None:
-    """Refuse an example whose logits ``(1, K)`` are others alone (``single``) than beside others (``batched``).
+    """Refuse examples whose logits ``(n, K)`` are others by themselves (``single``) than beside others (``batched``).
 
     Raises:
         RuntimeError: If they differ by more than rounding of ``dtype``.
@@ -73,6 +81,20 @@ def require_same(model: nn.Module, inputs: Inputs, single: Tensor, batched: Tens
         f"sorting across it): alone it gets others, by up to {float((batched - single).abs().max()):.3g}. No example "
         "has a Jacobian of its own. Use fixed statistics, or chunk_size=1 if each example is meant to be alone."
     )
+
+
+def require_independent(model: nn.Module, inputs: Inputs, batched: Tensor, dtype: torch.dtype) -> None:
+    """Refuse a batch whose last examples have other logits by themselves, in the opposite order, than in it.
+
+    Raises:
+        RuntimeError: If they differ by more than rounding of ``dtype``.
+    """
+    count = min(len(inputs) - 1, _TURNED)
+    if count:
+        last = inputs[len(inputs) - count :]
+        turned = replace(last, tensors=tuple(tensor.flip(0) for tensor in last.tensors))
+        with torch.no_grad():
+            require_same(model, turned, turned.logits(model), batched[-count:].flip(0), dtype)
 
 
 def refuse_dependent() -> None:
@@ -92,8 +114,10 @@ def _refuse_random() -> None:
 
 
 def _agree(ours: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    # A GPU may take another algorithm for another batch, with fewer digits.
+    tolerance = REVERSE[dtype] if ours.device.type != "cpu" else _NOISE.get(dtype, _NOISE_OF_HALF)
     ours, other = ours.detach().double(), other.detach().double()
-    return bool((ours - other).abs().max() <= REVERSE[dtype] * other.abs().max())
+    return bool((ours - other).abs().max() <= tolerance * other.abs().max())
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

@@ -13,7 +13,15 @@ from torch.nn import functional as F
 
 from influence.contrasts import Classes, LogitRows
 from influence.grams.graph import read_graph
-from influence.independence import Weighting, alone, darkness, gradients, refuse_dependent, require_same
+from influence.independence import (
+    Weighting,
+    alone,
+    darkness,
+    gradients,
+    refuse_dependent,
+    require_independent,
+    require_same,
+)
 from influence.inputs import Inputs, forward
 from influence.kernels.gram import products
 from influence.last_layer import NarrowLayer
@@ -176,6 +184,7 @@ class InputGrams:
         narrow = NarrowLayer.of(logits) if isinstance(chosen, Classes) else None
         if self._first is not None:
             require_same(self._model, *self._first, logits[:1].detach(), dtype)
+            require_independent(self._model, inputs, logits.detach(), dtype)
             self._first = None
         count = chosen.count if narrow is None else narrow.width
         copies = copies_at_once(count, examples=len(inputs), values=inputs.x.numel())

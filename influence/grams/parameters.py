@@ -20,7 +20,7 @@ from influence.contrasts import Classes, LogitRows
 from influence.grams.graph import Graph, read_graph
 from influence.grams.reverse import reverse
 from influence.grams.rules import RULES, Layout, Node, Site
-from influence.independence import Weighting, alone, gradients, require_same
+from influence.independence import Weighting, alone, gradients, require_independent, require_same
 from influence.inputs import Inputs, forward
 from influence.kernels.gram import products
 from influence.kernels.tolerances import REVERSE
@@ -84,6 +84,8 @@ class ParameterGrams:
         dtype, chosen = graph.coarsest_dtype(), rows(logits)
         seeds = chosen.seeds(logits.dtype)
         compared = 0 if self._compared else 1 if len(inputs) < 2 * _FOR_EACH_COMPARED else 2
+        if compared:
+            require_independent(self._model, inputs, logits.detach(), dtype)
         probes = torch.randn(compared, chosen.count, generator=self._generator, dtype=torch.float64).to(seeds.device)
         squares = []
         for n, probe in enumerate(probes):

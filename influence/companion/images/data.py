@@ -116,16 +116,10 @@ def load(name: str, data_dir: str | Path | None = None, *, size: int = 32) -> Da
     Raises:
         DataError: unknown name, or files missing or corrupt.
     """
-    match name:
-        case "digits":
-            return _digits()
-        case "photos":
-            return _photos(size)
-        case "mnist" | "cifar10":
-            return _torchvision(name, _root(name, data_dir))
-        case "imagefolder":
-            return _imagefolder(_folder(data_dir), size)
-    raise DataError(f"unknown data set {name!r}: expected one of {', '.join(NAMES)}")
+    root = _root(name, data_dir)
+    if root is not None:
+        return _imagefolder(root, size) if name == "imagefolder" else _torchvision(name, root)
+    return _digits() if name == "digits" else _photos(size)
 
 
 def require(names: Iterable[str], data_dir: str | Path | None = None) -> None:
@@ -135,19 +129,23 @@ def require(names: Iterable[str], data_dir: str | Path | None = None) -> None:
         DataError: with one line that says what is missing and how to get it.
     """
     for name in dict.fromkeys(names):
-        if name not in NAMES:
-            raise DataError(f"unknown data set {name!r}: expected one of {', '.join(NAMES)}")
-        if name in ("mnist", "cifar10"):
-            _root(name, data_dir)
-        elif name == "imagefolder":
-            _folder(data_dir)
+        _root(name, data_dir)
+
+
+def _root(name: str, data_dir: str | Path | None) -> Path | None:
+    """The folder that holds a set, verified; None for those of scikit-learn."""
+    if name not in NAMES:
+        raise DataError(f"unknown data set {name!r}: expected one of {', '.join(NAMES)}")
+    if name == "imagefolder":
+        return _folder(data_dir)
+    return _downloaded(name, data_dir) if name in ("mnist", "cifar10") else None
 
 
 # -- torchvision's sets -----------------------------------------------------------------------------------------------
 
 
-def _root(name: str, data_dir: str | Path | None) -> Path:
-    """The folder that holds `name`, verified; downloads only when the reader named no folder."""
+def _downloaded(name: str, data_dir: str | Path | None) -> Path:
+    """Downloads only when the reader named no folder."""
     from ..ledger import paths
 
     root = paths.BUILD / "data" if data_dir is None else Path(data_dir).expanduser()
@@ -226,9 +224,8 @@ def _split(name: str, classes: tuple[str, ...], train: Split, test: Split, *, he
     chosen = np.concatenate(
         [generator.choice(np.flatnonzero(labels == k), held_out, replace=False) for k in range(len(classes))]
     )
-    valid = np.zeros(len(labels), dtype=bool)
-    valid[chosen] = True
-    return Dataset(name, classes, train.take(np.flatnonzero(~valid)), train.take(np.flatnonzero(valid)), test)
+    valid = torch.from_numpy(np.isin(np.arange(len(labels)), chosen))
+    return Dataset(name, classes, train.where(~valid), train.where(valid), test)
 
 
 # -- sets that come with scikit-learn ---------------------------------------------------------------------------------
@@ -253,22 +250,17 @@ def _photos(size: int) -> Dataset:
     """
     from sklearn.datasets import load_sample_images
 
-    crops, labels, columns = [], [], []
     bunch = load_sample_images()
-    for photograph, picture in enumerate(bunch.images):
-        height, width = picture.shape[:2]
-        if size > min(height, width) // 2:
-            raise DataError(f"photos: crops of {size} pixels do not fit the {height}x{width} sample photographs")
-        for column, left in enumerate(range(0, width - size + 1, size)):
-            for top in range(0, height - size + 1, size):
-                crops.append(np.ascontiguousarray(picture[top : top + size, left : left + size].transpose(2, 0, 1)))
-                labels.append(photograph)
-                columns.append(column)
-    everything = _whole(torch.from_numpy(np.stack(crops)), torch.tensor(labels))
-    group = np.asarray(columns) % 6
+    pictures = torch.from_numpy(np.stack(bunch.images)).permute(0, 3, 1, 2)
+    height, width = pictures.shape[2:]
+    if size > min(height, width) // 2:
+        raise DataError(f"photos: crops of {size} pixels do not fit the {height}x{width} sample photographs")
+    grid = pictures.unfold(2, size, size).unfold(3, size, size).permute(0, 3, 2, 1, 4, 5)
+    number = torch.arange(grid.shape[:3].numel()).view(grid.shape[:3])
+    everything = _whole(grid.flatten(0, 2), number.flatten() // number[0].numel())
+    group = number.flatten() // number.shape[2] % number.shape[1] % 6  # of the crop's column
     names = tuple(Path(file).stem for file in bunch.filenames)
-    parts = [everything.take(np.flatnonzero(rows)) for rows in (group < 4, group == 4, group == 5)]
-    return Dataset("photos", names, *parts)
+    return Dataset("photos", names, *(everything.where(rows) for rows in (group < 4, group == 4, group == 5)))
 
 
 # -- a folder of images -----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Larger means more suspicious for all of them, so that one ROC routine serves all
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -250,4 +251,4 @@ def unit_scores(
 
 def in_unit(metric: influence.MetricTensor, factor: float) -> influence.MetricTensor:
     """The metric tensor for omega / factor: its Grams times factor^2."""
-    return influence.MetricTensor(metric.log_probs, metric.gram * factor**2, metric.blocks, metric.dims, metric.dtype)
+    return replace(metric, gram=metric.gram * factor**2)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 import influence
@@ -52,13 +53,9 @@ def score_layers(model: nn.Module, split: Split, *, epsilon: float, device: torc
 
 def with_all(layers: influence.MetricTensor) -> influence.MetricTensor:
     """The metric tensor of the layers with that of all parameters, the sum of their Grams, before the first."""
-    return influence.MetricTensor(
-        log_probs=layers.log_probs,
-        gram=torch.cat([layers.gram.sum(dim=1, keepdim=True), layers.gram], dim=1),
-        blocks=(ALL, *layers.blocks),
-        dims=torch.cat([layers.dims.sum()[None], layers.dims]),
-        dtype=layers.dtype,
-    )
+    gram = torch.cat([layers.gram.sum(dim=1, keepdim=True), layers.gram], dim=1)
+    dims = torch.cat([layers.dims.sum()[None], layers.dims])
+    return replace(layers, gram=gram, blocks=(ALL, *layers.blocks), dims=dims)
 
 
 def effective_rank(metric: influence.MetricTensor) -> Tensor:
@@ -76,23 +73,20 @@ def layer_noise_scores(
     scored["alignment"] = scored["exact"] / scored["ceiling"]
     columns = ["size", "exact", "released", "alignment", "trace"]
     found = scored[scored["number"] > 0].groupby(["number", "layer"], sort=True)[columns].mean().reset_index()
-    network, x = copy.deepcopy(model), training.pixels(split.images, device)
-    modules = dict(network.named_modules())
-    generator = torch.Generator().manual_seed(seed)
+    x, generator = training.pixels(split.images, device), torch.Generator().manual_seed(seed)
+
+    def noisy(w: Tensor) -> Tensor:
+        # In the weight's own order in memory, which decides how a convolution rounds.
+        return torch.empty_like(w).copy_(w + sigma * torch.randn(w.shape, generator=generator).to(w.device))
+
     rows = []
     with torch.no_grad():
-        log_p = F.log_softmax(network(x).double(), dim=1)
+        log_p = F.log_softmax(model(x).double(), dim=1)
         for layer in found["layer"]:
-            weights = list(modules[layer].parameters(recurse=False))
-            kept = [w.clone() for w in weights]
-            values = []
+            own, values = dict(model.get_submodule(layer).named_parameters(layer, recurse=False)), []
             for _ in range(draws):
-                for w, original in zip(weights, kept, strict=True):
-                    w.copy_(original + sigma * torch.randn(w.shape, generator=generator).to(w.device))
-                noisy = F.log_softmax(network(x).double(), dim=1)
-                values.append(float((log_p.exp() * (log_p - noisy)).sum(1).mean()))
-            for w, original in zip(weights, kept, strict=True):
-                w.copy_(original)
+                moved = functional_call(model, {name: noisy(w) for name, w in own.items()}, (x,))
+                values.append(float((log_p.exp() * (log_p - F.log_softmax(moved.double(), dim=1))).sum(1).mean()))
             rows.append((np.mean(values), np.std(values, ddof=1) / np.sqrt(draws) if draws > 1 else np.nan))
-    found["divergence"], found["standard_error"] = (np.array(column) for column in zip(*rows, strict=True))
+    found["divergence"], found["standard_error"] = np.array(rows).T
     return found

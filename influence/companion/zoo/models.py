@@ -148,7 +148,7 @@ class ResNet50(nn.Module):
             stages.append(nn.Sequential(*blocks))
             c = c_out
         self.stage2, self.stage3, self.stage4, self.stage5 = stages
-        height, image_width = (_halved(side, 3) for side in size)
+        height, image_width = (-(-side // 8) for side in size)
         # 2x2 average pool without padding; an 8x8 image arrives here as a single pixel, which has nothing to pool.
         self.pool = (min(2, height), min(2, image_width))
         self.head = _dense(c * (height // self.pool[0]) * (image_width // self.pool[1]), n_classes)
@@ -158,12 +158,6 @@ class ResNet50(nn.Module):
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.stage5(self.stage4(self.stage3(self.stage2(x))))
         return self.head(F.avg_pool2d(x, self.pool).flatten(1))
-
-
-def _halved(side: int, times: int) -> int:
-    for _ in range(times):
-        side = (side + 1) // 2
-    return side
 
 
 # -- DenseNet121 ------------------------------------------------------------------------------------------------------

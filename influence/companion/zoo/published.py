@@ -21,7 +21,7 @@ from torch import nn
 from ..ledger import cache, paths
 from . import recipes, training
 from .recipes import Recipe, RecipeError
-from .training import Record, TrainingError
+from .training import Trained, TrainingError
 
 _TOLERANCE = 0.001  # a tenth of a point: what a stored accuracy may differ by when it is measured anew
 Row = dict[str, Any]
@@ -37,14 +37,16 @@ def ledger() -> dict[str, Row]:
     return rows
 
 
-def load(key: str, model: nn.Module) -> Record | None:
+def load(key: str, model: nn.Module) -> Trained | None:
     """Put the weights of the trained network with this key into `model`; None where there are none here."""
     for name, row in ledger().items():
         # One too large to publish has its weights only where it was trained.
         if row["key"] == key and (row["published"] or _file(name, row["published"]).exists()):
             training.load_weights(_checked(name, row), model)
             history = pd.read_csv(paths.ZOO / f"{name}.csv").to_dict("records")
-            return [{str(k): v for k, v in line.items()} for line in history], row["seconds"]
+            return Trained(
+                model.eval(), key, [{str(k): v for k, v in line.items()} for line in history], row["seconds"]
+            )
     return None
 
 

@@ -78,7 +78,6 @@ def train(
     title: str,
     training_mode: bool = True,
     precision: str = "float32",
-    clip: float | None = None,
     measure: Callable[[], dict[str, float]] | None = None,
     best_from: int | None = None,
     resume: Path | None = None,
@@ -99,7 +98,6 @@ def train(
         title: of the progress bar.
         training_mode: False leaves batch-normalisation statistics as they are and drops nothing.
         precision: "bfloat16" computes in bfloat16 (weights stay float32) where the processor has instructions for it.
-        clip: largest norm of the gradient; None for no limit.
         measure: called after each epoch for more columns of the history, such as "valid_accuracy".
         best_from: keep the weights of best "valid_accuracy" from this epoch on (0-based), instead of the last ones.
         resume: file in which the state is kept after each epoch; removed by whoever has stored the weights.
@@ -122,7 +120,8 @@ def train(
         start, done = time.perf_counter(), epoch * len(batches)
         model.train(training_mode)
         total = torch.zeros((), device=device)
-        with _seeded(*seed, epoch, device=device):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(mixed_seed(*seed, epoch))
             for step, batch in enumerate(itertools.islice(batches, steps - done), start=done):
                 for group in optimizer.param_groups:
                     group["lr"] = rate(step / steps) if callable(rate) else rate
@@ -132,8 +131,6 @@ def train(
                     for term in [terms] if isinstance(terms, Tensor) else terms:
                         term.backward()
                         total += term.detach()
-                if clip is not None:
-                    nn.utils.clip_grad_norm_(itertools.chain(*(g["params"] for g in optimizer.param_groups)), clip)
                 optimizer.step()
         model.eval()
         row = {"epoch": epoch + 1, "steps": step + 1, "lr": optimizer.param_groups[0]["lr"]}
@@ -187,14 +184,6 @@ def _keep_freed_memory() -> None:
     most_mapped, trim_threshold, top_pad = -4, -1, -2
     for option, value in ((most_mapped, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**26)):
         mallopt(option, value)
-
-
-@contextmanager
-def _seeded(*numbers: int, device: torch.device) -> Iterator[None]:
-    """Seed PyTorch and give the caller's random state back: resuming needs no stored state."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(mixed_seed(*numbers))
-        yield
 
 
 def mixed_seed(*numbers: int) -> int:
@@ -274,10 +263,8 @@ def fit(recipe: Recipe, dataset: Dataset, *, device: torch.device | str = "cpu")
 
     key = identity(recipe, dataset)
     model = recipe.build(dataset).to(device)
-    record = published.load(key, model)
-    if record is None:
-        return made_once(recipe.name, key, model, partial(fit_into, model, recipe, dataset), recipe=recipe, half=True)
-    return Trained(model.eval(), key, *record)
+    make = partial(fit_into, model, recipe, dataset)
+    return published.load(key, model) or made_once(recipe.name, key, model, make, recipe=recipe, half=True)
 
 
 def identity(recipe: Recipe, dataset: Dataset) -> str:
@@ -288,18 +275,12 @@ def identity(recipe: Recipe, dataset: Dataset) -> str:
 def fit_into(model: nn.Module, recipe: Recipe, dataset: Dataset, resume: Path) -> Record:
     """Train a fresh `model` by its recipe; the state of an interrupted training is in the file `resume`."""
     device = next(model.parameters()).device
-    return _classify(
-        model,
-        recipe,
-        dataset.train,
-        recipe.epochs,
-        resume,
-        rate=recipe.rate,
-        seed=(recipe.seed, 0),
-        title=recipe.name,
-        measure=lambda: {"valid_accuracy": accuracy(model, dataset.valid, device=device)},
-        best_from=recipe.best_from,
-    )
+
+    def measure() -> dict[str, float]:
+        return {"valid_accuracy": accuracy(model, dataset.valid, device=device)}
+
+    options = {"rate": recipe.rate, "seed": (recipe.seed, 0), "title": recipe.name, "best_from": recipe.best_from}
+    return _classify(model, recipe, dataset.train, recipe.epochs, resume, measure=measure, **options)
 
 
 def _classify(model: nn.Module, recipe: Recipe, images: Split, epochs: int, resume: Path, **options: Any) -> Record:
@@ -346,13 +327,8 @@ def made_once(
 ) -> Trained:
     """Load the checkpoint of `key` into `model`, or make it, store it and load it.
 
-    Args:
-        name: begins that of the checkpoint.
-        key: sha256 of what makes it.
-        model: into which the weights go.
-        make: trains the model in place; gets the file for the state of an interrupted training.
-        recipe: a dataclass noted beside the weights.
-        half: round the parameters to float16: the rounded network is the network.
+    `make` trains the model in place; it gets the file for the state of an interrupted training. `recipe`, a dataclass,
+    is noted beside the weights; `half` rounds the parameters to float16: the rounded network is the network.
 
     Raises:
         TrainingError: another process is making it, or its weights are damaged.
@@ -395,11 +371,7 @@ def save_weights(path: Path, model: nn.Module, *, half: bool) -> None:
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Put stored weights into `model`, in the model's own precision.
-
-    Raises:
-        TrainingError: the file is damaged or belongs to another network.
-    """
+    """Put stored weights into `model`, in its own precision; a TrainingError where they are damaged or of another."""
     try:
         model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError, OSError) as error:

@@ -61,14 +61,9 @@ def overlay(split: Split, eligible: np.ndarray | Tensor, *, per_class: int, shif
             for i, j, moves in zip(first, second, shifts.tolist(), strict=True)
         ]
     )
-    everything = Split(images, split.labels[first], split.index[first])
-    order, count = np.argsort(~train, kind="stable"), int(train.sum())
-    return Outliers(
-        train=everything.take(order[:count]),
-        valid=everything.take(order[count:]),
-        partner=split.index[second[order]],
-        shifts=torch.from_numpy(shifts[order]),
-    )
+    made, order = Split(images, split.labels[first], split.index[first]), np.argsort(~train, kind="stable")
+    partner, moved = split.index[second[order]], torch.from_numpy(shifts[order])
+    return Outliers(made.take(np.flatnonzero(train)), made.take(np.flatnonzero(~train)), partner, moved)
 
 
 def shifted(image: Tensor, down: int, right: int) -> Tensor:
@@ -104,12 +99,8 @@ def flip_labels(labels: Tensor, *, share: float, classes: int, seed: int = 0) ->
 def human_labels(kind: str, data_dir: str | Path | None) -> tuple[Tensor, Tensor]:
     """CIFAR-10N (Wei et al. 2022): labels that people gave to the 50,000 training images, and the verified ones.
 
-    Args:
-        kind: one of `HUMAN_LABELS`; "aggre_label" is the majority of three, "worse_label" a wrong one of them.
-        data_dir: folder that holds `cifar10n.npz`.
-
-    Returns:
-        (given, verified), each (50000,) int64 in the order of torchvision's training images.
+    Each (50000,) int64 in the order of torchvision's training images, from `data_dir/cifar10n.npz`. Of `HUMAN_LABELS`
+    "aggre_label" is the majority of three, "worse_label" a wrong one of them.
 
     Raises:
         DataError: the file is missing or holds no such labels.

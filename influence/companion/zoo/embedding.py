@@ -20,7 +20,7 @@ from ..ledger import cache
 from . import inception, training
 from .training import Record, Trained, pixels
 
-_EPOCH = 50  # steps after which the state is kept
+_EPOCH = 50  # steps after which the state is kept; there is no end to triplets
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,9 @@ class Triplets:
     count: int
 
     def __len__(self) -> int:
-        """Batches after which the state is kept; there is no end to triplets."""
         return _EPOCH
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Raw uint8 images of each batch."""
         labels = self.split.labels.numpy()
         generator = np.random.default_rng(int(torch.randint(2**62, ())))
         members = {k: np.flatnonzero(labels == k) for k in np.unique(labels)}

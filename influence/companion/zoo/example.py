@@ -31,8 +31,7 @@ def network(*, epochs: int = 12, seed: int = 0) -> nn.Module:
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, labels = batch
-        return F.cross_entropy(model(images.float() / 255), labels)
+        return F.cross_entropy(model(batch[0].float() / 255), batch[1])
 
     training.train(
         model,

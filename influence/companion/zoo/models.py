@@ -21,18 +21,13 @@ _BATCHNORM_EPS = 1e-3
 def build(
     name: str, *, shape: tuple[int, int, int], n_classes: int, width: float = 1.0, dropout: float = 0.2, seed: int = 0
 ) -> nn.Module:
-    """A freshly initialised network.
+    """A freshly initialised network of `NAMES` for images (C, H, W); the global random state is left as it was.
 
-    Args:
-        name: "resnet50" or "densenet121".
-        shape: (C, H, W) of one image, H and W at least 8.
-        n_classes: K, at least 2.
-        width: multiplies every channel count; 1 is the paper's network. Depth never changes.
-        dropout: probability of dropping an activation in training mode.
-        seed: of the initial weights; the global random state is left.
+    `width` multiplies every channel count: 1 is the paper's network. `dropout` is the probability of dropping an
+    activation in training mode.
 
     Raises:
-        ValueError: unknown name, image too small, fewer than 2 classes, or width not positive.
+        ValueError: unknown name, H or W below 8, fewer than 2 classes, or width not positive.
     """
     channels, height, image_width = shape
     if name not in NAMES:
@@ -92,10 +87,9 @@ def _scaled(channels: int, width: float) -> int:
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout` whose masks on a CPU come from NumPy.
+    """`nn.Dropout` whose masks on a CPU come from NumPy, seeded by PyTorch's generator.
 
-    PyTorch draws a CPU mask number by number on one thread, half of a training step of these networks. Here PyTorch's
-    generator only seeds each mask, so that `torch.manual_seed` still decides everything.
+    PyTorch draws a CPU mask number by number on one thread, half of a training step of these networks.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,9 +137,9 @@ class ResNet50(nn.Module):
         for stage, (depth, filters) in enumerate(zip((3, 4, 6, 3), (64, 128, 256, 512), strict=True)):
             c_mid, c_out = _scaled(filters, width), _scaled(4 * filters, width)
             stride = 1 if stage == 0 else 2
-            blocks = [Bottleneck(c, c_mid, c_out, stride, True, dropout)]
-            blocks += [Bottleneck(c_out, c_mid, c_out, 1, False, dropout) for _ in range(depth - 1)]
-            stages.append(nn.Sequential(*blocks))
+            first = Bottleneck(c, c_mid, c_out, stride, True, dropout)
+            others = (Bottleneck(c_out, c_mid, c_out, 1, False, dropout) for _ in range(depth - 1))
+            stages.append(nn.Sequential(first, *others))
             c = c_out
         self.stage2, self.stage3, self.stage4, self.stage5 = stages
         height, image_width = (-(-side // 8) for side in size)

@@ -200,10 +200,10 @@ def load(name: str, data_dir: str | Path | None, *, device: torch.device | str =
     if name not in SOURCES:
         raise DataError(f"unknown network {name!r}: expected one of {', '.join(NAMES)}")
     source = SOURCES[name]
-    file = None if data_dir is None else Path(data_dir).expanduser() / "checkpoints" / source.file
-    if file is None or not file.is_file():
+    file = Path(data_dir or "").expanduser() / "checkpoints" / source.file
+    if data_dir is None or not file.is_file():
         raise DataError(
-            f"{name}: no {file or f'checkpoints/{source.file}'}; name the folder with --data DIR or INFLUENCE_DATA=DIR "
+            f"{name}: no {file}; name the folder with --data DIR or INFLUENCE_DATA=DIR "
             f"(the file is from {source.address})"
         )
     digest = hashlib.sha256(file.read_bytes()).hexdigest()

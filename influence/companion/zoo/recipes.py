@@ -207,8 +207,7 @@ def everything() -> Iterator[Recipe]:
 
 def _recipe(stem: str, row: dict[str, Any], seed: int) -> Recipe:
     values = {key: value for key, value in row.items() if key != "seeds"}
-    unknown = set(values) - {f.name for f in fields(Recipe)}
-    if unknown:
+    if unknown := set(values) - {f.name for f in fields(Recipe)}:
         raise RecipeError(f"recipes.yaml: {stem} has unknown values {', '.join(sorted(unknown))}")
     if "phases" in values:
         values["phases"] = tuple((int(epochs), float(rate)) for epochs, rate in values["phases"])

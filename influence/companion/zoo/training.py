@@ -1,8 +1,7 @@
-"""The one training loop of the companion, and how its classifiers are trained with it.
+"""The one training loop of the companion, resumable epoch by epoch, and how its classifiers are trained with it.
 
-`train` is the loop: batches, a loss, an optimiser and a schedule, resumable epoch by epoch. Everything that trains
-calls it: `fit` (the classifier of a recipe), `learn` (it continued on added images), the arms of Zheng et al. (2016)
-in `finetuning`, the embeddings in `embedding`, and the continuation of the reader's own model.
+Everything that trains calls `train`: `fit` (the classifier of a recipe), `learn` (it continued on added images), the
+arms of Zheng et al. (2016) in `finetuning`, the embeddings in `embedding`, the continuation of the reader's own model.
 
 A trained network is known by its recipe and the digest of its data. Code is not a part of that: an edit of a docstring,
 or of a function, never trains a network again; the record beside the weights says which code made them.
@@ -207,7 +206,6 @@ class Shuffled:
         return len(self.split) // self.size + (len(self.split) % self.size > 1)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images uint8, labels) of each batch."""
         for rows in torch.randperm(len(self.split)).split(self.size)[: len(self)]:
             images = self.split.images[rows]
             yield cropped_and_flipped(images) if self.augment else images, self.split.labels[rows]
@@ -245,9 +243,8 @@ def accuracy(model: nn.Module, part: Split, *, device: torch.device | str = "cpu
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Mean cross-entropy (nats) of raw uint8 images with their labels: the task loss."""
-    images, labels = batch
     device = next(model.parameters()).device
-    return F.cross_entropy(model(pixels(images, device)).float(), labels.to(device))
+    return F.cross_entropy(model(pixels(batch[0], device)).float(), batch[1].to(device))
 
 
 # -- classifiers ------------------------------------------------------------------------------------------------------
@@ -381,10 +378,5 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 def provenance() -> dict[str, Any]:
     """What made a network, besides recipe and data: never a part of its identity."""
-    return {
-        "commit": cache.commit(),
-        "code": cache.computing_hash(__name__),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-    }
+    code = {"commit": cache.commit(), "code": cache.computing_hash(__name__), "torch": torch.__version__}
+    return code | {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}

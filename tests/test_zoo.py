@@ -233,21 +233,11 @@ def test_parts_of_a_loss_add_up() -> None:
         model = nn.Linear(3, 2)
         history, _ = training.train(
             model, [x], loss, torch.optim.SGD(model.parameters(), lr=0.1),
-            steps=1, rate=lambda _: 0.01, seed=(0,), title="", clip=0.5,
+            steps=1, rate=lambda _: 0.01, seed=(0,), title="",
         )  # fmt: skip
         models.append((model.weight, history[0]["loss"]))
     torch.testing.assert_close(models[0][0], models[1][0])
     assert models[0][1] == pytest.approx(models[1][1], rel=1e-6)
-
-
-def test_clip_limits_the_step() -> None:
-    model = nn.Linear(3, 1, bias=False)
-    before = model.weight.detach().clone()
-    training.train(
-        model, [100 * torch.ones(1, 3)], lambda m, x: m(x).sum(), torch.optim.SGD(model.parameters(), lr=1.0),
-        steps=1, rate=lambda _: 1.0, seed=(0,), title="", clip=0.5,
-    )  # fmt: skip
-    assert float((model.weight.detach() - before).norm()) == pytest.approx(0.5, rel=1e-4)
 
 
 def test_crops_and_flips() -> None:

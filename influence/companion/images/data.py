@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache as remember
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ _MNIST_MD5 = {
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
 _SPLIT_SEED = 0
+_DIGITS = tuple("0123456789")
 NAMES = ("digits", "photos", "mnist", "cifar10", "imagefolder")
 
 
@@ -34,17 +36,11 @@ class DataError(RuntimeError):
 
 @dataclass(frozen=True)
 class Split:
-    """One part of a data set.
+    """One part of a data set."""
 
-    Attributes:
-        images: (N, C, H, W) uint8, raw pixels 0..255.
-        labels: (N,) int64.
-        index: (N,) int64, position of each image in the set's own published order.
-    """
-
-    images: Tensor
-    labels: Tensor
-    index: Tensor
+    images: Tensor  # (N, C, H, W) uint8, raw pixels 0..255
+    labels: Tensor  # (N,) int64
+    index: Tensor  # (N,) int64, position of each image in the set's own published order
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,14 +48,7 @@ class Split:
     @cached_property
     def digest(self) -> str:
         """Sha256 over pixels, labels and positions."""
-        sha = hashlib.sha256()
-        self._hash_into(sha)
-        return sha.hexdigest()
-
-    def _hash_into(self, sha: Any) -> None:
-        for tensor in self.tensors():
-            sha.update(str(tuple(tensor.shape)).encode())
-            sha.update(tensor.contiguous().numpy().tobytes())
+        return _digest(self)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Images, labels and index."""
@@ -75,8 +64,7 @@ class Split:
 
     def take(self, positions: Sequence[int] | np.ndarray) -> Split:
         """The images at `positions`, in that order."""
-        rows = torch.as_tensor(np.asarray(positions, dtype=np.int64))
-        return Split(self.images[rows], self.labels[rows], self.index[rows])
+        return self.where(torch.as_tensor(np.asarray(positions, dtype=np.int64)))
 
     def sample(self, count: int | None, *, seed: int = 0) -> Split:
         """A random sample of at most `count` images without replacement, in stored order."""
@@ -87,18 +75,12 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set with its three parts.
+    """A data set with its three parts."""
 
-    Attributes:
-        name: one of `NAMES`.
-        classes: K class names.
-        train, valid, test: the parts; `valid` is held out of the published training images, class by class.
-    """
-
-    name: str
-    classes: tuple[str, ...]
+    name: str  # one of `NAMES`
+    classes: tuple[str, ...]  # K names
     train: Split
-    valid: Split
+    valid: Split  # held out of the published training images, class by class
     test: Split
 
     @property
@@ -110,10 +92,15 @@ class Dataset:
     @cached_property
     def digest(self) -> str:
         """Sha256 over pixels, labels and positions of the three parts; hashed once, since every key asks for it."""
-        sha = hashlib.sha256()
-        for part in (self.train, self.valid, self.test):
-            part._hash_into(sha)
-        return sha.hexdigest()
+        return _digest(self.train, self.valid, self.test)
+
+
+def _digest(*parts: Split) -> str:
+    sha = hashlib.sha256()
+    for tensor in (tensor for part in parts for tensor in part.tensors()):
+        sha.update(str(tuple(tensor.shape)).encode())
+        sha.update(tensor.contiguous().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def load(name: str, data_dir: str | Path | None = None, *, size: int = 32) -> Dataset:
@@ -129,17 +116,10 @@ def load(name: str, data_dir: str | Path | None = None, *, size: int = 32) -> Da
     Raises:
         DataError: unknown name, or files missing or corrupt.
     """
-    if name == "digits":
-        return _digits()
-    if name == "photos":
-        return _photos(size)
-    if name == "mnist":
-        return _mnist(_root(name, data_dir))
-    if name == "cifar10":
-        return _cifar10(_root(name, data_dir))
-    if name == "imagefolder":
-        return _imagefolder(data_dir, size)
-    raise DataError(f"unknown data set {name!r}: expected one of {', '.join(NAMES)}")
+    root = _root(name, data_dir)
+    if root is not None:
+        return _imagefolder(root, size) if name == "imagefolder" else _torchvision(name, root)
+    return _digits() if name == "digits" else _photos(size)
 
 
 def require(names: Iterable[str], data_dir: str | Path | None = None) -> None:
@@ -149,35 +129,36 @@ def require(names: Iterable[str], data_dir: str | Path | None = None) -> None:
         DataError: with one line that says what is missing and how to get it.
     """
     for name in dict.fromkeys(names):
-        if name not in NAMES:
-            raise DataError(f"unknown data set {name!r}: expected one of {', '.join(NAMES)}")
-        if name in ("mnist", "cifar10"):
-            _root(name, data_dir)
-        elif name == "imagefolder":
-            _folder(data_dir)
+        _root(name, data_dir)
+
+
+def _root(name: str, data_dir: str | Path | None) -> Path | None:
+    """The folder that holds a set, verified; None for those of scikit-learn."""
+    if name not in NAMES:
+        raise DataError(f"unknown data set {name!r}: expected one of {', '.join(NAMES)}")
+    if name == "imagefolder":
+        return _folder(data_dir)
+    return _downloaded(name, data_dir) if name in ("mnist", "cifar10") else None
 
 
 # -- torchvision's sets -----------------------------------------------------------------------------------------------
 
 
-def _root(name: str, data_dir: str | Path | None) -> Path:
-    """The folder that holds `name`, verified; downloads only when the reader named no folder."""
+def _downloaded(name: str, data_dir: str | Path | None) -> Path:
+    """Downloads only when the reader named no folder."""
     from ..ledger import paths
 
-    if data_dir is not None:
-        root = Path(data_dir).expanduser()
-        problem = _problem(name, root)
-        if problem:
-            raise DataError(f"{name}: {problem}; expected torchvision's layout, or run without --data to download it")
-        return root
-    root = paths.BUILD / "data"
-    if not _problem(name, root):
-        return root
-    try:
-        _download(name, root)
-        problem = _problem(name, root)
-    except Exception as error:  # torchvision raises whatever urllib, hashlib or tarfile raise
-        problem = f"the download failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    root = paths.BUILD / "data" if data_dir is None else Path(data_dir).expanduser()
+    problem = _problem(name, root)
+    if problem and data_dir is not None:
+        raise DataError(f"{name}: {problem}; expected torchvision's layout, or run without --data to download it")
+    if problem:
+        try:
+            _download(name, root)
+            problem = _problem(name, root)
+        except Exception as error:  # torchvision raises whatever urllib, hashlib or tarfile raise
+            reason = (str(error).splitlines() or [""])[0]
+            problem = f"the download failed ({type(error).__name__}: {reason})"
     if problem:
         raise DataError(
             f"{name}: {problem}; get it with torchvision on a machine with network access and pass its folder as "
@@ -186,64 +167,50 @@ def _root(name: str, data_dir: str | Path | None) -> Path:
     return root
 
 
-def _download(name: str, root: Path) -> None:
+def _class(name: str) -> type[Any]:
     from torchvision.datasets import CIFAR10, MNIST
 
+    return MNIST if name == "mnist" else CIFAR10
+
+
+def _download(name: str, root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    (MNIST if name == "mnist" else CIFAR10)(str(root), download=True)
+    _class(name)(str(root), download=True)
 
 
 def _problem(name: str, root: Path) -> str | None:
     """What is wrong with the files of `name` below `root`, or None."""
-    from torchvision.datasets import CIFAR10
-
+    found = _class(name)
     if name == "mnist":
-        expected = {root / "MNIST" / "raw" / file: md5 for file, md5 in _MNIST_MD5.items()}
+        folder, expected = root / "MNIST" / "raw", list(_MNIST_MD5.items())
     else:
-        listed = [*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]
-        expected = {root / CIFAR10.base_folder / file: md5 for file, md5 in listed}
-    for path, md5 in expected.items():
+        folder = root / found.base_folder
+        expected = [*found.train_list, *found.test_list, (found.meta["filename"], found.meta["md5"])]
+    for file, md5 in expected:
+        path = folder / file
         if not path.is_file():
             return f"{path} is missing"
-        if _md5(path) != md5:
+        state = path.stat()
+        if _md5(path, state.st_size, state.st_mtime_ns) != md5:
             return f"{path} is corrupt (its md5 is not {md5})"
     return None
 
 
-_MD5_SEEN: dict[tuple[str, int, int], str] = {}
+@remember
+def _md5(path: Path, size: int, modified: int) -> str:
+    """Of a file of this size that was modified then."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
 
 
-def _md5(path: Path) -> str:
-    state = path.stat()
-    seen = (str(path), state.st_size, state.st_mtime_ns)
-    if seen not in _MD5_SEEN:
-        with path.open("rb") as file:
-            _MD5_SEEN[seen] = hashlib.file_digest(file, "md5").hexdigest()
-    return _MD5_SEEN[seen]
-
-
-def _mnist(root: Path) -> Dataset:
-    from torchvision.datasets import MNIST
-
-    train, test = (MNIST(str(root), train=part) for part in (True, False))
-    return _split(
-        "mnist",
-        tuple(str(digit) for digit in range(10)),
-        _whole(train.data.unsqueeze(1), train.targets),
-        _whole(test.data.unsqueeze(1), test.targets),
-        held_out=600,
-    )
-
-
-def _cifar10(root: Path) -> Dataset:
-    from torchvision.datasets import CIFAR10
-
-    train, test = (CIFAR10(str(root), train=part) for part in (True, False))
-    parts = [
-        _whole(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
-        for part in (train, test)
-    ]
-    return _split("cifar10", tuple(train.classes), *parts, held_out=500)
+def _torchvision(name: str, root: Path) -> Dataset:
+    train, test = (_class(name)(str(root), train=part) for part in (True, False))
+    if name == "mnist":
+        parts = [_whole(part.data.unsqueeze(1), part.targets) for part in (train, test)]
+        return _split(name, _DIGITS, *parts, held_out=600)
+    images = (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, test))
+    parts = [_whole(x, torch.tensor(part.targets)) for x, part in zip(images, (train, test), strict=True)]
+    return _split(name, tuple(train.classes), *parts, held_out=500)
 
 
 def _whole(images: Tensor, labels: Tensor) -> Split:
@@ -257,27 +224,23 @@ def _split(name: str, classes: tuple[str, ...], train: Split, test: Split, *, he
     chosen = np.concatenate(
         [generator.choice(np.flatnonzero(labels == k), held_out, replace=False) for k in range(len(classes))]
     )
-    valid = np.zeros(len(labels), dtype=bool)
-    valid[chosen] = True
-    return Dataset(name, classes, train.take(np.flatnonzero(~valid)), train.take(np.flatnonzero(valid)), test)
+    valid = torch.from_numpy(np.isin(np.arange(len(labels)), chosen))
+    return Dataset(name, classes, train.where(~valid), train.where(valid), test)
 
 
 # -- sets that come with scikit-learn ---------------------------------------------------------------------------------
 
 
 def _digits() -> Dataset:
-    """The UCI optical digits of scikit-learn, 8x8, 16 grey levels spread over 0..255; 40 test and 20 validation images
-    of each class, which leaves 1,197 for training."""  # noqa: D205, D209
+    """The UCI digits of scikit-learn, 16 greys spread over 0..255; 40 test and 20 validation images of each class."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
     everything = _whole(torch.from_numpy(pixels).unsqueeze(1), torch.from_numpy(bunch.target))
-    names = tuple(str(digit) for digit in range(10))
     # The same per-class draw twice: first the test images, then the validation images among what is left.
-    outer = _split("digits", names, everything, everything, held_out=40)
-    inner = _split("digits", names, outer.train, outer.valid, held_out=20)
-    return inner
+    outer = _split("digits", _DIGITS, everything, everything, held_out=40)
+    return _split("digits", _DIGITS, outer.train, outer.valid, held_out=20)
 
 
 def _photos(size: int) -> Dataset:
@@ -287,22 +250,17 @@ def _photos(size: int) -> Dataset:
     """
     from sklearn.datasets import load_sample_images
 
-    crops, labels, columns = [], [], []
     bunch = load_sample_images()
-    for photograph, picture in enumerate(bunch.images):
-        height, width = picture.shape[:2]
-        if size > min(height, width) // 2:
-            raise DataError(f"photos: crops of {size} pixels do not fit the {height}x{width} sample photographs")
-        for column, left in enumerate(range(0, width - size + 1, size)):
-            for top in range(0, height - size + 1, size):
-                crops.append(np.ascontiguousarray(picture[top : top + size, left : left + size].transpose(2, 0, 1)))
-                labels.append(photograph)
-                columns.append(column)
-    everything = _whole(torch.from_numpy(np.stack(crops)), torch.tensor(labels))
-    group = np.asarray(columns) % 6
+    pictures = torch.from_numpy(np.stack(bunch.images)).permute(0, 3, 1, 2)
+    height, width = pictures.shape[2:]
+    if size > min(height, width) // 2:
+        raise DataError(f"photos: crops of {size} pixels do not fit the {height}x{width} sample photographs")
+    grid = pictures.unfold(2, size, size).unfold(3, size, size).permute(0, 3, 2, 1, 4, 5)
+    number = torch.arange(grid.shape[:3].numel()).view(grid.shape[:3])
+    everything = _whole(grid.flatten(0, 2), number.flatten() // number[0].numel())
+    group = number.flatten() // number.shape[2] % number.shape[1] % 6  # of the crop's column
     names = tuple(Path(file).stem for file in bunch.filenames)
-    parts = [everything.take(np.flatnonzero(rows)) for rows in (group < 4, group == 4, group == 5)]
-    return Dataset("photos", names, *parts)
+    return Dataset("photos", names, *(everything.where(rows) for rows in (group < 4, group == 4, group == 5)))
 
 
 # -- a folder of images -----------------------------------------------------------------------------------------------
@@ -320,19 +278,18 @@ def _folder(data_dir: str | Path | None) -> Path:
     raise DataError(f"imagefolder: {root} holds no train/ and val/ folders (nor photos/train and photos/val)")
 
 
-def _imagefolder(data_dir: str | Path | None, size: int) -> Dataset:
+def _imagefolder(root: Path, size: int) -> Dataset:
     """Images resized so that the shorter side has `size` pixels, centre-cropped to size x size, RGB."""
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
-    root = _folder(data_dir)
     shape = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
     parts = []
     for part in ("train", "val"):
         try:
             found = ImageFolder(str(root / part), transform=shape)
             images = [found[i][0] for i in range(len(found))]
-        except (FileNotFoundError, OSError) as error:
+        except OSError as error:
             raise DataError(f"imagefolder: {root / part}: {error}") from error
         parts.append((found.classes, _whole(torch.stack(images), torch.tensor(found.targets))))
     (classes, train), (test_classes, test) = parts

@@ -1,6 +1,7 @@
 """The distortions of Zheng et al. (2016), section 5, and common corruptions: what the networks are tested on.
 
-All take and return (N, C, H, W) uint8 with C = 1 or 3. `apply` finds them by name and strength, as in "jpeg-50".
+All take and return (N, C, H, W) uint8 with C = 1 or 3. Another dtype is a TypeError, other shapes and a strength out of
+range are a ValueError. `apply` finds them by name and strength, as in "jpeg-50".
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
+from functools import wraps
 
 import numpy as np
 import torch
@@ -17,43 +19,51 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
 _NOISE_SEED = 0
+_BY_NAME: dict[str, tuple[Callable[..., Tensor], type]] = {}
+ORIGINAL = "original"
 
 
+def _distortion(short: str, number: type = float) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Give a distortion its name for `apply`, the type of its strength and the check of its images."""
+
+    def named(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @wraps(function)
+        def checked(images: Tensor, *strength: float, **by_name: float) -> Tensor:
+            name = function.__name__
+            if images.dtype != torch.uint8:
+                raise TypeError(f"{name} takes uint8 images, got {images.dtype}")
+            if images.dim() != 4 or images.shape[1] not in (1, 3):
+                raise ValueError(f"{name} takes (N, 1 or 3, H, W) images, got shape {tuple(images.shape)}")
+            return function(images, *strength, **by_name)
+
+        _BY_NAME[short] = checked, number
+        return checked
+
+    return named
+
+
+@_distortion("jpeg", int)
 def jpeg(images: Tensor, quality: int) -> Tensor:
-    """Encode each image as JPEG and decode it again (libjpeg through Pillow).
+    """Encode each image as JPEG of quality 1..100 and decode it again (libjpeg through Pillow).
 
     Colour images get 4:2:0 chroma subsampling, libjpeg's default; grey images have no chroma.
-
-    Args:
-        images: (N, C, H, W) uint8 with C = 1 or 3.
-        quality: libjpeg's 1..100.
-
-    Returns:
-        (N, C, H, W) uint8.
-
-    Raises:
-        TypeError: the images are not uint8.
-        ValueError: another number of channels, or a quality outside 1..100.
     """
-    _require_images(images, "jpeg")
     if not 1 <= quality <= 100:
         raise ValueError(f"JPEG quality must be in 1..100, got {quality}")
-    decoded = [_jpeg_one(image, quality) for image in images.permute(0, 2, 3, 1).numpy()]
+    decoded = [_encoded(image, quality) for image in images.permute(0, 2, 3, 1).numpy()]
     return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).contiguous()
 
 
+def _encoded(pixels: np.ndarray, quality: int) -> np.ndarray:
+    buffer = io.BytesIO()
+    picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    picture.save(buffer, format="JPEG", quality=quality, subsampling=2)
+    return np.asarray(Image.open(buffer)).reshape(pixels.shape)
+
+
+@_distortion("thumb", int)
 def thumbnail(images: Tensor, area: int) -> Tensor:
-    """The paper's thumb-A: shrink to about A pixels at the same aspect ratio, and enlarge again (bilinear).
-
-    Args:
-        images: (N, C, H, W) uint8.
-        area: A, pixels of the thumbnail, from 1 to H W.
-
-    Raises:
-        TypeError: the images are not uint8.
-        ValueError: another number of channels, or an area outside 1..H W.
-    """
-    _require_images(images, "thumbnail")
+    """The paper's thumb-A: shrink to about A pixels, 1..H W, at the same aspect ratio, and enlarge again (bilinear)."""
     height, width = images.shape[-2:]
     if not 1 <= area <= height * width:
         raise ValueError(f"a thumbnail of {height}x{width} images has 1..{height * width} pixels, got {area}")
@@ -62,74 +72,50 @@ def thumbnail(images: Tensor, area: int) -> Tensor:
     return V.resize(V.resize(images, small, antialias=True), [height, width], antialias=True)
 
 
+@_distortion("crop", int)
 def crop(images: Tensor, offset: int) -> Tensor:
-    """The paper's crop-o: cut `offset` pixels off the top and the left, and enlarge what is left (bilinear).
-
-    Args:
-        images: (N, C, H, W) uint8.
-        offset: o, pixels, at least 0 and less than H and W.
-
-    Raises:
-        TypeError: the images are not uint8.
-        ValueError: another number of channels, or an offset that leaves nothing.
-    """
-    _require_images(images, "crop")
+    """The paper's crop-o: cut `offset` pixels, less than H and W, off the top and the left, and enlarge (bilinear)."""
     height, width = images.shape[-2:]
     if not 0 <= offset < min(height, width):
         raise ValueError(f"the offset must be in 0..{min(height, width) - 1}, got {offset}")
     return V.resize(images[..., offset:, offset:], [height, width], antialias=True)
 
 
+@_distortion("noise")
 def noise(images: Tensor, sigma: float) -> Tensor:
-    """Gaussian noise of standard deviation `sigma` (pixels in [0, 1]), clipped; the same draw at every call.
-
-    Raises:
-        TypeError: the images are not uint8.
-        ValueError: another number of channels, or a negative sigma.
-    """
-    _require_images(images, "noise")
+    """Gaussian noise of standard deviation `sigma` (pixels in [0, 1]), clipped; the same draw at every call."""
     if not sigma >= 0:
         raise ValueError(f"sigma must be at least 0, got {sigma}")
     draw = torch.randn(images.shape, generator=torch.Generator().manual_seed(_NOISE_SEED))
     return (images + 255 * sigma * draw).round().clamp(0, 255).to(torch.uint8)
 
 
+@_distortion("blur")
 def blur(images: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of standard deviation `sigma` pixels, over a window of 6 sigma.
-
-    Raises:
-        TypeError: the images are not uint8.
-        ValueError: another number of channels, or sigma not positive.
-    """
-    _require_images(images, "blur")
+    """Gaussian blur of standard deviation `sigma` > 0 pixels, over a window of 6 sigma."""
     if not sigma > 0:
         raise ValueError(f"sigma must be positive, got {sigma}")
     half = min(math.ceil(3 * sigma), min(images.shape[-2:]) - 1)  # the window is reflected at the border
     return V.gaussian_blur(images, [2 * half + 1, 2 * half + 1], [sigma, sigma])
 
 
+@_distortion("contrast")
 def contrast(images: Tensor, factor: float) -> Tensor:
     """Mix with the mean grey: `factor` 1 changes nothing, 0 leaves grey (torchvision's adjust_contrast)."""
-    _require_images(images, "contrast")
     # In whole grey levels torchvision rounds towards 0.
     mixed = V.adjust_contrast(images.float() / 255, factor)
     return (255 * mixed).round().to(torch.uint8)
 
 
+@_distortion("brightness")
 def brightness(images: Tensor, shift: float) -> Tensor:
     """Add `shift` (pixels in [0, 1]) to every pixel and clip."""
-    _require_images(images, "brightness")
     return (images.float() + 255 * shift).round().clamp(0, 255).to(torch.uint8)
 
 
+@_distortion("pixelate")
 def pixelate(images: Tensor, factor: float) -> Tensor:
-    """Shrink each side by `factor` (box average) and enlarge without interpolation.
-
-    Raises:
-        TypeError: the images are not uint8.
-        ValueError: another number of channels, or a factor outside (0, 1].
-    """
-    _require_images(images, "pixelate")
+    """Shrink each side by `factor`, in (0, 1], by box averages and enlarge without interpolation."""
     if not 0 < factor <= 1:
         raise ValueError(f"the factor must be in (0, 1], got {factor}")
     height, width = images.shape[-2:]
@@ -138,32 +124,14 @@ def pixelate(images: Tensor, factor: float) -> Tensor:
     return V.resize(averaged, [height, width], interpolation=InterpolationMode.NEAREST_EXACT)
 
 
-_BY_NAME: dict[str, tuple[Callable[..., Tensor], type]] = {
-    "jpeg": (jpeg, int),
-    "thumb": (thumbnail, int),
-    "crop": (crop, int),
-    "noise": (noise, float),
-    "blur": (blur, float),
-    "contrast": (contrast, float),
-    "brightness": (brightness, float),
-    "pixelate": (pixelate, float),
-}
-NAMES = tuple(_BY_NAME)
-ORIGINAL = "original"
-
-
 def apply(name: str, images: Tensor) -> Tensor:
-    """Distort images by a name with its strength: "jpeg-50", "thumb-576", "crop-1", "noise-0.04", ..., "original".
-
-    Raises:
-        ValueError: an unknown name, or a strength that is no number.
-    """
+    """Distort images by a name with its strength: "jpeg-50", "thumb-576", "crop-1", "noise-0.04", ..., "original"."""
     if name == ORIGINAL:
         return images
     kind, _, strength = name.partition("-")
     if kind not in _BY_NAME:
         raise ValueError(
-            f"unknown distortion {name!r}: expected {ORIGINAL}, or one of {', '.join(NAMES)} and -STRENGTH"
+            f"unknown distortion {name!r}: expected {ORIGINAL}, or one of {', '.join(_BY_NAME)} and -STRENGTH"
         )
     function, number = _BY_NAME[kind]
     try:
@@ -171,17 +139,3 @@ def apply(name: str, images: Tensor) -> Tensor:
     except ValueError:
         raise ValueError(f"{name!r}: expected {kind}-NUMBER ({number.__name__})") from None
     return function(images, value)
-
-
-def _require_images(images: Tensor, name: str) -> None:
-    if images.dtype != torch.uint8:
-        raise TypeError(f"{name} takes uint8 images, got {images.dtype}")
-    if images.dim() != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"{name} takes (N, 1 or 3, H, W) images, got shape {tuple(images.shape)}")
-
-
-def _jpeg_one(pixels: np.ndarray, quality: int) -> np.ndarray:
-    buffer = io.BytesIO()
-    picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-    picture.save(buffer, format="JPEG", quality=quality, subsampling=2)
-    return np.asarray(Image.open(buffer)).reshape(pixels.shape)

@@ -16,19 +16,12 @@ HUMAN_LABELS = ("aggre_label", "random_label1", "random_label2", "random_label3"
 
 @dataclass(frozen=True)
 class Outliers:
-    """Made outliers, in two parts as in the released code.
+    """Made outliers, in two parts as in the released code."""
 
-    Attributes:
-        train: nine tenths of them; `index` holds the position of the image that gave the label.
-        valid: one tenth.
-        partner: for `train` then `valid`, the position of the image of another class.
-        shifts: (N, 4) int64, rows and columns by which the two images were moved.
-    """
-
-    train: Split
-    valid: Split
-    partner: Tensor
-    shifts: Tensor
+    train: Split  # nine tenths; `index` holds the position of the image that gave the label
+    valid: Split  # one tenth
+    partner: Tensor  # for `train` then `valid`, the position of the image of another class
+    shifts: Tensor  # (N, 4) int64, rows and columns by which the two images were moved
 
 
 def overlay(split: Split, eligible: np.ndarray | Tensor, *, per_class: int, shift: int = 4, seed: int = 0) -> Outliers:
@@ -52,16 +45,15 @@ def overlay(split: Split, eligible: np.ndarray | Tensor, *, per_class: int, shif
         raise ValueError(f"per_class must be at least 1, got {per_class}")
     generator = np.random.default_rng(seed)
     labels, allowed = split.labels.numpy(), np.asarray(eligible, dtype=bool)
-    parts: dict[str, list[np.ndarray]] = {"first": [], "second": [], "train": []}
-    held_out = per_class // 10
+    chosen = []
     for k in np.unique(labels):
         candidates = np.flatnonzero((labels == k) & allowed)
         if len(candidates) < per_class:
             raise ValueError(f"class {k} has {len(candidates)} eligible images, {per_class} are needed")
-        parts["first"].append(generator.choice(candidates, per_class, replace=False))
-        parts["second"].append(generator.choice(np.flatnonzero(labels != k), per_class, replace=False))
-        parts["train"].append(np.arange(per_class) < per_class - held_out)
-    first, second, train = (np.concatenate(parts[name]) for name in ("first", "second", "train"))
+        both = candidates, np.flatnonzero(labels != k)
+        chosen.append([generator.choice(rows, per_class, replace=False) for rows in both])
+    first, second = np.concatenate(chosen, axis=1)
+    train = np.arange(len(first)) % per_class < per_class - per_class // 10
     shifts = generator.integers(-shift, shift + 1, size=(len(first), 4))
     images = torch.stack(
         [
@@ -69,15 +61,9 @@ def overlay(split: Split, eligible: np.ndarray | Tensor, *, per_class: int, shif
             for i, j, moves in zip(first, second, shifts.tolist(), strict=True)
         ]
     )
-    everything = Split(images, split.labels[first], split.index[first])
-    order = np.concatenate([np.flatnonzero(train), np.flatnonzero(~train)])
-    count = int(train.sum())
-    return Outliers(
-        train=everything.take(order[:count]),
-        valid=everything.take(order[count:]),
-        partner=split.index[second[order]],
-        shifts=torch.from_numpy(shifts[order]),
-    )
+    made, order = Split(images, split.labels[first], split.index[first]), np.argsort(~train, kind="stable")
+    partner, moved = split.index[second[order]], torch.from_numpy(shifts[order])
+    return Outliers(made.take(np.flatnonzero(train)), made.take(np.flatnonzero(~train)), partner, moved)
 
 
 def shifted(image: Tensor, down: int, right: int) -> Tensor:
@@ -95,13 +81,7 @@ def _overlap(by: int, size: int) -> tuple[slice, slice]:
 
 
 def flip_labels(labels: Tensor, *, share: float, classes: int, seed: int = 0) -> Tensor:
-    """Labels of which a random share is replaced by another class, uniformly: synthetic label noise.
-
-    Args:
-        labels: (N,) int64.
-        share: of the labels to replace, in [0, 1]; rounded to a whole number of images.
-        classes: K.
-        seed: of both draws.
+    """Labels (N,) int64 of which a random share is replaced by another of K classes, uniformly: synthetic label noise.
 
     Raises:
         ValueError: the share lies outside [0, 1].
@@ -119,12 +99,8 @@ def flip_labels(labels: Tensor, *, share: float, classes: int, seed: int = 0) ->
 def human_labels(kind: str, data_dir: str | Path | None) -> tuple[Tensor, Tensor]:
     """CIFAR-10N (Wei et al. 2022): labels that people gave to the 50,000 training images, and the verified ones.
 
-    Args:
-        kind: one of `HUMAN_LABELS`; "aggre_label" is the majority of three, "worse_label" a wrong one of them.
-        data_dir: folder that holds `cifar10n.npz`.
-
-    Returns:
-        (given, verified), each (50000,) int64 in the order of torchvision's training images.
+    Each (50000,) int64 in the order of torchvision's training images, from `data_dir/cifar10n.npz`. Of `HUMAN_LABELS`
+    "aggre_label" is the majority of three, "worse_label" a wrong one of them.
 
     Raises:
         DataError: the file is missing or holds no such labels.

@@ -1,5 +1,4 @@
-"""Two plain attacks within an l_inf ball: the fast gradient sign (Goodfellow et al. 2015), projected gradient descent
-(Madry et al. 2018)."""  # noqa: D205, D209
+"""Attacks in an l_inf ball: fast gradient sign (Goodfellow et al. 2015), projected gradient (Madry et al. 2018)."""
 
 from __future__ import annotations
 
@@ -9,20 +8,7 @@ from torch.nn import functional as F
 
 
 def fgsm(model: nn.Module, x: Tensor, labels: Tensor, *, epsilon: float) -> Tensor:
-    """One step of size epsilon along the sign of the gradient of the loss.
-
-    Args:
-        model: pixels (N, C, H, W) in 0..255 to logits, in evaluation mode.
-        x: (N, C, H, W) float pixels, 0..255.
-        labels: (N,) true classes.
-        epsilon: radius, pixels in [0, 1].
-
-    Returns:
-        Adversarial images, of the same shape and range.
-
-    Raises:
-        ValueError: a negative radius, or a model in training mode.
-    """
+    """One step of size epsilon along the sign of the gradient of the loss; takes and returns what `pgd` does."""
     return pgd(model, x, labels, epsilon=epsilon, steps=1, step_size=epsilon)
 
 
@@ -39,16 +25,13 @@ def pgd(
     """Several such steps, each projected back into the ball and the pixel range.
 
     Args:
-        model: pixels (N, C, H, W) in 0..255 to logits, in evaluation mode.
-        x: (N, C, H, W) float pixels, 0..255.
+        model: pixels 0..255 to logits, in evaluation mode.
+        x: (N, C, H, W) float pixels, 0..255; returned in the same shape and range.
         labels: (N,) true classes.
-        epsilon: radius, pixels in [0, 1].
+        epsilon: radius of the ball, pixels in [0, 1], as `step_size`.
         steps: how many.
-        step_size: pixels in [0, 1].
+        step_size: of each.
         generator: of a uniform random start in the ball; None starts at the image.
-
-    Returns:
-        Adversarial images, of the same shape and range.
 
     Raises:
         ValueError: a negative radius, or a model in training mode.

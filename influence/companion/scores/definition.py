@@ -14,18 +14,11 @@ from influence.progress import progress_bar
 def influence_by_definition(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     """FI = grad f^T V S^-2 V^T grad f of the whole input, f = -log P_y, from the thin SVD of L0 (Shu & Zhu, section 2).
 
-    Float64 throughout, one example and one class at a time. Singular values below 1e-12 of the largest are taken for
-    rounding errors; no constant is added anywhere, no rank is assumed and no closed form used. The scores are formed
-    from the contrasts with the label, d log P_k = d(z_k - z_y) - sum_j P_j d(z_j - z_y), because differentiating
-    log P_y itself loses all digits where P_y is within 1e-9 of 1.
-
-    Args:
-        model: a classifier in evaluation mode; left as it is.
-        x: (N, ...) inputs.
-        labels: (N,) classes.
-
-    Returns:
-        (N,) float64.
+    Of inputs (N, ...) and labels (N,), as (N,) float64, one example and one class at a time; the model, in evaluation
+    mode, is left as it is. Singular values below 1e-12 of the largest are taken for rounding errors; no constant is
+    added anywhere, no rank is assumed and no closed form used. The scores are formed from the contrasts with the label,
+    d log P_k = d(z_k - z_y) - sum_j P_j d(z_j - z_y), because differentiating log P_y itself loses all digits where P_y
+    is within 1e-9 of 1.
     """
     network = copy.deepcopy(model).double()
     values = []

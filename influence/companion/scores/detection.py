@@ -7,6 +7,14 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 
+def vector(values: ArrayLike) -> np.ndarray:
+    """`values` as a float64 vector; a ValueError where there are none."""
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 1 or not len(x):
+        raise ValueError(f"expected a vector of at least one value, got shape {x.shape}")
+    return x
+
+
 def bootstrap_interval(
     values: ArrayLike, *, level: float = 0.95, repeats: int = 1000, seed: int = 0
 ) -> tuple[float, float, float]:
@@ -15,13 +23,18 @@ def bootstrap_interval(
     Raises:
         ValueError: no values.
     """
-    x = np.asarray(values, dtype=np.float64)
-    if x.ndim != 1 or not len(x):
-        raise ValueError(f"expected a vector of at least one value, got shape {x.shape}")
+    x = vector(values)
     generator = np.random.default_rng(seed)
     means = [x[generator.integers(0, len(x), len(x))].mean() for _ in range(repeats)]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(x.mean()), float(low), float(high)
+    return float(x.mean()), *_interval(np.array(means), level)
+
+
+def _interval(samples: np.ndarray, level: float) -> tuple[float, float]:
+    """Percentiles of bootstrap samples; NaN of none."""
+    if not len(samples):
+        return np.nan, np.nan
+    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def share_interval(successes: int, trials: int, *, level: float = 0.95) -> tuple[float, float, float]:
@@ -68,8 +81,7 @@ def detection(
     generator = np.random.default_rng(seed)
     counts = np.ones((repeats + 1, len(hit)))  # how often each example is drawn; the first row is the data themselves
     for group in groups:
-        drawn = generator.multinomial(len(group), np.full(len(group), 1 / len(group)), size=repeats)
-        counts[1:, group] = drawn
+        counts[1:, group] = generator.multinomial(len(group), np.full(len(group), 1 / len(group)), size=repeats)
     order = np.argsort(-values, kind="stable")
     falling = values[order]
     last = np.flatnonzero(np.append(falling[1:] != falling[:-1], True))  # the last example of each tie
@@ -78,11 +90,12 @@ def detection(
     if weight is not None:
         counts = counts * np.asarray(weight, dtype=np.float64)[order]
     ap = _average_precision(counts * hit, counts * ~hit, last)
-    result: dict[str, float] = {}
-    for name, found in (("auroc", auroc), ("ap", ap)):
-        low, high = np.quantile(found[1:], [(1 - level) / 2, (1 + level) / 2]) if repeats else (np.nan, np.nan)
-        result |= {name: float(found[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
-    return result
+    return _named("auroc", auroc[0], auroc[1:], level) | _named("ap", ap[0], ap[1:], level)
+
+
+def _named(name: str, value: float, samples: np.ndarray, level: float) -> dict[str, float]:
+    low, high = _interval(samples, level)
+    return {name: float(value), f"{name}_low": low, f"{name}_high": high}
 
 
 def _auroc(true: np.ndarray, false: np.ndarray, last: np.ndarray) -> np.ndarray:
@@ -100,13 +113,7 @@ def _average_precision(true: np.ndarray, false: np.ndarray, last: np.ndarray) ->
 
 
 def two_sample(first: ArrayLike, second: ArrayLike, *, level: float = 0.95, seed: int = 0) -> dict[str, float]:
-    """Two-sample tests of two sets of scores, and the size of the effect.
-
-    Args:
-        first: (N,) scores.
-        second: (M,) scores.
-        level: of the interval.
-        seed: of the bootstrap over the examples of both sets (200 samples).
+    """Two-sample tests of scores (N,) and (M,), and the size of the effect with its bootstrap interval.
 
     Returns:
         ks (Kolmogorov-Smirnov distance), ks_p, mw_p (Mann-Whitney, two-sided), effect (probability that a score of
@@ -123,9 +130,7 @@ def two_sample(first: ArrayLike, second: ArrayLike, *, level: float = 0.95, seed
         "ks": float(ks.statistic),
         "ks_p": float(ks.pvalue),
         "mw_p": float(stats.mannwhitneyu(b, a, alternative="two-sided").pvalue),
-        "effect": both["auroc"],
-        "effect_low": both["auroc_low"],
-        "effect_high": both["auroc_high"],
+        **{f"effect{suffix}": both[f"auroc{suffix}"] for suffix in ("", "_low", "_high")},
     }
 
 
@@ -142,9 +147,8 @@ def agreement(
     samples = [np.arange(len(a)), *(generator.integers(0, len(a), len(a)) for _ in range(repeats))]
     pairs = [(a[rows], b[rows]) for rows in samples]
     found = np.array([(stats.spearmanr(*pair).statistic, stats.kendalltau(*pair).statistic) for pair in pairs])
-    lows, highs = np.nanquantile(found[1:], [(1 - level) / 2, (1 + level) / 2], axis=0)
-    result = {}
-    for column, name in enumerate(("spearman", "kendall")):
-        result[name] = float(found[0, column])
-        result[f"{name}_low"], result[f"{name}_high"] = float(lows[column]), float(highs[column])
+    result: dict[str, float] = {}
+    for name, (value, *drawn) in zip(("spearman", "kendall"), found.T, strict=True):
+        ordered = np.array(drawn)[~np.isnan(drawn)]  # a sample of one value alone has no order
+        result |= _named(name, value, ordered, level)
     return result

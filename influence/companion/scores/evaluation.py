@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
+
+from .detection import vector
 
 
 def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, *, bins: int = 15) -> float:
     """Mean gap between confidence and accuracy over equally wide bins of confidence (Guo et al. 2017, eq. 3).
 
-    Args:
-        confidence: (N,) probability of the predicted class.
-        correct: (N,) whether the prediction is right.
-        bins: number of bins over (0, 1].
+    Of (N,) probabilities of the predicted class, and whether (N,) it is the right one.
 
     Raises:
         ValueError: the two differ in length, or are empty.
@@ -28,15 +25,13 @@ def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, *, bin
     return float(np.abs(gaps).sum() / len(p))
 
 
-def mean_interval(values: Sequence[float] | ArrayLike, *, level: float = 0.95) -> tuple[float, float, float]:
+def mean_interval(values: ArrayLike, *, level: float = 0.95) -> tuple[float, float, float]:
     """Mean over seeds with its Student t interval: (mean, low, high); the interval of a single value is infinite.
 
     Raises:
         ValueError: no values.
     """
-    x = np.asarray(values, dtype=np.float64)
-    if x.ndim != 1 or not len(x):
-        raise ValueError(f"expected a vector of at least one value, got shape {x.shape}")
+    x = vector(values)
     mean = float(x.mean())
     if len(x) == 1:
         return mean, -np.inf, np.inf

@@ -5,7 +5,8 @@ Larger means more suspicious for all of them, so that one ROC routine serves all
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -37,21 +38,27 @@ NAMES: dict[str, str] = {
 _CHUNK = 64
 
 
+def chunks(split: Split, size: int, device: torch.device | str, title: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For `size` images of a split at a time: their rows, and pixels and labels on a device."""
+    rows = torch.arange(len(split)).split(size)
+    for chunk in progress_bar(rows, desc=title, unit="batch", leave=False):
+        yield chunk, training.pixels(split.images[chunk], device), split.labels[chunk].to(device)
+
+
+def table(columns: Mapping[str, Tensor]) -> pd.DataFrame:
+    """A row for each entry of tensors that are broadcast to one shape."""
+    values = torch.broadcast_tensors(*(column.cpu() for column in columns.values()))
+    return pd.DataFrame({name: value.flatten().numpy() for name, value in zip(columns, values, strict=True)})
+
+
 def released_at_full_rank(probs: np.ndarray, label: int | np.ndarray, *, epsilon: float = 1e-3) -> np.ndarray:
     r"""What the released code computes where no direction is cut, from the probabilities alone.
 
     .. math:: \Big(\frac{\sqrt{p_y} + e}{p_y + e}\Big)^2
         \Big(1 - \frac{(\sqrt{p_y} + e)^2}{\sum_k (\sqrt{p_k} + e)^2}\Big)
 
-    A direction under the absolute cut can only lower it.
-
-    Args:
-        probs: (..., K) probabilities.
-        label: y, one for all or (...,).
-        epsilon: e.
-
-    Returns:
-        (...,) float64.
+    A direction under the absolute cut can only lower it. Of probabilities (..., K) and labels y, one for all or (...,),
+    as (...,) float64.
     """
     p = np.asarray(probs, dtype=np.float64)
     y = np.broadcast_to(np.asarray(label), p.shape[:-1])
@@ -69,10 +76,10 @@ def all_scores(
     device: torch.device | str = "cpu",
     without: Sequence[str] = (),
 ) -> pd.DataFrame:
-    """Every score of `NAMES` for each image of a split.
+    """Every score of `NAMES` for each image of a split, by a model of raw pixels in evaluation mode.
 
     Args:
-        model: takes raw pixels, in evaluation mode.
+        model: the classifier.
         split: the images.
         given: name -> (N,) labels to score instead of `split.labels`; one metric tensor serves them all.
         device: where to compute.
@@ -88,22 +95,18 @@ def all_scores(
     if unknown := set(without) - set(NAMES):
         raise ValueError(f"unknown score {sorted(unknown)[0]!r}: there are {', '.join(NAMES)}")
     kinds = {"": split.labels} if given is None else dict(given)
-    rows = torch.arange(len(split))
     parts = []
-    for chunk in progress_bar(rows.split(_CHUNK), desc="scores", unit="batch", leave=False):
-        x = training.pixels(split.images[chunk], device)
+    for rows, x, _ in chunks(split, _CHUNK, device, "scores"):
         image = influence.metric_tensor(model, x, wrt="input")
         parameters = None if "grand" in without else influence.metric_tensor(model, x, wrt="parameters")
         for kind, labels in kinds.items():
-            y = labels[chunk].to(device)
+            y = labels[rows].to(device)
             values = _from_metric(image, y)
             if parameters is not None:
                 values["grand"] = gradient_norm(parameters, y)
             if "cook" not in without:
                 values["cook"] = local_influence(model, x, y)
-            columns = {"image": split.index[chunk], "label": y, **values}
-            frame = pd.DataFrame({name: value.cpu().numpy() for name, value in columns.items()})
-            parts.append(frame.assign(given=kind))
+            parts.append(table({"image": split.index[rows], "label": y, **values}).assign(given=kind))
     frame = pd.concat(parts, ignore_index=True)
     head = ["image", "label", "predicted", "p_label", "ceiling", "rank"] + (["given"] if given is not None else [])
     return frame[[*head, *(name for name in NAMES if name not in without)]]
@@ -114,24 +117,19 @@ def gradient_norm(metric: influence.MetricTensor, labels: Tensor) -> Tensor:
 
     The entries of p - e_y sum to 0, so the Gram of the contrasts serves as that of the logits.
     """
-    residual = _residual(metric.log_probs, labels)
+    residual = metric.log_probs.exp()
+    residual = residual.scatter_add(1, labels[:, None], -torch.ones_like(residual[:, :1]))
     gram = metric.contrast_gram()[:, 0]
     return torch.einsum("nk,nkl,nl->n", residual, gram, residual).clamp(min=0).sqrt()
 
 
-def local_influence(model: nn.Module, x: Tensor, labels: Tensor, *, steps: int | None = None, seed: int = 0) -> Tensor:
+def local_influence(model: nn.Module, x: Tensor, labels: Tensor, *, steps: int | None = None) -> Tensor:
     """Cook's maximal local influence: the largest |eigenvalue| of the Hessian of -log P_y in the image, (N,).
 
-    By Hessian-vector products alone: `steps` steps of Lanczos' method with full reorthogonalisation, each image with a
-    Krylov space of its own. K steps are exact for a network that is piecewise linear (ReLU, average pooling, batch
-    normalisation in evaluation mode), whose Hessian has rank K - 1: there it equals the metric tensor, whatever y.
-
-    Args:
-        model: in evaluation mode; must treat the images independently.
-        x: (N, ...) images.
-        labels: (N,) y.
-        steps: of Lanczos' method; None: K.
-        seed: of the starting directions.
+    By Hessian-vector products alone: `steps` steps (None: K) of Lanczos' method with full reorthogonalisation, each
+    image with a Krylov space of its own. K steps are exact for a network that is piecewise linear (ReLU, average
+    pooling, batch normalisation in evaluation mode), whose Hessian has rank K - 1: there it equals the metric tensor,
+    whatever y. The model, in evaluation mode, must treat the images independently.
     """
     leaf = x.detach().clone().requires_grad_()
     with torch.enable_grad():
@@ -144,7 +142,7 @@ def local_influence(model: nn.Module, x: Tensor, labels: Tensor, *, steps: int |
         (product,) = torch.autograd.grad(gradient, leaf, v.view_as(leaf).to(leaf.dtype), retain_graph=True)
         return product.flatten(1).double()
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     v = torch.randn(x.flatten(1).shape, generator=generator, dtype=torch.float64).to(x.device)
     basis = [v / v.norm(dim=1, keepdim=True)]
     products: list[Tensor] = []
@@ -161,11 +159,6 @@ def local_influence(model: nn.Module, x: Tensor, labels: Tensor, *, steps: int |
     q, hq = torch.stack(basis[: len(products)], dim=1), torch.stack(products, dim=1)
     small = torch.einsum("nmp,nkp->nmk", q, hq)
     return torch.linalg.eigvalsh((small + small.mT) / 2).abs().amax(dim=1)
-
-
-def _residual(log_probs: Tensor, labels: Tensor) -> Tensor:
-    residual = log_probs.exp()
-    return residual.scatter_add(1, labels[:, None], -torch.ones_like(residual[:, :1]))
 
 
 def _from_metric(metric: influence.MetricTensor, y: Tensor) -> dict[str, Tensor]:
@@ -198,17 +191,14 @@ def _from_metric(metric: influence.MetricTensor, y: Tensor) -> dict[str, Tensor]
 def predicted_class_scores(model: nn.Module, split: Split, epsilon: float, device: torch.device) -> pd.DataFrame:
     """FI of the whole image for f = -log P(y_pred), exact and released, and the losses, for each image of a split."""
     parts = []
-    pieces = zip(split.images.split(_CHUNK), split.labels.split(_CHUNK), split.index.split(_CHUNK), strict=True)
-    for images, labels, index in progress_bar(
-        list(pieces), desc="FI of the predicted class", unit="batch", leave=False
-    ):
-        metric = influence.metric_tensor(model, training.pixels(images, device), wrt="input")
+    for rows, x, y in chunks(split, _CHUNK, device, "FI of the predicted class"):
+        metric = influence.metric_tensor(model, x, wrt="input")
         exact = influence.first_order_influence(metric)
         released = influence.first_order_influence(metric, estimator=influence.Released(epsilon=epsilon))
-        true = influence.first_order_influence(metric, labels.to(device))
+        true = influence.first_order_influence(metric, y)
         values = {
-            "image": index,
-            "label": labels,
+            "image": split.index[rows],
+            "label": y,
             "predicted": exact.labels,
             "p_predicted": metric.log_probs.amax(1).exp(),
             # log1p of the ceiling is -log P with all of its digits, also where P is within 1e-16 of 1.
@@ -219,7 +209,7 @@ def predicted_class_scores(model: nn.Module, split: Split, epsilon: float, devic
             "released": released.fi[:, 0],
             "rank": exact.rank[:, 0],
         }
-        parts.append(pd.DataFrame({name: value.cpu().numpy() for name, value in values.items()}))
+        parts.append(table(values))
     frame = pd.concat(parts, ignore_index=True)
     frame["position"] = positions(frame["label"].to_numpy())
     return frame
@@ -239,11 +229,8 @@ def unit_scores(
 ) -> pd.DataFrame:
     """Exact FI, released FI for each e, Jacobian norm and trace of each image in each unit of the pixels."""
     frames = []
-    for images, labels, index in zip(
-        split.images.split(64), split.labels.split(64), split.index.split(64), strict=True
-    ):
-        y = labels.to(device)
-        raw = influence.metric_tensor(model, training.pixels(images, device), wrt="input")
+    for rows, x, y in chunks(split, _CHUNK, device, "scores in each unit"):
+        raw = influence.metric_tensor(model, x, wrt="input")
         for unit, factor in factors.items():
             metric = in_unit(raw, factor)
             exact = influence.first_order_influence(metric, y)
@@ -255,14 +242,13 @@ def unit_scores(
             for epsilon in epsilons:
                 released = influence.first_order_influence(metric, y, estimator=influence.Released(epsilon=epsilon))
                 found.append(("released", epsilon, released.fi[:, 0], released.rank[:, 0]))
+            common = {"image": split.index[rows], "loss": exact.ceiling.log1p(), "ceiling": exact.ceiling}
             for name, epsilon, value, rank in found:
-                columns = {"image": index, "loss": exact.ceiling.log1p(), "ceiling": exact.ceiling, "value": value}
-                columns["rank"] = rank
-                frame = pd.DataFrame({key: item.cpu().numpy() for key, item in columns.items()})
+                frame = table({**common, "value": value, "rank": rank})
                 frames.append(frame.assign(unit=unit, score=name, epsilon=epsilon))
     return pd.concat(frames, ignore_index=True)
 
 
 def in_unit(metric: influence.MetricTensor, factor: float) -> influence.MetricTensor:
     """The metric tensor for omega / factor: its Grams times factor^2."""
-    return influence.MetricTensor(metric.log_probs, metric.gram * factor**2, metric.blocks, metric.dims, metric.dtype)
+    return replace(metric, gram=metric.gram * factor**2)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import copy
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 import influence
-from influence.progress import progress_bar
 
 from ..images.data import Split
 from ..zoo import training
-from .imagewise import positions
+from .imagewise import chunks, positions, table
 
 ALL = "all parameters"
 _CHUNK = 32
@@ -24,63 +24,43 @@ _DEPARTS = 0.01  # released FI departs from the exact one when it differs by mor
 
 def score_layers(model: nn.Module, split: Split, *, epsilon: float, device: torch.device | str = "cpu") -> pd.DataFrame:
     """FI of all parameters and of each layer for every image of a split."""
-    places = positions(split.labels.numpy())
-    frames, done = [], 0
-    pieces = zip(split.images.split(_CHUNK), split.labels.split(_CHUNK), split.index.split(_CHUNK), strict=True)
-    for images, labels, index in progress_bar(list(pieces), desc="FI of the layers", unit="batch", leave=False):
-        layers = influence.metric_tensor(model, training.pixels(images, device), wrt="layers")
-        metric = with_all(layers)
-        y = labels.to(device)
+    places = torch.from_numpy(positions(split.labels.numpy()))
+    frames = []
+    for rows, x, y in chunks(split, _CHUNK, device, "FI of the layers"):
+        metric = with_all(influence.metric_tensor(model, x, wrt="layers"))
         exact = influence.first_order_influence(metric, y)
         released = influence.first_order_influence(metric, y, estimator=influence.Released(epsilon=epsilon))
-        count, blocks = exact.fi.shape
-
-        def repeated(values: Tensor | np.ndarray, blocks: int = blocks) -> np.ndarray:
-            return np.repeat(np.asarray(values), blocks)
-
-        def flat(values: Tensor) -> np.ndarray:
-            return values.cpu().flatten().numpy()
-
-        ceiling = exact.ceiling.cpu()
-        frame = pd.DataFrame(
+        by_image = {"image": split.index[rows], "label": y, "position": places[rows]}
+        by_image |= {"loss": exact.ceiling.log1p(), "ceiling": exact.ceiling}
+        frame = table(
             {
-                "image": repeated(index),
-                "label": repeated(labels),
-                "position": repeated(places[done : done + count]),
-                "loss": repeated(ceiling.log1p()),
-                "ceiling": repeated(ceiling),
-                "number": np.tile(np.arange(blocks), count),
-                "layer": list(metric.blocks) * count,
-                "size": np.tile(metric.dims.cpu().numpy(), count),
-                "exact": flat(exact.fi),
-                "released": flat(released.fi),
-                "rank": flat(exact.rank),
-                "kept": flat(released.rank),
-                "trace": flat(metric.trace()),
-                "effective_rank": flat(effective_rank(metric)),
+                **{name: values[:, None] for name, values in by_image.items()},
+                "number": torch.arange(len(metric.blocks)),
+                "size": metric.dims,
+                "exact": exact.fi,
+                "released": released.fi,
+                "rank": exact.rank,
+                "kept": released.rank,
+                "trace": metric.trace(),
+                "effective_rank": effective_rank(metric),
             }
         )
+        frame.insert(6, "layer", list(metric.blocks) * len(rows))
         frame["departs"] = (frame["released"] - frame["exact"]).abs() > _DEPARTS * frame["exact"]
         frames.append(frame)
-        done += count
     return pd.concat(frames, ignore_index=True)
 
 
 def with_all(layers: influence.MetricTensor) -> influence.MetricTensor:
     """The metric tensor of the layers with that of all parameters, the sum of their Grams, before the first."""
-    return influence.MetricTensor(
-        log_probs=layers.log_probs,
-        gram=torch.cat([layers.gram.sum(dim=1, keepdim=True), layers.gram], dim=1),
-        blocks=(ALL, *layers.blocks),
-        dims=torch.cat([layers.dims.sum()[None], layers.dims]),
-        dtype=layers.dtype,
-    )
+    gram = torch.cat([layers.gram.sum(dim=1, keepdim=True), layers.gram], dim=1)
+    dims = torch.cat([layers.dims.sum()[None], layers.dims])
+    return replace(layers, gram=gram, blocks=(ALL, *layers.blocks), dims=dims)
 
 
 def effective_rank(metric: influence.MetricTensor) -> Tensor:
     """tr(G)^2 / tr(G^2), the number of directions that share the sensitivity, (N, B); 0 where G is 0."""
-    root = (0.5 * metric.log_probs).exp()[:, None, :, None]
-    m = root * metric.score_gram() * root.mT
+    m = metric.root_gram()
     square = m.diagonal(dim1=-2, dim2=-1).sum(-1).square()
     return torch.nan_to_num(square / m.square().sum(dim=(-2, -1)), nan=0.0)
 
@@ -93,23 +73,20 @@ def layer_noise_scores(
     scored["alignment"] = scored["exact"] / scored["ceiling"]
     columns = ["size", "exact", "released", "alignment", "trace"]
     found = scored[scored["number"] > 0].groupby(["number", "layer"], sort=True)[columns].mean().reset_index()
-    network, x = copy.deepcopy(model), training.pixels(split.images, device)
-    modules = dict(network.named_modules())
-    generator = torch.Generator().manual_seed(seed)
+    x, generator = training.pixels(split.images, device), torch.Generator().manual_seed(seed)
+
+    def noisy(w: Tensor) -> Tensor:
+        # In the weight's own order in memory, which decides how a convolution rounds.
+        return torch.empty_like(w).copy_(w + sigma * torch.randn(w.shape, generator=generator).to(w.device))
+
     rows = []
     with torch.no_grad():
-        log_p = F.log_softmax(network(x).double(), dim=1)
+        log_p = F.log_softmax(model(x).double(), dim=1)
         for layer in found["layer"]:
-            weights = list(modules[layer].parameters(recurse=False))
-            kept = [w.clone() for w in weights]
-            values = []
+            own, values = dict(model.get_submodule(layer).named_parameters(layer, recurse=False)), []
             for _ in range(draws):
-                for w, original in zip(weights, kept, strict=True):
-                    w.copy_(original + sigma * torch.randn(w.shape, generator=generator).to(w.device))
-                noisy = F.log_softmax(network(x).double(), dim=1)
-                values.append(float((log_p.exp() * (log_p - noisy)).sum(1).mean()))
-            for w, original in zip(weights, kept, strict=True):
-                w.copy_(original)
+                moved = functional_call(model, {name: noisy(w) for name, w in own.items()}, (x,))
+                values.append(float((log_p.exp() * (log_p - F.log_softmax(moved.double(), dim=1))).sum(1).mean()))
             rows.append((np.mean(values), np.std(values, ddof=1) / np.sqrt(draws) if draws > 1 else np.nan))
-    found["divergence"], found["standard_error"] = (np.array(column) for column in zip(*rows, strict=True))
+    found["divergence"], found["standard_error"] = np.array(rows).T
     return found

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import influence
-from influence.progress import progress_bar
 
 from ..images.data import Split
 from ..zoo import training
+from .imagewise import chunks, table
 
 SIZES = (1, 3, 5, 7)
 _CHUNK = 8
@@ -36,10 +36,7 @@ def intervene(
     """Change the entries that each ranking puts first; `fig_vulnerable_areas.intervention` says how."""
     generator = torch.Generator().manual_seed(seed)
     frames = []
-    for images, index in progress_bar(
-        list(zip(split.images.split(_CHUNK), split.index.split(_CHUNK), strict=True)), desc="intervention", leave=False
-    ):
-        x = training.pixels(images, device)
+    for rows, x, _ in chunks(split, _CHUNK, device, "intervention"):
         ranked, gradient, log_p = rankings(model, x, epsilon=epsilon, generator=generator)
         farther = torch.where(x < 127.5, 255.0, 0.0)
         towards = torch.where(gradient > 0, 0.0, 255.0)  # the gradient of log P: against it, P falls
@@ -52,18 +49,9 @@ def intervene(
                     with torch.no_grad():
                         p = model(torch.where(mask, value, x)).double().softmax(1)
                     after = p.gather(1, predicted[:, None])[:, 0]
-                    flipped = p.argmax(1) != predicted
-                    frames.append(
-                        pd.DataFrame(
-                            {
-                                "image": index.numpy(),
-                                "p_before": before.cpu().numpy(),
-                                "p_after": after.cpu().numpy(),
-                                "drop": (before - after).cpu().numpy(),
-                                "flipped": flipped.cpu().numpy(),
-                            }
-                        ).assign(ranking=name, target=target, count=count, change=change)
-                    )
+                    found = {"image": split.index[rows], "p_before": before, "p_after": after, "drop": before - after}
+                    frame = table(found | {"flipped": p.argmax(1) != predicted})
+                    frames.append(frame.assign(ranking=name, target=target, count=count, change=change))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -88,14 +76,12 @@ def rankings(
         "released": released.fi.view(x.shape),
         "saliency": gradient.double().abs(),
         "trace": metric.trace().view(x.shape),
-        "random": torch.zeros_like(noise),
     }
-    tie_break = {
+    ranked = {
         name: score + 1e-9 * noise * score.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-300)
         for name, score in found.items()
     }
-    tie_break["random"] = noise
-    return tie_break, gradient, log_p.detach()
+    return ranked | {"random": noise}, gradient, log_p.detach()
 
 
 def _top_entries(score: Tensor, count: int) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor, nn
@@ -12,16 +11,12 @@ from torch import Tensor, nn
 from ..zoo.training import pixels
 
 ABSTAIN = -1
+_COPIES = 256  # noisy copies at a time
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is certified of one image.
-
-    Attributes:
-        predicted: the class, or ABSTAIN.
-        radius: l2, pixels in [0, 1]; 0 when abstaining.
-    """
+    """The class of one image, or ABSTAIN, and its l2 radius, pixels in [0, 1]; 0 when abstaining."""
 
     predicted: int
     radius: float
@@ -36,7 +31,6 @@ def certify(
     estimate: int,
     level: float,
     generator: torch.Generator,
-    batch_size: int = 256,
 ) -> Certificate:
     """CERTIFY of the paper: choose a class from some noisy copies, bound its probability from others.
 
@@ -51,7 +45,6 @@ def certify(
         estimate: noisy copies that bound its probability.
         level: alpha, the probability of a wrong certificate.
         generator: source of the noise.
-        batch_size: copies at a time.
 
     Raises:
         ValueError: sigma not positive, or no copies.
@@ -60,8 +53,8 @@ def certify(
         raise ValueError(f"sigma must be positive, got {sigma}")
     if select < 1 or estimate < 1:
         raise ValueError(f"select and estimate must be at least 1, got {select} and {estimate}")
-    chosen = int(_votes(model, image, sigma, select, generator, batch_size).argmax())
-    count = int(_votes(model, image, sigma, estimate, generator, batch_size)[chosen])
+    chosen = int(_votes(model, image, sigma, select, generator).argmax())
+    count = int(_votes(model, image, sigma, estimate, generator)[chosen])
     low = lower_bound(count, estimate, level=level)
     if low <= 0.5:
         return Certificate(ABSTAIN, 0.0)
@@ -75,16 +68,12 @@ def lower_bound(count: int, total: int, *, level: float) -> float:
 
 
 @torch.inference_mode()
-def _votes(
-    model: nn.Module, image: Tensor, sigma: float, count: int, generator: torch.Generator, batch_size: int
-) -> np.ndarray:
+def _votes(model: nn.Module, image: Tensor, sigma: float, count: int, generator: torch.Generator) -> Tensor:
     device = generator.device
     x = pixels(image[None], device)
-    votes = None
-    for size in [batch_size] * (count // batch_size) + [count % batch_size] * (count % batch_size > 0):
-        noise = torch.randn((size, *image.shape), generator=generator, device=device)
+    votes = []
+    for done in range(0, count, _COPIES):
+        noise = torch.randn((min(_COPIES, count - done), *image.shape), generator=generator, device=device)
         logits = model(x + 255 * sigma * noise)
-        batch = np.bincount(logits.argmax(1).cpu().numpy(), minlength=logits.shape[1])
-        votes = batch if votes is None else votes + batch
-    assert votes is not None
-    return votes
+        votes.append(logits.argmax(1).bincount(minlength=logits.shape[1]))
+    return torch.stack(votes).sum(0)

@@ -11,58 +11,43 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 import influence
 
 from ..images.data import Dataset, Split
 from ..ledger import cache
 from . import inception, training
-from .inception import Embedding
 from .training import Record, Trained, pixels
 
-_EPOCH = 50  # steps after which the state is kept
+_EPOCH = 50  # steps after which the state is kept; there is no end to triplets
 
 
 @dataclass(frozen=True)
 class EmbeddingRecipe:
-    """Everything that decides a trained embedding, besides the data and the code.
-
-    Attributes:
-        dimensions: length of the embedding.
-        width: channel multiplier of the small Inception.
-        steps: of Adam.
-        triplets: of (query, image of its class, image of another class), a step.
-        learning_rate: of Adam.
-        margin: g of the hinge.
-        seed: of weights, triplets and noise.
-    """
+    """Everything that decides a trained embedding, besides the data."""
 
     dimensions: int = 32
-    width: float = 0.125
-    steps: int = 60
-    triplets: int = 24
+    width: float = 0.125  # channel multiplier of the small Inception
+    steps: int = 60  # of Adam
+    triplets: int = 24  # of (query, image of its class, image of another class), a step
     learning_rate: float = 1e-3
-    margin: float = 0.2
-    seed: int = 0
+    margin: float = 0.2  # g of the hinge
+    seed: int = 0  # of weights, triplets and noise
 
 
 @dataclass(frozen=True)
 class EmbeddingArm:
     """One way of continuing an embedding; batch-normalisation statistics stay fixed, as for the classifiers.
 
-    Attributes:
-        objective: "control" (triplet loss), "augmentation" (triplet loss of noisy images) or "stability" (triplet loss
-            of clean images + alpha * mean distance between the embeddings of an image and of its noisy copy).
-        steps: of Adam.
-        learning_rate: of Adam.
-        sigma: standard deviation of the Gaussian noise on pixels in [0, 1].
-        alpha: weight of the stability loss.
+    The objective is the triplet loss of clean images ("control") or noisy ones ("augmentation"), or that of clean
+    images + alpha * mean distance between the embeddings of an image and of its noisy copy ("stability").
     """
 
     objective: Literal["control", "augmentation", "stability"]
-    steps: int
+    steps: int  # of Adam
     learning_rate: float
-    sigma: float = 0.04
+    sigma: float = 0.04  # standard deviation of the Gaussian noise on pixels in [0, 1]
     alpha: float = 0.0
 
 
@@ -73,8 +58,7 @@ def fit(recipe: EmbeddingRecipe, dataset: Dataset, *, device: torch.device | str
         dataset.shape, dimensions=recipe.dimensions, width=recipe.width, seed=recipe.seed
     ).to(device)
     make = partial(_train, model, recipe, None, dataset.train)
-    name = f"{dataset.name}-embedding-{recipe.seed}-{key[:16]}"
-    return Trained(model, key, *training.made_once(name, model, make, recipe=recipe))
+    return training.made_once(f"{dataset.name}-embedding-{recipe.seed}", key, model, make, recipe=recipe)
 
 
 def finetune(
@@ -82,23 +66,22 @@ def finetune(
 ) -> Trained:
     """Continue the embedding of `recipe` with the objective of `arm` for a fixed number of steps; made once."""
     base = fit(recipe, dataset, device=device)
-    assert isinstance(base.model, Embedding)
     key = cache.fingerprint({"base": base.key, "arm": asdict(arm)})
     make = partial(_train, base.model, recipe, arm, dataset.train)
-    name = f"{dataset.name}-embedding-{recipe.seed}-{arm.objective}-{key[:16]}"
-    return Trained(base.model, key, *training.made_once(name, base.model, make, recipe=arm))
+    name = f"{dataset.name}-embedding-{recipe.seed}-{arm.objective}"
+    return training.made_once(name, key, base.model, make, recipe=arm)
 
 
-def _train(model: Embedding, recipe: EmbeddingRecipe, arm: EmbeddingArm | None, train: Split, resume: Path) -> Record:
+def _train(model: Module, recipe: EmbeddingRecipe, arm: EmbeddingArm | None, train: Split, resume: Path) -> Record:
     """By the hinge alone, in training mode, or with the objective of an arm."""
-    rate = recipe.learning_rate if arm is None else arm.learning_rate
+    plan = arm or recipe
     return training.train(
         model,
         Triplets(train, recipe.triplets),
         partial(_loss, recipe, arm),
-        torch.optim.Adam(model.parameters(), lr=rate),
-        steps=recipe.steps if arm is None else arm.steps,
-        rate=lambda _: rate,
+        torch.optim.Adam(model.parameters(), lr=plan.learning_rate),
+        steps=plan.steps,
+        rate=plan.learning_rate,
         seed=(recipe.seed, 3 if arm is None else 4),
         title=f"{'embedding' if arm is None else arm.objective} {recipe.seed}",
         training_mode=arm is None,
@@ -106,7 +89,7 @@ def _train(model: Embedding, recipe: EmbeddingRecipe, arm: EmbeddingArm | None, 
     )
 
 
-def _loss(recipe: EmbeddingRecipe, arm: EmbeddingArm | None, model: torch.nn.Module, batch: Tensor) -> Tensor:
+def _loss(recipe: EmbeddingRecipe, arm: EmbeddingArm | None, model: Module, batch: Tensor) -> Tensor:
     x = pixels(batch, next(model.parameters()).device)
     if arm is None:
         return _hinge(recipe, model(x))
@@ -130,11 +113,9 @@ class Triplets:
     count: int
 
     def __len__(self) -> int:
-        """Batches after which the state is kept; there is no end to triplets."""
         return _EPOCH
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Raw uint8 images of each batch."""
         labels = self.split.labels.numpy()
         generator = np.random.default_rng(int(torch.randint(2**62, ())))
         members = {k: np.flatnonzero(labels == k) for k in np.unique(labels)}

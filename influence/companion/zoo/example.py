@@ -8,37 +8,30 @@ from torch.nn import functional as F
 
 from ..images import data
 from . import training
+from .models import in_turn
 from .training import Shuffled
 
 
 def network(*, epochs: int = 12, seed: int = 0) -> nn.Module:
-    """Three convolutions, trained on scikit-learn's 8 x 8 digits as bytes in [0, 1].
-
-    Args:
-        epochs: passes over the 1,197 training images.
-        seed: of weights and order.
-    """
+    """Three convolutions, trained on the bytes, as [0, 1], of scikit-learn's 1,197 8 x 8 training digits."""
     train = data.load("digits").train
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = nn.Sequential()
-        for name, layer in (
-            ("conv1", nn.Conv2d(1, 16, 3, padding=1)),
-            ("relu1", nn.ReLU()),
-            ("conv2", nn.Conv2d(16, 32, 3, padding=1, stride=2)),
-            ("relu2", nn.ReLU()),
-            ("conv3", nn.Conv2d(32, 32, 3, padding=1)),
-            ("relu3", nn.ReLU()),
-            ("flatten", nn.Flatten()),
-            ("dense", nn.Linear(512, 10)),
-        ):
-            model.add_module(name, layer)
+        model = in_turn(
+            conv1=nn.Conv2d(1, 16, 3, padding=1),
+            relu1=nn.ReLU(),
+            conv2=nn.Conv2d(16, 32, 3, padding=1, stride=2),
+            relu2=nn.ReLU(),
+            conv3=nn.Conv2d(32, 32, 3, padding=1),
+            relu3=nn.ReLU(),
+            flatten=nn.Flatten(),
+            dense=nn.Linear(512, 10),
+        )
     batches = Shuffled(train, 64)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, labels = batch
-        return F.cross_entropy(model(images.float() / 255), labels)
+        return F.cross_entropy(model(batch[0].float() / 255), batch[1])
 
     training.train(
         model,
@@ -46,7 +39,7 @@ def network(*, epochs: int = 12, seed: int = 0) -> nn.Module:
         loss,
         optimizer,
         steps=epochs * len(batches),
-        rate=lambda _: 2e-3,
+        rate=2e-3,
         seed=(seed, 5),
         title="a network of your own",
     )

@@ -30,37 +30,25 @@ class Arm:
     The network stays in evaluation mode: batch-normalisation statistics fixed, no dropout, so that the two branches of
     the stability loss differ by the noise alone.
 
-    Attributes:
-        objective: "control" (task loss, clean images), "augmentation" (task loss, noisy images) or "stability" (task
-            loss on clean images + alpha * divergence between clean and noisy outputs).
-        steps: optimiser steps (Adam).
-        learning_rate: of Adam.
-        sigma: standard deviation of the Gaussian noise on pixels in [0, 1].
-        alpha: weight of the stability loss.
-        divergence: "kl" or "ce".
-        stop_gradient: hold the clean output constant in the stability loss; KL and CE then have the same gradient.
-        layers: "all", or "last" for the dense layer alone.
-        perturbation: what "augmentation" trains on: "noise", or a name of `distortions.apply`.
-        batch_size: images a step.
+    The objective is the task loss on clean images ("control") or noisy ones ("augmentation"), or that on clean images +
+    alpha * divergence between clean and noisy outputs ("stability").
+
+    Raises:
+        ValueError: a distortion with any objective but augmentation, or unknown layers.
     """
 
     objective: Literal["control", "augmentation", "stability"]
-    steps: int
+    steps: int  # of Adam
     learning_rate: float
-    sigma: float = 0.04
+    sigma: float = 0.04  # standard deviation of the Gaussian noise on pixels in [0, 1]
     alpha: float = 0.0
     divergence: Literal["kl", "ce"] = "kl"
-    stop_gradient: bool = False
-    layers: Literal["all", "last"] = "all"
-    perturbation: str = NOISE
+    stop_gradient: bool = False  # hold the clean output constant: KL and CE then have the same gradient
+    layers: Literal["all", "last"] = "all"  # "last": the dense layer alone
+    perturbation: str = NOISE  # what "augmentation" trains on: "noise", or a name of `distortions.apply`
     batch_size: int = 128
 
     def __post_init__(self) -> None:
-        """Refuse what no arm stands for.
-
-        Raises:
-            ValueError: a stability loss on anything but Gaussian noise, or unknown layers.
-        """
         if self.perturbation != NOISE and self.objective != "augmentation":
             raise ValueError(f"only augmentation trains on a distortion, got {self.objective} on {self.perturbation!r}")
         if self.layers not in ("all", "last"):
@@ -72,8 +60,7 @@ def finetune(recipe: Recipe, arm: Arm, dataset: Dataset, *, device: torch.device
     base = training.fit(recipe, dataset, device=device)
     key = cache.fingerprint({"base": base.key, "arm": asdict(arm)})
     make = partial(_continue, base.model, recipe, arm, dataset)
-    record = training.made_once(f"{recipe.name}-{arm.objective}-{key[:16]}", base.model, make, recipe=arm)
-    return Trained(base.model.eval(), key, *record)
+    return training.made_once(f"{recipe.name}-{arm.objective}", key, base.model, make, recipe=arm)
 
 
 def _continue(model: nn.Module, recipe: Recipe, arm: Arm, dataset: Dataset, resume: Path) -> Record:
@@ -86,7 +73,7 @@ def _continue(model: nn.Module, recipe: Recipe, arm: Arm, dataset: Dataset, resu
         partial(_loss, arm),
         adam(model, arm.learning_rate, recipe.weight_decay),
         steps=arm.steps,
-        rate=lambda _: arm.learning_rate,
+        rate=arm.learning_rate,
         seed=(recipe.seed, 2),
         title=f"{arm.objective} {recipe.seed}",
         training_mode=False,
@@ -101,7 +88,7 @@ def _loss(arm: Arm, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     images, labels = batch
     device = next(model.parameters()).device
     x, y = pixels(images, device), labels.to(device)
-    # Drawn by every arm, so that step n of each sees the same images and the same noise.
+    # Drawn by every arm, so that step n of each sees the same images and noise.
     noisy = influence.gaussian_perturbation(x, sigma=arm.sigma * 255, clip=(0, 255))
     if arm.perturbation != NOISE:
         noisy = pixels(distortions.apply(arm.perturbation, images), device)

@@ -1,22 +1,13 @@
-"""Inception v3: torchvision's own, and a small one made of the same five block types."""
+"""A small Inception v3, made of the five block types of torchvision's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import Inception_V3_Weights, inception_v3
-from torchvision.models.inception import (
-    BasicConv2d,
-    InceptionA,
-    InceptionB,
-    InceptionC,
-    InceptionD,
-    InceptionE,
-)
+from torchvision.models.inception import BasicConv2d, InceptionA, InceptionB, InceptionC, InceptionD, InceptionE
 
 # Every channel count of the blocks is a multiple of this, so that a width of n / 16 leaves whole numbers.
 _UNIT = 16
@@ -29,26 +20,21 @@ class SmallInception(nn.Module):
     The blocks are torchvision's; only their convolutions are told to have `width` times the channels. A stem of 3x3
     convolutions halves the image until its side is at most 16, so that any image from 8x8 up fits. Takes raw pixels
     0..255 and scales them to [-1, 1], as Inception does. With `n_classes` it ends in a dense layer, else in features.
+
+    Raises:
+        ValueError: `side`, the smaller of H and W, is below 8, or `width` leaves no whole channels.
     """
 
     def __init__(self, channels: int, side: int, *, width: float = 0.125, n_classes: int | None = None) -> None:
-        """Build the network.
-
-        Args:
-            channels: C of the images.
-            side: the smaller of H and W, at least 8.
-            width: multiplies every channel count, a multiple of 1 / 16.
-            n_classes: K of the dense layer; None for none.
-
-        Raises:
-            ValueError: images too small, or a width that does not leave whole channels.
-        """
         super().__init__()
         if side < 8:
             raise ValueError(f"images must be at least 8x8 pixels, got a side of {side}")
         if width <= 0 or (width * _UNIT) % 1:
             raise ValueError(f"width must be a positive multiple of 1/{_UNIT}, got {width}")
-        conv = _scaled_conv(width)
+
+        def conv(c_in: int, c_out: int, **options: Any) -> nn.Module:
+            return BasicConv2d(round(c_in * width), round(c_out * width), **options)
+
         stem: list[nn.Module] = [BasicConv2d(channels, round(64 * width), kernel_size=3, padding=1)]
         while side > _LARGEST_GRID:
             stem.append(conv(64, 64, kernel_size=3, stride=2, padding=1))
@@ -89,47 +75,3 @@ def small_embedding(shape: tuple[int, int, int], *, dimensions: int, width: floa
         torch.manual_seed(seed)
         trunk = SmallInception(shape[0], min(shape[1:]), width=width)
         return Embedding(trunk, trunk.features, dimensions)
-
-
-def pretrained_embedding(*, dimensions: int, pretrained: bool = True, seed: int = 0) -> Embedding:
-    """Torchvision's Inception v3 below a new dense layer, for RGB images of at least 75x75 pixels.
-
-    Args:
-        dimensions: length of the embedding.
-        pretrained: take the ImageNet weights, which torchvision downloads and checks; else initialise them here.
-        seed: of the new layer, and of all of it when not pretrained.
-
-    Raises:
-        OSError: the weights cannot be downloaded.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        weights = Inception_V3_Weights.IMAGENET1K_V1 if pretrained else None
-        net = inception_v3(weights=weights, init_weights=False, aux_logits=True)
-        net.AuxLogits, net.aux_logits = None, False
-        features = net.fc.in_features
-        net.fc = nn.Identity()
-        return Embedding(nn.Sequential(_Normalised(pretrained), net), features, dimensions)
-
-
-class _Normalised(nn.Module):
-    """Raw pixels to what torchvision's weights take, or to [-1, 1]."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, imagenet: bool) -> None:
-        super().__init__()
-        mean, std = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if imagenet else ([0.5] * 3, [0.5] * 3)
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x / 255 - self.mean) / self.std
-
-
-def _scaled_conv(width: float) -> Callable[..., nn.Module]:
-    def conv(c_in: int, c_out: int, **options: Any) -> nn.Module:
-        return BasicConv2d(round(c_in * width), round(c_out * width), **options)
-
-    return conv

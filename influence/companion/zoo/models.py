@@ -6,6 +6,8 @@ the authors' released network definitions. They take raw pixels (0..255, not nor
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -19,18 +21,13 @@ _BATCHNORM_EPS = 1e-3
 def build(
     name: str, *, shape: tuple[int, int, int], n_classes: int, width: float = 1.0, dropout: float = 0.2, seed: int = 0
 ) -> nn.Module:
-    """A freshly initialised network.
+    """A freshly initialised network of `NAMES` for images (C, H, W); the global random state is left as it was.
 
-    Args:
-        name: "resnet50" or "densenet121".
-        shape: (C, H, W) of one image, H and W at least 8.
-        n_classes: K, at least 2.
-        width: multiplies every channel count; 1 is the paper's network. Depth never changes.
-        dropout: probability of dropping an activation in training mode.
-        seed: of the initial weights; the global random state is left as it was.
+    `width` multiplies every channel count: 1 is the paper's network. `dropout` is the probability of dropping an
+    activation in training mode.
 
     Raises:
-        ValueError: unknown name, image too small, fewer than 2 classes, or width not positive.
+        ValueError: unknown name, H or W below 8, fewer than 2 classes, or width not positive.
     """
     channels, height, image_width = shape
     if name not in NAMES:
@@ -51,6 +48,19 @@ def build(
 def trainable_layers(model: nn.Module) -> list[str]:
     """Names of the modules that own parameters, in `named_modules()` order: the columns of Setup 2."""
     return [name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None]
+
+
+def in_turn(**modules: nn.Module) -> nn.Sequential:
+    """Modules with names, one after the other."""
+    return nn.Sequential(OrderedDict(modules))
+
+
+class Append(nn.Sequential):
+    """What its modules make of the input, appended to the input's channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, c_in, H, W) to (N, c_in + c_out, H, W)."""
+        return torch.cat([x, super().forward(x)], dim=1)
 
 
 def _conv(c_in: int, c_out: int, size: int, stride: int = 1) -> nn.Conv2d:
@@ -77,10 +87,9 @@ def _scaled(channels: int, width: float) -> int:
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout` whose masks on a CPU come from NumPy.
+    """`nn.Dropout` whose masks on a CPU come from NumPy, seeded by PyTorch's generator.
 
-    PyTorch draws a CPU mask number by number on one thread, half of a training step of these networks. Here PyTorch's
-    generator only seeds each mask, so that `torch.manual_seed` still decides everything.
+    PyTorch draws a CPU mask number by number on one thread, half of a training step of these networks.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,12 +137,12 @@ class ResNet50(nn.Module):
         for stage, (depth, filters) in enumerate(zip((3, 4, 6, 3), (64, 128, 256, 512), strict=True)):
             c_mid, c_out = _scaled(filters, width), _scaled(4 * filters, width)
             stride = 1 if stage == 0 else 2
-            blocks = [Bottleneck(c, c_mid, c_out, stride, True, dropout)]
-            blocks += [Bottleneck(c_out, c_mid, c_out, 1, False, dropout) for _ in range(depth - 1)]
-            stages.append(nn.Sequential(*blocks))
+            first = Bottleneck(c, c_mid, c_out, stride, True, dropout)
+            others = (Bottleneck(c_out, c_mid, c_out, 1, False, dropout) for _ in range(depth - 1))
+            stages.append(nn.Sequential(first, *others))
             c = c_out
         self.stage2, self.stage3, self.stage4, self.stage5 = stages
-        height, image_width = (_halved(side, 3) for side in size)
+        height, image_width = (-(-side // 8) for side in size)
         # 2x2 average pool without padding; an 8x8 image arrives here as a single pixel, which has nothing to pool.
         self.pool = (min(2, height), min(2, image_width))
         self.head = _dense(c * (height // self.pool[0]) * (image_width // self.pool[1]), n_classes)
@@ -145,42 +154,13 @@ class ResNet50(nn.Module):
         return self.head(F.avg_pool2d(x, self.pool).flatten(1))
 
 
-def _halved(side: int, times: int) -> int:
-    for _ in range(times):
-        side = (side + 1) // 2
-    return side
-
-
 # -- DenseNet121 ------------------------------------------------------------------------------------------------------
 
 
-class DenseLayer(nn.Module):
-    """Normalise, ReLU, 1x1 to four times the growth; normalise, ReLU, 3x3 to the growth; append to the input."""
-
-    def __init__(self, c_in: int, growth: int, dropout: float) -> None:
-        super().__init__()
-        self.bn1, self.conv1 = _batchnorm(c_in), _conv(c_in, 4 * growth, 1)
-        self.bn2, self.conv2 = _batchnorm(4 * growth), _conv(4 * growth, growth, 3)
-        self.dropout = Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, c_in, H, W) to (N, c_in + growth, H, W)."""
-        new = self.dropout(self.conv1(F.relu(self.bn1(x))))
-        new = self.dropout(self.conv2(F.relu(self.bn2(new))))
-        return torch.cat([x, new], dim=1)
-
-
-class Transition(nn.Module):
-    """Normalise, ReLU, 1x1 to half the channels, 2x2 average pool."""
-
-    def __init__(self, c_in: int, c_out: int, dropout: float) -> None:
-        super().__init__()
-        self.bn, self.conv = _batchnorm(c_in), _conv(c_in, c_out, 1)
-        self.dropout = Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, c_in, H, W) to (N, c_out, H // 2, W // 2)."""
-        return F.avg_pool2d(self.dropout(self.conv(F.relu(self.bn(x)))), 2)
+def _dense_layer(c_in: int, growth: int, dropout: float) -> Append:
+    first = {"bn1": _batchnorm(c_in), "relu1": nn.ReLU(), "conv1": _conv(c_in, 4 * growth, 1)}
+    second = {"bn2": _batchnorm(4 * growth), "relu2": nn.ReLU(), "conv2": _conv(4 * growth, growth, 3)}
+    return Append(OrderedDict(first | {"drop1": Dropout(dropout)} | second | {"drop2": Dropout(dropout)}))
 
 
 class DenseNet121(nn.Module):
@@ -193,10 +173,11 @@ class DenseNet121(nn.Module):
         self.conv1, self.bn1 = _conv(channels, c, 3), _batchnorm(c)
         parts: list[nn.Module] = []
         for block, depth in enumerate((6, 12, 24, 16)):
-            parts.append(nn.Sequential(*(DenseLayer(c + i * growth, growth, dropout) for i in range(depth))))
+            parts.append(nn.Sequential(*(_dense_layer(c + i * growth, growth, dropout) for i in range(depth))))
             c += depth * growth
             if block < 3:
-                parts.append(Transition(c, c // 2, dropout))
+                bn, conv = _batchnorm(c), _conv(c, c // 2, 1)
+                parts.append(in_turn(bn=bn, relu=nn.ReLU(), conv=conv, drop=Dropout(dropout), pool=nn.AvgPool2d(2)))
                 c //= 2
         self.block2, self.pool2, self.block3, self.pool3, self.block4, self.pool4, self.block5 = parts
         self.bn = _batchnorm(c)

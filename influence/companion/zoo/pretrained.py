@@ -7,7 +7,8 @@ CIFAR-10 and on MNIST), and a DenseNet-BC-40-12. All take raw pixels 0..255, and
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,27 +18,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..images.data import DataError
+from .models import Append, in_turn
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a network is to be had, and what it must measure.
+    """Where a network is to be had, and what it must measure."""
 
-    Attributes:
-        file: name below `checkpoints/`; its last digits begin the sha256.
-        address: of the file.
-        data: a name of `data.NAMES`.
-        test_accuracy: on the 10,000 test images, to .0005.
-        licence: of the weights.
-        build: the network without its weights.
-    """
-
-    file: str
+    file: str  # name below `checkpoints/`; its last digits begin the sha256
     address: str
-    data: str
-    test_accuracy: float
-    licence: str
-    build: Callable[[], nn.Module]
+    data: str  # a name of `data.NAMES`
+    test_accuracy: float  # on the 10,000 test images, to .0005
+    licence: str  # of the weights
+    build: Callable[[], nn.Module]  # without its weights
 
 
 class Block(nn.Module):
@@ -70,13 +63,7 @@ class CifarResNet(nn.Module):
         super().__init__()
         blocks = (depth - 2) // 6
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
-        stages, c = [], 16
-        for c_out, stride in ((16, 1), (32, 2), (64, 2)):
-            stages.append(
-                nn.Sequential(*(Block(c if i == 0 else c_out, c_out, stride if i == 0 else 1) for i in range(blocks)))
-            )
-            c = c_out
-        self.layer1, self.layer2, self.layer3 = stages
+        self.layer1, self.layer2, self.layer3 = _stages(Block, blocks)
         self.linear = nn.Linear(64, 10)
         if initialise:
             for module in self.modules():
@@ -122,23 +109,13 @@ class SameConv2d(nn.Conv2d):
 
 
 class PreActivationResNet32(nn.Module):
-    """ResNet-32 v2 of the group's repository: a 3x3 stem, 3 stages of 5 blocks; takes raw pixels 0..255.
-
-    Args:
-        channels: of the images.
-        scale: what the pixels were divided by in training.
-    """
+    """ResNet-32 v2 of the group's repository, whose training divided the pixels 0..255 by `scale`."""
 
     def __init__(self, channels: int, scale: float) -> None:
         super().__init__()
         self.scale = scale
         self.conv = SameConv2d(channels, 16, 3)
-        blocks, c = [], 16
-        for c_out, stride in ((16, 1), (32, 2), (64, 2)):
-            for i in range(5):
-                blocks.append(PreActivationBlock(c, c_out, stride if i == 0 else 1))
-                c = c_out
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = nn.Sequential(*(block for stage in _stages(PreActivationBlock, 5) for block in stage))
         self.bn, self.dense = nn.BatchNorm2d(64), nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,42 +123,11 @@ class PreActivationResNet32(nn.Module):
         return self.dense(F.relu(self.bn(self.blocks(self.conv(x / self.scale)))).mean(dim=(2, 3)))
 
 
-class BottleneckLayer(nn.Module):
-    """Normalise, rectify, 1x1 to 48; normalise, rectify, 3x3 to 12; append to the input."""
-
-    def __init__(self, c_in: int) -> None:
-        super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, 48, 1, bias=False)
-        self.bn2, self.conv2 = nn.BatchNorm2d(48), nn.Conv2d(48, 12, 3, padding=1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, c_in, H, W) to (N, c_in + 12, H, W)."""
-        return torch.cat([x, self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))], dim=1)
-
-
-class Transition(nn.Module):
-    """Normalise, rectify, 1x1 to half the channels, 2x2 mean."""
-
-    def __init__(self, c_in: int) -> None:
-        super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_in // 2, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, c_in, H, W) to (N, c_in // 2, H // 2, W // 2)."""
-        return F.avg_pool2d(self.conv1(F.relu(self.bn1(x))), 2)
-
-
-class _Layers(nn.Module):
-    """The name "layer" that the stored weights have."""
-
-    def __init__(self, c_in: int) -> None:
-        super().__init__()
-        self.layer = nn.Sequential(*(BottleneckLayer(c_in + 12 * i) for i in range(6)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, c_in, H, W) to (N, c_in + 72, H, W)."""
-        y: Tensor = self.layer(x)
-        return y
+def _densenet_layer(c_in: int) -> Append:
+    """1x1 to 48, then 3x3 to 12."""
+    first = {"bn1": nn.BatchNorm2d(c_in), "relu1": nn.ReLU(), "conv1": nn.Conv2d(c_in, 48, 1, bias=False)}
+    second = {"bn2": nn.BatchNorm2d(48), "relu2": nn.ReLU(), "conv2": nn.Conv2d(48, 12, 3, padding=1, bias=False)}
+    return Append(OrderedDict(first | second))
 
 
 class DenseNetBC(nn.Module):
@@ -192,10 +138,18 @@ class DenseNetBC(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+
+        def block(c_in: int) -> nn.Sequential:
+            return in_turn(layer=nn.Sequential(*(_densenet_layer(c_in + 12 * i) for i in range(6))))
+
+        def halved(c: int) -> nn.Sequential:
+            conv = nn.Conv2d(c, c // 2, 1, bias=False)
+            return in_turn(bn1=nn.BatchNorm2d(c), relu=nn.ReLU(), conv1=conv, pool=nn.AvgPool2d(2))
+
         self.conv1 = nn.Conv2d(3, 24, 3, padding=1, bias=False)
-        self.block1, self.trans1 = _Layers(24), Transition(96)
-        self.block2, self.trans2 = _Layers(48), Transition(120)
-        self.block3 = _Layers(60)
+        self.block1, self.trans1 = block(24), halved(96)
+        self.block2, self.trans2 = block(48), halved(120)
+        self.block3 = block(60)
         self.bn1, self.fc = nn.BatchNorm2d(132), nn.Linear(132, 10)
         _scale_by(self, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
 
@@ -206,6 +160,14 @@ class DenseNetBC(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
+def _stages(block: Callable[[int, int, int], nn.Module], count: int) -> list[nn.Sequential]:
+    """Three stages of `count` blocks, of 16, 32 and 64 channels; the later two begin with a stride of 2."""
+    return [
+        nn.Sequential(block(c_in, c_out, stride), *(block(c_out, c_out, 1) for _ in range(count - 1)))
+        for c_in, c_out, stride in ((16, 16, 1), (16, 32, 2), (32, 64, 2))
+    ]
+
+
 def _scale_by(network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     for name, values in (("mean", mean), ("std", std)):
         network.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
@@ -213,44 +175,24 @@ def _scale_by(network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...
 
 _HE = "github.com/akamaster/pytorch_resnet_cifar10, pretrained_models/"
 _GROUP = "github.com/BruceResearch/mFI-PSO, FI_Image_Choose/"
+_HAZY = "github.com/HazyResearch/ukb-cardiac-mri, ukb/models/frame/pretrained_densenet_4012BC.pth.tar"
+_BSD, _APACHE = "BSD 2-clause", "Apache-2.0"
 SOURCES: dict[str, Source] = {
-    "resnet20": Source("resnet20-12fca82f.th", _HE, "cifar10", 0.9173, "BSD 2-clause", lambda: CifarResNet(20)),
-    "resnet56": Source("resnet56-4bfd9763.th", _HE, "cifar10", 0.9339, "BSD 2-clause", lambda: CifarResNet(56)),
+    "resnet20": Source("resnet20-12fca82f.th", _HE, "cifar10", 0.9173, _BSD, lambda: CifarResNet(20)),
+    "resnet56": Source("resnet56-4bfd9763.th", _HE, "cifar10", 0.9339, _BSD, lambda: CifarResNet(56)),
     "group-resnet32-cifar10": Source(
-        "mfipso_resnet32_cifar10-f508f29a.h5",
-        _GROUP,
-        "cifar10",
-        0.9128,
-        "Apache-2.0",
-        lambda: PreActivationResNet32(3, 1.0),
+        "mfipso_resnet32_cifar10-f508f29a.h5", _GROUP, "cifar10", 0.9128, _APACHE, lambda: PreActivationResNet32(3, 1.0)
     ),
     "group-resnet32-mnist": Source(
-        "mfipso_resnet32_mnist-b27eb6b6.h5",
-        _GROUP,
-        "mnist",
-        0.9925,
-        "Apache-2.0",
-        lambda: PreActivationResNet32(1, 255.0),
+        "mfipso_resnet32_mnist-b27eb6b6.h5", _GROUP, "mnist", 0.9925, _APACHE, lambda: PreActivationResNet32(1, 255.0)
     ),
-    "densenet-bc-40-12": Source(
-        "densenet_bc_40_12-59022af1.pth.tar",
-        "github.com/HazyResearch/ukb-cardiac-mri, ukb/models/frame/pretrained_densenet_4012BC.pth.tar",
-        "cifar10",
-        0.9316,
-        "Apache-2.0",
-        DenseNetBC,
-    ),
+    "densenet-bc-40-12": Source("densenet_bc_40_12-59022af1.pth.tar", _HAZY, "cifar10", 0.9316, _APACHE, DenseNetBC),
 }
 NAMES = tuple(SOURCES)
 
 
 def load(name: str, data_dir: str | Path | None, *, device: torch.device | str = "cpu") -> tuple[nn.Module, str]:
-    """A trained network in evaluation mode, and the sha256 of its file.
-
-    Args:
-        name: one of `NAMES`.
-        data_dir: folder with `checkpoints/FILE` as `SOURCES` names it.
-        device: where to put it.
+    """The network of `NAMES`, in evaluation mode, and the sha256 of its file, `data_dir/checkpoints/FILE`.
 
     Raises:
         DataError: unknown name, or the file is missing, corrupt or of another network.
@@ -258,10 +200,10 @@ def load(name: str, data_dir: str | Path | None, *, device: torch.device | str =
     if name not in SOURCES:
         raise DataError(f"unknown network {name!r}: expected one of {', '.join(NAMES)}")
     source = SOURCES[name]
-    file = None if data_dir is None else Path(data_dir).expanduser() / "checkpoints" / source.file
-    if file is None or not file.is_file():
+    file = Path(data_dir or "").expanduser() / "checkpoints" / source.file
+    if data_dir is None or not file.is_file():
         raise DataError(
-            f"{name}: no {file or f'checkpoints/{source.file}'}; name the folder with --data DIR or INFLUENCE_DATA=DIR "
+            f"{name}: no {file}; name the folder with --data DIR or INFLUENCE_DATA=DIR "
             f"(the file is from {source.address})"
         )
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -277,34 +219,26 @@ def load(name: str, data_dir: str | Path | None, *, device: torch.device | str =
     return network.to(device).eval(), digest
 
 
+_KERAS_NORM = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
+
+
 def _load_keras(network: nn.Module, file: Path) -> None:
     """Keras numbers its layers of a kind in the order of their calls, which is that of the modules here."""
     import h5py
 
     kinds = {nn.Conv2d: "conv2d", nn.BatchNorm2d: "batch_normalization", nn.Linear: "dense"}
-    count = dict.fromkeys(kinds, 0)
     with h5py.File(file, "r") as opened:
         layers = opened["model_weights"] if "model_weights" in opened else opened
-        for module in network.modules():
-            for kind, word in kinds.items():
-                if isinstance(module, kind):
-                    count[kind] += 1
-                    name = f"{word}_{count[kind]}"
-                    arrays = {key.partition(":")[0]: np.asarray(value) for key, value in layers[name][name].items()}
-                    _put(module, {key: torch.from_numpy(array) for key, array in arrays.items()})
-
-
-def _put(module: nn.Module, arrays: Mapping[str, Tensor]) -> None:
-    if isinstance(module, nn.BatchNorm2d):
-        found = {
-            "weight": arrays["gamma"],
-            "bias": arrays["beta"],
-            "running_mean": arrays["moving_mean"],
-            "running_var": arrays["moving_variance"],
-            "num_batches_tracked": torch.tensor(0),
-        }
-    else:
-        kernel = arrays["kernel"]
-        turned = kernel.permute(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T  # (H, W, in, out) there
-        found = {"weight": turned.contiguous(), "bias": arrays["bias"]}
-    module.load_state_dict(found)
+        for kind, word in kinds.items():
+            alike = (module for module in network.modules() if isinstance(module, kind))
+            for number, module in enumerate(alike, start=1):
+                stored = layers[f"{word}_{number}"][f"{word}_{number}"]
+                arrays = {key.partition(":")[0]: torch.from_numpy(np.asarray(value)) for key, value in stored.items()}
+                if kind is nn.BatchNorm2d:
+                    found = {_KERAS_NORM[key]: array for key, array in arrays.items()}
+                    found["num_batches_tracked"] = torch.tensor(0)
+                else:
+                    kernel = arrays["kernel"]
+                    turned = kernel.permute(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T  # (H, W, in, out) there
+                    found = {"weight": turned.contiguous(), "bias": arrays["bias"]}
+                module.load_state_dict(found)

@@ -21,40 +21,32 @@ from torch import nn
 from ..ledger import cache, paths
 from . import recipes, training
 from .recipes import Recipe, RecipeError
-from .training import Record, TrainingError
+from .training import Trained, TrainingError
 
 _TOLERANCE = 0.001  # a tenth of a point: what a stored accuracy may differ by when it is measured anew
 Row = dict[str, Any]
 
 
 def ledger() -> dict[str, Row]:
-    """One row for each network that was trained, by name.
-
-    Raises:
-        TrainingError: the ledger is damaged.
-    """
+    """One row for each network that was trained, by name; a TrainingError where the ledger is damaged."""
     file = paths.ZOO / "ledger.json"
-    if not file.exists():
-        return {}
     try:
-        rows: dict[str, Row] = json.loads(file.read_text(encoding="utf-8"))
+        rows: dict[str, Row] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     except ValueError as error:
         raise TrainingError(f"{file}: damaged ({error}): restore it with git checkout") from None
     return rows
 
 
-def load(key: str, model: nn.Module) -> Record | None:
-    """Put the weights of the trained network with this key into `model`; None where there are none here.
-
-    Raises:
-        TrainingError: the weights are damaged.
-    """
+def load(key: str, model: nn.Module) -> Trained | None:
+    """Put the weights of the trained network with this key into `model`; None where there are none here."""
     for name, row in ledger().items():
         # One too large to publish has its weights only where it was trained.
         if row["key"] == key and (row["published"] or _file(name, row["published"]).exists()):
             training.load_weights(_checked(name, row), model)
             history = pd.read_csv(paths.ZOO / f"{name}.csv").to_dict("records")
-            return [{str(k): v for k, v in line.items()} for line in history], row["seconds"]
+            return Trained(
+                model.eval(), key, [{str(k): v for k, v in line.items()} for line in history], row["seconds"]
+            )
     return None
 
 
@@ -95,9 +87,9 @@ def train(name: str, *, device: torch.device | str = "cpu", data_dir: Path | Non
     row = ledger().get(name)
     if row is not None and row["key"] == key:
         return f"{_said(recipe, row)}, trained already"
-    weights = _file(name, recipe.published)
-    resume, made_by = paths.ZOO / f"{name}.resume.pt", training.provenance()
-    with training.alone(training.folder() / f"{name}.lock", name):
+    weights, resume = _file(name, recipe.published), paths.ZOO / f"{name}.resume.pt"
+    made_by = training.provenance()
+    with training.alone(name):
         model = recipe.build(dataset).to(device)
         history, seconds = training.fit_into(model, recipe, dataset, resume)
         training.save_weights(weights, model, half=True)
@@ -118,17 +110,11 @@ def train(name: str, *, device: torch.device | str = "cpu", data_dir: Path | Non
         }
         table = pd.DataFrame(history).to_csv(index=False)
         cache.atomic_write(paths.ZOO / f"{name}.csv", lambda file: file.write_text(table, encoding="utf-8"))
-        _enter(name, row)
+        with FileLock(training.folder() / "ledger.lock"):  # two trainings that end at once both stay in the ledger
+            text = json.dumps(dict(sorted({**ledger(), name: row}.items())), indent=1) + "\n"
+            cache.atomic_write(paths.ZOO / "ledger.json", lambda file: file.write_text(text, encoding="utf-8"))
         resume.unlink(missing_ok=True)
     return _said(recipe, row)
-
-
-def _enter(name: str, row: Row) -> None:
-    """Write one row; two trainings that end at once both stay in the ledger."""
-    with FileLock(training.folder() / "ledger.lock"):
-        rows = dict(sorted({**ledger(), name: row}.items()))
-        text = json.dumps(rows, indent=1) + "\n"
-        cache.atomic_write(paths.ZOO / "ledger.json", lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def listing() -> str:

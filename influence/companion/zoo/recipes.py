@@ -34,56 +34,32 @@ class RecipeError(ValueError):
 class Recipe:
     """Everything that decides a trained classifier, besides its data; `recipes.yaml` explains each value.
 
-    Attributes:
-        name: of the network: its name in `recipes.yaml`, "-" and the seed.
-        architecture: a name of `ARCHITECTURES`.
-        data: a name of `data.NAMES`.
-        epochs: over all training images.
-        phases: (epochs, learning rate), one after the other; empty with `one_cycle`.
-        one_cycle: peak of the learning rate; 0 with `phases`.
-        optimizer: "adam", or "sgd" with Nesterov's momentum of .9.
-        keep: "best" validation accuracy of the last phase, or the "last" epoch.
-        width: channel multiplier.
-        dropout: probability of dropping an activation.
-        normalise: take mean and standard deviation of the training images out of the pixels, inside the network.
-        batch_size: images a step.
-        weight_decay: coefficient of the weights in their own gradient; with Adam of convolutions alone, as released.
-        augment: crop and flip.
-        precision: "float32", or "bfloat16" where the processor has instructions for it.
-        labels: of `outliers.HUMAN_LABELS`; None for those of the data set.
-        fold: (i, n): every n-th training image from the i-th on is held out, for validation.
-        seed: of weights, order and all else that is drawn.
-        gate: accuracies by part ("train", "test") below which no verdict rests on the network.
-        published: whether its weights belong to `results/zoo`.
+    Raises:
+        RecipeError: it cannot be trained; with the value that is wrong.
     """
 
-    name: str
-    architecture: str
-    data: str
-    epochs: int
-    phases: tuple[tuple[int, float], ...] = ()
-    one_cycle: float = 0.0
-    optimizer: Literal["adam", "sgd"] = "adam"
-    keep: Literal["best", "last"] = "best"
-    width: float = 1.0
-    dropout: float = 0.0
-    normalise: bool = False
+    name: str  # that of `recipes.yaml`, "-" and the seed
+    architecture: str  # of `ARCHITECTURES`
+    data: str  # of `data.NAMES`
+    epochs: int  # over all training images
+    phases: tuple[tuple[int, float], ...] = ()  # (epochs, learning rate), one after the other; empty with `one_cycle`
+    one_cycle: float = 0.0  # peak of the learning rate; 0 with `phases`
+    optimizer: Literal["adam", "sgd"] = "adam"  # sgd: with Nesterov's momentum of .9
+    keep: Literal["best", "last"] = "best"  # validation accuracy of the last phase, or the last epoch
+    width: float = 1.0  # channel multiplier
+    dropout: float = 0.0  # probability of dropping an activation
+    normalise: bool = False  # take mean and standard deviation out of the pixels, inside the network
     batch_size: int = 128
-    weight_decay: float = 2e-4
-    augment: bool = False
-    precision: Literal["float32", "bfloat16"] = "float32"
-    labels: str | None = None
-    fold: tuple[int, int] | None = None
-    seed: int = 0
-    gate: dict[str, float] = field(default_factory=dict)
-    published: bool = False
+    weight_decay: float = 2e-4  # of the weights in their own gradient; with Adam of convolutions alone, as released
+    augment: bool = False  # crop and flip
+    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: where the processor has instructions for it
+    labels: str | None = None  # of `outliers.HUMAN_LABELS`; None for those of the data set
+    fold: tuple[int, int] | None = None  # (i, n): every n-th training image from the i-th on is held out, to validate
+    seed: int = 0  # of weights, order and all else that is drawn
+    gate: dict[str, float] = field(default_factory=dict)  # accuracies by part below which no verdict rests on it
+    published: bool = False  # whether its weights belong to `results/zoo`
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be trained.
-
-        Raises:
-            RecipeError: with the value that is wrong.
-        """
         if self.architecture not in ARCHITECTURES:
             raise RecipeError(f"{self.name}: unknown architecture {self.architecture!r}: {', '.join(ARCHITECTURES)}")
         if bool(self.phases) == bool(self.one_cycle):
@@ -123,14 +99,13 @@ class Recipe:
 
     def build(self, dataset: Dataset) -> nn.Module:
         """The network before training, in evaluation mode."""
-        return ARCHITECTURES[self.architecture](self, dataset).to(memory_format=torch.channels_last).eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            network = ARCHITECTURES[self.architecture](self, dataset)
+        return network.to(memory_format=torch.channels_last).eval()
 
     def dataset(self, data_dir: Path | None = None) -> Dataset:
-        """What the network is trained, validated and tested on.
-
-        Raises:
-            DataError: it is missing or corrupt.
-        """
+        """What the network is trained, validated and tested on; raises a DataError as `data.load`."""
         return _dataset(self.data, self.labels, self.fold, data_dir or paths.data_dir())
 
 
@@ -145,21 +120,18 @@ def adam(model: nn.Module, rate: float, weight_decay: float) -> torch.optim.Adam
 
 def _groups(model: nn.Module, decayed: Sequence[Tensor], weight_decay: float) -> list[dict[str, Any]]:
     chosen = {id(weight) for weight in decayed}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in trained if id(p) in chosen], "weight_decay": weight_decay},
-        {"params": [p for p in trained if id(p) not in chosen], "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups[id(parameter) not in chosen]["params"].append(parameter)
+    return groups
 
 
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Recipe)}
 
 
 class Normalised(nn.Module):
-    """A network of pixels from which mean and standard deviation of each channel are taken out: (N, C, H, W) to (N, K).
-
-    They are buffers of the network, so that a perturbation of its input stays one of raw pixels.
-    """
+    """A network of pixels from which mean and standard deviation of each channel of `images` are taken out."""
 
     mean: Tensor
     std: Tensor
@@ -168,8 +140,8 @@ class Normalised(nn.Module):
         super().__init__()
         self.network = network
         values = images.double()
-        self.register_buffer("mean", values.mean(dim=(0, 2, 3), keepdim=True).float()[0])
-        self.register_buffer("std", values.std(dim=(0, 2, 3), keepdim=True).float()[0])
+        for name, statistic in (("mean", values.mean), ("std", values.std)):
+            self.register_buffer(name, statistic(dim=(0, 2, 3), keepdim=True).float()[0])
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of raw pixels."""
@@ -189,22 +161,10 @@ def _papers(recipe: Recipe, dataset: Dataset) -> nn.Module:
     return Normalised(network, dataset.train.images) if recipe.normalise else network
 
 
-def _seeded(build: Any) -> Any:
-    def seeded(recipe: Recipe, dataset: Dataset) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            network: nn.Module = build(recipe, dataset)
-            return network
-
-    return seeded
-
-
-@_seeded
 def _resnet20(recipe: Recipe, dataset: Dataset) -> nn.Module:
     return CifarResNet(20, initialise=True)
 
 
-@_seeded
 def _inception(recipe: Recipe, dataset: Dataset) -> nn.Module:
     return SmallInception(dataset.shape[0], min(dataset.shape[1:]), width=recipe.width, n_classes=len(dataset.classes))
 
@@ -216,11 +176,7 @@ ARCHITECTURES = {"resnet50": _papers, "densenet121": _papers, "resnet20": _resne
 
 
 def recipe(profile: str, dataset: str, model: str, *, seed: int = 0) -> Recipe:
-    """The recipe for a network on a data set in a profile.
-
-    Raises:
-        RecipeError: nothing is set down for that profile and data set.
-    """
+    """The recipe for a network on a data set in a profile; a RecipeError where none is set down."""
     stem = f"{_FAMILIES.get(profile)}-{model}-{dataset}"
     rows = _rows()
     if stem not in rows:
@@ -230,11 +186,7 @@ def recipe(profile: str, dataset: str, model: str, *, seed: int = 0) -> Recipe:
 
 
 def named(name: str) -> Recipe:
-    """The recipe of a network such as "base-resnet20-cifar10-0".
-
-    Raises:
-        RecipeError: there is none of that name.
-    """
+    """The recipe of a network such as "base-resnet20-cifar10-0"; a RecipeError where there is none of that name."""
     stem, _, seed = name.rpartition("-")
     row = _rows().get(stem)
     if row is not None and seed.isdecimal() and int(seed) in row["seeds"]:
@@ -255,8 +207,7 @@ def everything() -> Iterator[Recipe]:
 
 def _recipe(stem: str, row: dict[str, Any], seed: int) -> Recipe:
     values = {key: value for key, value in row.items() if key != "seeds"}
-    unknown = set(values) - {f.name for f in fields(Recipe)}
-    if unknown:
+    if unknown := set(values) - {f.name for f in fields(Recipe)}:
         raise RecipeError(f"recipes.yaml: {stem} has unknown values {', '.join(sorted(unknown))}")
     if "phases" in values:
         values["phases"] = tuple((int(epochs), float(rate)) for epochs, rate in values["phases"])
@@ -281,10 +232,6 @@ def _dataset(name: str, labels: str | None, fold: tuple[int, int] | None, data_d
         return found
     whole = found.train.with_(found.valid)
     if labels is not None:
-        given, _ = outliers.human_labels(labels, data_dir)
-        whole = replace(whole, labels=given[whole.index])
-    if fold is None:
-        held_out = torch.isin(whole.index, found.valid.index)
-    else:
-        held_out = whole.index % fold[1] == fold[0]
+        whole = replace(whole, labels=outliers.human_labels(labels, data_dir)[0][whole.index])
+    held_out = whole.index % fold[1] == fold[0] if fold else torch.isin(whole.index, found.valid.index)
     return replace(found, train=whole.where(~held_out), valid=whole.where(held_out))

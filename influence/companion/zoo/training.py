@@ -1,8 +1,7 @@
-"""The one training loop of the companion, and how its classifiers are trained with it.
+"""The one training loop of the companion, resumable epoch by epoch, and how its classifiers are trained with it.
 
-`train` is the loop: batches, a loss, an optimiser and a schedule, resumable epoch by epoch. Everything that trains
-calls it: `fit` (the classifier of a recipe), `learn` (it continued on added images), the arms of Zheng et al. (2016)
-in `finetuning`, the embeddings in `embedding`, and the continuation of the reader's own model.
+Everything that trains calls `train`: `fit` (the classifier of a recipe), `learn` (it continued on added images), the
+arms of Zheng et al. (2016) in `finetuning`, the embeddings in `embedding`, the continuation of the reader's own model.
 
 A trained network is known by its recipe and the digest of its data. Code is not a part of that: an edit of a docstring,
 or of a function, never trains a network again; the record beside the weights says which code made them.
@@ -15,7 +14,6 @@ import ctypes
 import itertools
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,11 +41,8 @@ from .recipes import Recipe
 class Batches(Protocol):
     """The batches of an epoch: drawn anew, from PyTorch's global generator, each time they are gone through."""
 
-    def __len__(self) -> int:
-        """Steps in an epoch."""
-
-    def __iter__(self) -> Iterator[Any]:
-        """The batches of one epoch."""
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 # What a step minimises: one number, or numbers whose sum it is, each sent back before the next is computed, so that a
@@ -62,19 +57,12 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Trained:
-    """A network in evaluation mode with the key of its checkpoint.
-
-    Attributes:
-        model: the network, on the device asked for.
-        key: sha256 of what made it.
-        history: one row per epoch.
-        seconds: the training took, when it was done.
-    """
+    """A network in evaluation mode, on the device asked for, with the key of its checkpoint."""
 
     model: nn.Module
-    key: str
-    history: list[dict[str, Any]]
-    seconds: float
+    key: str  # sha256 of what made it
+    history: list[dict[str, Any]]  # one row per epoch
+    seconds: float  # that the training took, when it was done
 
 
 def train(
@@ -84,36 +72,33 @@ def train(
     optimizer: torch.optim.Optimizer,
     *,
     steps: int,
-    rate: Callable[[float], float],
+    rate: float | Callable[[float], float],
     seed: Sequence[int],
     title: str,
     training_mode: bool = True,
     precision: str = "float32",
-    clip: float | None = None,
     measure: Callable[[], dict[str, float]] | None = None,
     best_from: int | None = None,
     resume: Path | None = None,
 ) -> Record:
-    """Train `model` in place.
+    """Train `model` in place, on its device; it ends in evaluation mode.
 
     Every epoch draws its randomness from a seed of its own, so that a training that was killed goes on from the last
     finished epoch and ends with the same weights, bit for bit on one machine.
 
     Args:
-        model: the network, on its device; ends in evaluation mode.
+        model: the network.
         batches: of one epoch; the last epoch stops where `steps` are done.
         loss: of the model on a batch.
         optimizer: of the parameters to change.
         steps: in all.
-        rate: learning rate as a function of the share of all steps done, in [0, 1).
+        rate: learning rate, or a function that gives it from the share of all steps done, in [0, 1).
         seed: numbers that name this training's stream of randomness.
         title: of the progress bar.
         training_mode: False leaves batch-normalisation statistics as they are and drops nothing.
         precision: "bfloat16" computes in bfloat16 (weights stay float32) where the processor has instructions for it.
-        clip: largest norm of the gradient; None for no limit.
         measure: called after each epoch for more columns of the history, such as "valid_accuracy".
-        best_from: keep the weights of the best "valid_accuracy" among the epochs from this one on (0-based), instead of
-            the last ones.
+        best_from: keep the weights of best "valid_accuracy" from this epoch on (0-based), instead of the last ones.
         resume: file in which the state is kept after each epoch; removed by whoever has stored the weights.
 
     Returns:
@@ -134,18 +119,17 @@ def train(
         start, done = time.perf_counter(), epoch * len(batches)
         model.train(training_mode)
         total = torch.zeros((), device=device)
-        with _seeded(*seed, epoch, device=device):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(mixed_seed(*seed, epoch))
             for step, batch in enumerate(itertools.islice(batches, steps - done), start=done):
                 for group in optimizer.param_groups:
-                    group["lr"] = rate(step / steps)
+                    group["lr"] = rate(step / steps) if callable(rate) else rate
                 optimizer.zero_grad(set_to_none=True)
                 with torch.autocast(device.type, torch.bfloat16, enabled=lowered):
                     terms = loss(model, batch)
                     for term in [terms] if isinstance(terms, Tensor) else terms:
                         term.backward()
                         total += term.detach()
-                if clip is not None:
-                    nn.utils.clip_grad_norm_(itertools.chain(*(g["params"] for g in optimizer.param_groups)), clip)
                 optimizer.step()
         model.eval()
         row = {"epoch": epoch + 1, "steps": step + 1, "lr": optimizer.param_groups[0]["lr"]}
@@ -185,37 +169,20 @@ def _resumed(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, dev
 @remember
 def computes_in_bfloat16(device: str) -> bool:
     """Whether a device has instructions for products of bfloat16; elsewhere they are several times slower."""
-    if device != "cpu":
-        return True
     checks = (getattr(torch.cpu, f"_is_{name}_supported", lambda: False) for name in ("avx512_bf16", "amx_tile"))
-    return any(bool(check()) for check in checks)
+    return device != "cpu" or any(bool(check()) for check in checks)
 
 
 @remember
 def _keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next step.
-
-    It returns every tensor of more than 32 MB to the system, and each new one then costs a page fault for every 4 kB:
-    a quarter of a training step of these networks.
-    """
-    if sys.platform != "linux":
-        return
+    """Let glibc keep freed tensors of over 32 MB: page faults of new ones take a quarter of a training step."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # another C library
+    except (OSError, AttributeError):  # another system or C library
         return
     most_mapped, trim_threshold, top_pad = -4, -1, -2
-    mallopt(most_mapped, 0)
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(top_pad, 2**26)
-
-
-@contextmanager
-def _seeded(*numbers: int, device: torch.device) -> Iterator[None]:
-    """Seed PyTorch and give the caller's random state back: resuming needs no stored state."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(mixed_seed(*numbers))
-        yield
+    for option, value in ((most_mapped, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**26)):
+        mallopt(option, value)
 
 
 def mixed_seed(*numbers: int) -> int:
@@ -228,13 +195,7 @@ def mixed_seed(*numbers: int) -> int:
 
 @dataclass(frozen=True)
 class Shuffled:
-    """Images and labels in a random order; with `augment` each cropped and flipped at random.
-
-    Attributes:
-        split: the images.
-        size: of a batch.
-        augment: reflect 4 pixels at each border, crop at random to the former size, flip half of the images.
-    """
+    """Images and labels in a random order, `size` a batch; with `augment` each is cropped and flipped at random."""
 
     split: Split
     size: int
@@ -245,18 +206,17 @@ class Shuffled:
         return len(self.split) // self.size + (len(self.split) % self.size > 1)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images uint8, labels) of each batch."""
         for rows in torch.randperm(len(self.split)).split(self.size)[: len(self)]:
             images = self.split.images[rows]
             yield cropped_and_flipped(images) if self.augment else images, self.split.labels[rows]
 
 
-def cropped_and_flipped(images: Tensor, *, by: int = 4) -> Tensor:
-    """Images (N, C, H, W), each moved by up to `by` pixels, its border reflected, and mirrored with probability 1/2."""
+def cropped_and_flipped(images: Tensor) -> Tensor:
+    """Images (N, C, H, W), each moved by up to 4 pixels, its border reflected, and mirrored with probability 1/2."""
     count, channels, height, width = images.shape
 
     def moved(side: int) -> Tensor:
-        places = torch.arange(side) + torch.randint(-by, by + 1, (count, 1))
+        places = torch.arange(side) + torch.randint(-4, 5, (count, 1))
         return side - 1 - (side - 1 - places.abs()).abs()
 
     rows, columns = moved(height), moved(width)
@@ -271,9 +231,9 @@ def pixels(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, images: Tensor, *, device: torch.device | str = "cpu", batch_size: int = 256) -> Tensor:
+def predict(model: nn.Module, images: Tensor, *, device: torch.device | str = "cpu") -> Tensor:
     """Logits (N, K) float32 on the CPU for raw uint8 images (N, C, H, W)."""
-    return torch.cat([model(pixels(chunk, device)).float().cpu() for chunk in images.split(batch_size)])
+    return torch.cat([model(pixels(chunk, device)).float().cpu() for chunk in images.split(256)])
 
 
 def accuracy(model: nn.Module, part: Split, *, device: torch.device | str = "cpu") -> float:
@@ -283,9 +243,8 @@ def accuracy(model: nn.Module, part: Split, *, device: torch.device | str = "cpu
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Mean cross-entropy (nats) of raw uint8 images with their labels: the task loss."""
-    images, labels = batch
     device = next(model.parameters()).device
-    return F.cross_entropy(model(pixels(images, device)).float(), labels.to(device))
+    return F.cross_entropy(model(pixels(batch[0], device)).float(), batch[1].to(device))
 
 
 # -- classifiers ------------------------------------------------------------------------------------------------------
@@ -301,11 +260,8 @@ def fit(recipe: Recipe, dataset: Dataset, *, device: torch.device | str = "cpu")
 
     key = identity(recipe, dataset)
     model = recipe.build(dataset).to(device)
-    record = published.load(key, model)
-    if record is None:
-        name = f"{recipe.name}-{key[:16]}"
-        record = made_once(name, model, partial(fit_into, model, recipe, dataset), recipe=recipe, half=True)
-    return Trained(model.eval(), key, *record)
+    make = partial(fit_into, model, recipe, dataset)
+    return published.load(key, model) or made_once(recipe.name, key, model, make, recipe=recipe, half=True)
 
 
 def identity(recipe: Recipe, dataset: Dataset) -> str:
@@ -316,21 +272,18 @@ def identity(recipe: Recipe, dataset: Dataset) -> str:
 def fit_into(model: nn.Module, recipe: Recipe, dataset: Dataset, resume: Path) -> Record:
     """Train a fresh `model` by its recipe; the state of an interrupted training is in the file `resume`."""
     device = next(model.parameters()).device
-    batches = Shuffled(dataset.train, recipe.batch_size, recipe.augment)
-    return train(
-        model,
-        batches,
-        cross_entropy,
-        recipe.optimize(model),
-        steps=recipe.epochs * len(batches),
-        rate=recipe.rate,
-        seed=(recipe.seed, 0),
-        title=recipe.name,
-        precision=recipe.precision,
-        measure=lambda: {"valid_accuracy": accuracy(model, dataset.valid, device=device)},
-        best_from=recipe.best_from,
-        resume=resume,
-    )
+
+    def measure() -> dict[str, float]:
+        return {"valid_accuracy": accuracy(model, dataset.valid, device=device)}
+
+    options = {"rate": recipe.rate, "seed": (recipe.seed, 0), "title": recipe.name, "best_from": recipe.best_from}
+    return _classify(model, recipe, dataset.train, recipe.epochs, resume, measure=measure, **options)
+
+
+def _classify(model: nn.Module, recipe: Recipe, images: Split, epochs: int, resume: Path, **options: Any) -> Record:
+    batches = Shuffled(images, recipe.batch_size, recipe.augment)
+    options |= {"steps": epochs * len(batches), "precision": recipe.precision, "resume": resume}
+    return train(model, batches, cross_entropy, recipe.optimize(model), **options)
 
 
 def learn(
@@ -343,41 +296,19 @@ def learn(
 ) -> list[Trained]:
     """The classifier of `recipe` after each phase of learning its own images together with `extra` (Setup 0).
 
-    Args:
-        recipe: made the classifier, and gives batch size, optimiser and seed.
-        dataset: the recipe's.
-        extra: images to add, such as made outliers; their digest is a part of the key.
-        phases: (epochs, learning rate), one after the other.
-        device: where to train.
+    The recipe gives batch size, optimiser and seed; `phases` are (epochs, learning rate), one after the other. The
+    digest of `extra`, such as made outliers, is a part of the key.
     """
-    trained = fit(recipe, dataset, device=device)
-    batches = Shuffled(dataset.train.with_(extra), recipe.batch_size, recipe.augment)
+    trained, images = fit(recipe, dataset, device=device), dataset.train.with_(extra)
     found = []
     for phase, (epochs, rate) in enumerate(phases):
         key = cache.fingerprint({"base": trained.key, "extra": extra.digest, "epochs": epochs, "rate": rate})
         model = copy.deepcopy(trained.model)
-        make = partial(_learn, model, recipe, batches, phase, epochs, rate)
-        record = made_once(f"{recipe.name}-learnt{phase + 1}-{key[:16]}", model, make, recipe=recipe)
-        trained = Trained(model, key, *record)
+        stream, title = (recipe.seed, 1, phase), f"{recipe.name} with more images"
+        make = partial(_classify, model, recipe, images, epochs, rate=rate, seed=stream, title=title)
+        trained = made_once(f"{recipe.name}-learnt{phase + 1}", key, model, make, recipe=recipe)
         found.append(trained)
     return found
-
-
-def _learn(
-    model: nn.Module, recipe: Recipe, batches: Batches, phase: int, epochs: int, rate: float, resume: Path
-) -> Record:
-    return train(
-        model,
-        batches,
-        cross_entropy,
-        recipe.optimize(model),
-        steps=epochs * len(batches),
-        rate=lambda _: rate,
-        seed=(recipe.seed, 1, phase),
-        title=f"{recipe.name} with more images",
-        precision=recipe.precision,
-        resume=resume,
-    )
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
@@ -389,23 +320,19 @@ def folder() -> Path:
 
 
 def made_once(
-    name: str, model: nn.Module, make: Callable[[Path], Record], *, recipe: Any, half: bool = False
-) -> Record:
-    """Load the checkpoint `name` into `model`, or make it, store it and load it.
+    name: str, key: str, model: nn.Module, make: Callable[[Path], Record], *, recipe: Any, half: bool = False
+) -> Trained:
+    """Load the checkpoint of `key` into `model`, or make it, store it and load it.
 
-    Args:
-        name: of the checkpoint.
-        model: into which the weights go.
-        make: trains the model in place; gets the file for the state of an interrupted training.
-        recipe: a dataclass noted beside the weights.
-        half: round the parameters to float16: the rounded network is the network.
+    `make` trains the model in place; it gets the file for the state of an interrupted training. `recipe`, a dataclass,
+    is noted beside the weights; `half` rounds the parameters to float16: the rounded network is the network.
 
     Raises:
         TrainingError: another process is making it, or its weights are damaged.
     """
-    weights, notes = folder() / f"{name}.safetensors", folder() / f"{name}.json"
-    resume = folder() / f"{name}.resume.pt"
-    with alone(folder() / f"{name}.lock", name):
+    name = f"{name}-{key[:16]}"
+    weights, notes, resume = (folder() / f"{name}.{suffix}" for suffix in ("safetensors", "json", "resume.pt"))
+    with alone(name):
         if not (weights.exists() and notes.exists()):
             history, seconds = make(resume)
             save_weights(weights, model, half=half)
@@ -415,15 +342,15 @@ def made_once(
             resume.unlink(missing_ok=True)
     load_weights(weights, model)
     record = json.loads(notes.read_text())
-    return record["history"], record["seconds"]
+    return Trained(model.eval(), key, record["history"], record["seconds"])
 
 
 @contextmanager
-def alone(lock: Path, name: str) -> Iterator[None]:
+def alone(name: str) -> Iterator[None]:
     """Refuse to train what another process is training."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    folder().mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(lock, timeout=0):
+        with FileLock(folder() / f"{name}.lock", timeout=0):
             yield
     except Timeout:
         raise TrainingError(f"{name}: another process is training it; wait for its end") from None
@@ -441,11 +368,7 @@ def save_weights(path: Path, model: nn.Module, *, half: bool) -> None:
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Put stored weights into `model`, in the model's own precision.
-
-    Raises:
-        TrainingError: the file is damaged or belongs to another network.
-    """
+    """Put stored weights into `model`, in its own precision; a TrainingError where they are damaged or of another."""
     try:
         model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError, OSError) as error:
@@ -455,10 +378,5 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 def provenance() -> dict[str, Any]:
     """What made a network, besides recipe and data: never a part of its identity."""
-    return {
-        "commit": cache.commit(),
-        "code": cache.computing_hash(__name__),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-    }
+    code = {"commit": cache.commit(), "code": cache.computing_hash(__name__), "torch": torch.__version__}
+    return code | {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}

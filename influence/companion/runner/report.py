@@ -25,19 +25,7 @@ class ReportError(RuntimeError):
 
 @dataclass(frozen=True)
 class Artifact:
-    """One card of the gallery; paths are relative to the site.
-
-    Attributes:
-        stem: names notebook and files.
-        title: of the notebook.
-        verdict: against the reference values; "not run" where this profile has no result.
-        seconds: it took; None where it is not known.
-        page: the notebook as a page.
-        figures: pictures.
-        downloads: (label, path) of table, data, provenance and figures as PDF.
-        comparisons: findings beside the paper's values.
-        table: HTML of the table, with a note where it was cut.
-    """
+    """One card of the gallery; paths are relative to the site, `downloads` are (label, path), `table` is HTML."""
 
     stem: str
     title: str
@@ -59,7 +47,7 @@ def build(profile: str, out: Path | None = None) -> Path:
         out: folder of the site; None for `build/site/PROFILE/`. One that holds anything but a site is refused.
 
     Returns:
-        Its first page.
+        The first page.
 
     Raises:
         ReportError: the profile has no results, or the folder holds something else.
@@ -98,9 +86,7 @@ def _artifact(profile: str, book: Notebook, row: dict[str, Any] | None, folder: 
     # The artifact's own figure before its parts.
     names = [*sorted(row["files"], key=lambda name: (name.count("."), name)), f"provenance/{stem}.json"]
     for name in (name for name in names if (root / name).is_file()):
-        kept = f"files/{name}"
-        (folder / kept).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(root / name, folder / kept)
+        kept = site.copied(root / name, folder, f"files/{name}")
         if name.endswith(".png"):
             figures.append(kept)
         else:

@@ -70,10 +70,9 @@ def code_digest(source: str) -> str:
     except SyntaxError:  # a notebook cell with a magic
         return hashlib.sha256(source.encode()).hexdigest()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
-            match node.body[0]:
-                case ast.Expr(value=ast.Constant(value=str())):
-                    node.body = node.body[1:]
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:]
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
 
 

@@ -15,7 +15,7 @@ import influence
 from influence.last_layer import head
 
 from ..scores.evaluation import rank_agreement
-from .material import Examples, sampled
+from .material import Examples
 from .study import Subject, estimated_trace, log_probs_of, odds, picture
 
 _QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
@@ -32,9 +32,9 @@ _FEATURES_AT_ONCE = 1  # a Gram of 1,000 classes has 8 MB: one stays in the cach
 def scores(subject: Subject, *, images: int, seed: int = 0) -> pd.DataFrame:
     """Influence of the whole input and what it competes with, for a sample of each part of the data.
 
-    A backward pass for each class and example takes hours beyond some hundred classes. There FI takes its closed form
-    where the rank is full, and is FI of the last layer's inputs where that is the same; both are decided on a sample.
-    Where neither holds, so many examples are left out that the rest takes a bounded time.
+    Beyond 64 classes FI takes its closed form where the rank is full, and is FI of the last layer's inputs where that
+    is the same; both are decided on a sample. Where neither holds, a backward pass for each class and example could
+    take hours: so many examples are left out that the rest takes a bounded time.
 
     Returns:
         One row for each part ("train" and "test", or "all") and example (its number there, as given): label, predicted,
@@ -45,8 +45,11 @@ def scores(subject: Subject, *, images: int, seed: int = 0) -> pd.DataFrame:
     way = _way(subject, subject.material.train)
     frames = []
     for part, examples in subject.material.parts.items():
-        asked = len(sampled(len(examples), images, seed=seed))
-        chosen = examples.sample(min(asked, _most(subject, examples, way)), seed=seed)
+        count = asked = images if 0 < images < len(examples) else len(examples)
+        if subject.many_classes and way == METRIC:  # what takes a bounded time
+            jacobian = (subject.classes - 1) * examples[0][0].numel()
+            count = min(asked, max(_FEWEST, _MOST_IN_JACOBIANS // jacobian))
+        chosen = examples.sample(count, seed=seed)
         frame = _score_part(subject, chosen, way).assign(way=way, asked=asked)
         frame.insert(0, "example", list(chosen.numbers))
         frame.insert(0, "part", part)
@@ -71,13 +74,6 @@ def _way(subject: Subject, examples: Examples) -> str:
     features = influence.first_order_influence(influence.metric_tensor(*found), predicted)
     same = torch.isclose(whole.fi, features.fi, rtol=_SAME, atol=0) & (whole.rank == features.rank)
     return FEATURES if bool(same.all()) else METRIC
-
-
-def _most(subject: Subject, examples: Examples, way: str) -> int:
-    """Examples of a part that can be scored in a bounded time."""
-    if not subject.many_classes or way != METRIC:
-        return len(examples)
-    return min(len(examples), max(_FEWEST, _MOST_IN_JACOBIANS // ((subject.classes - 1) * examples[0][0].numel())))
 
 
 def _score_part(subject: Subject, examples: Examples, way: str) -> pd.DataFrame:

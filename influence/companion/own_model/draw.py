@@ -129,7 +129,6 @@ def robustness(curves: pd.DataFrame) -> Figure:
 
 
 def _named(row: pd.Series, between: str) -> str:
-    label, seen = (
-        name if len(name) <= 14 else f"{name[:12]}.." for name in (str(row["label_name"]), str(row["predicted_name"]))
-    )
+    names = str(row["label_name"]), str(row["predicted_name"])
+    label, seen = (name if len(name) <= 14 else f"{name[:12]}.." for name in names)
     return f"#{row['example']}{between}{label}\nseen as {seen}"

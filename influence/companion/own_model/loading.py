@@ -139,7 +139,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         AdaptError: the file is damaged, is no checkpoint of weights, or belongs to another network.
     """
     remedy = "save them with torch.save(model.state_dict(), path)"
-    with refused(f"{path}: cannot be read as weights alone (", f"); {remedy}"):
+    with refused(f"{path}: cannot be read as weights alone (", f"); {remedy}", most=200):  # torch says how to trust it
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from ..images import data
 from ..ledger import paths
@@ -28,15 +28,21 @@ class AdaptError(ValueError):
 
 
 @contextlib.contextmanager
-def refused(before: str = "", after: str = "", *, errors: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
-    """The first line of an error of another library as one of ours, between two pieces of text."""
+def refused(
+    before: str = "",
+    after: str = "",
+    *,
+    errors: tuple[type[Exception], ...] = (Exception,),
+    most: int | None = None,
+) -> Iterator[None]:
+    """The first line (its first `most` characters) of an error of another library as one of ours, amid our text."""
     try:
         yield
     except AdaptError:
         raise
     except errors as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise AdaptError(f"{before}{reason}{after}") from None
+        raise AdaptError(f"{before}{reason[:most]}{after}") from None
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,9 @@ class Examples(Dataset):
 
     def sample(self, count: int, *, seed: int = 0) -> Examples:
         """At most `count` of them, drawn without replacement, in stored order; 0 for all."""
-        return self.take(sampled(len(self), count, seed=seed))
+        if not 0 < count < len(self):
+            return self
+        return self.take(sorted(np.random.default_rng(seed).choice(len(self), count, replace=False)))
 
     def hold_out(self) -> tuple[Examples, Examples] | None:
         """All but a fifth of each class, and that fifth, drawn at random; None where no class has enough."""
@@ -129,11 +137,10 @@ def as_input(inputs: Tensor) -> Tensor:
     return inputs.float() if inputs.dtype == torch.uint8 else inputs
 
 
-def sampled(total: int, count: int, *, seed: int = 0) -> list[int]:
-    """Positions of a sample without replacement, in order; all of them for a count of 0."""
-    if not 0 < count < total:
-        return list(range(total))
-    return sorted(np.random.default_rng(seed).choice(total, count, replace=False).tolist())
+def collate(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """A batch of examples, bytes as floats 0..255."""
+    inputs, labels = default_collate(rows)
+    return as_input(inputs), labels
 
 
 def load_data(spec: str, *, size: int = 0, root: Path | None = None) -> Material:

@@ -184,7 +184,9 @@ def _prepared(options: argparse.Namespace) -> tuple[Any, Any, int]:
     shape = tuple(examples[0][0].shape)
     print(f"{len(examples)} of {len(everything)} examples{which} of shape {shape}, K = {classes}: {options.wrt}")
     # Of a part of the examples, each keeps its number.
-    loader = DataLoader(everything, batch_size=options.batch_size, sampler=examples.numbers, collate_fn=_collate)
+    loader = DataLoader(
+        everything, batch_size=options.batch_size, sampler=examples.numbers, collate_fn=material.collate
+    )
     return model, loader, classes
 
 
@@ -205,17 +207,8 @@ def _part(options: argparse.Namespace, found: Material) -> tuple[Examples, Examp
 
 
 def _batches_per_file(closed_form: bool, classes: int) -> int:
-    """What is lost at most when a run is interrupted: minutes, whatever the number of backward passes."""
+    # What is lost at most when a run is interrupted: minutes, whatever the number of backward passes.
     return _MOST_BATCHES if closed_form else max(1, min(_MOST_BATCHES, 10 * _MOST_BATCHES // classes))
-
-
-def _collate(rows: list[tuple[Any, Any]]) -> tuple[Any, Any]:
-    from torch.utils.data import default_collate
-
-    from ..own_model.material import as_input
-
-    inputs, labels = default_collate(rows)
-    return as_input(inputs), labels
 
 
 def _wrt(word: str) -> Any:

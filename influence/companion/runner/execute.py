@@ -108,7 +108,7 @@ def logged(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        logger.error(without_colours(traceback.format_exc()))
+        logger.error(_without_colours(traceback.format_exc()))
         raise
     finally:
         logger.removeHandler(handler)
@@ -118,10 +118,9 @@ def logged(path: Path) -> Iterator[None]:
 def one_line(error: Exception) -> str:
     """An error in one line: the notebook's own where it was raised there."""
     name = getattr(error, "ename", type(error).__name__)
-    lines = without_colours(str(getattr(error, "evalue", error))).strip().splitlines()
+    lines = _without_colours(str(getattr(error, "evalue", error))).strip().splitlines()
     return f"{name}: {lines[0]}" if lines else name
 
 
-def without_colours(text: str) -> str:
-    """Text without the escape sequences of a terminal."""
+def _without_colours(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", text)

@@ -8,7 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import nbformat
@@ -19,11 +19,8 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
 
-from ..ledger import paths
+from ..ledger import paths, reference
 from ..ledger.notebook import Notebook, discover
-
-if TYPE_CHECKING:
-    from .report import Artifact
 
 MARK = "style.css"
 _WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -103,14 +100,15 @@ def copied(file: Path, folder: Path, kept: str | Path) -> str:
     return Path(kept).as_posix()
 
 
-def gallery(profile: str, artifacts: Sequence[Artifact]) -> str:
+def gallery(profile: str, artifacts: Sequence[dict[str, Any]]) -> str:
     """The first page: every artifact as a card."""
     return _ENVIRONMENT.get_template("gallery.html").render(
         title=f"influence: artifacts of the profile {profile}",
         up="",
         profile=profile,
         artifacts=artifacts,
-        counts=Counter(artifact.verdict for artifact in artifacts),
+        counts=Counter(artifact["verdict"] for artifact in artifacts),
+        shown=reference.format_finding,
         slug=lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-"),
     )
 

@@ -344,22 +344,16 @@ def _add_score(commands: Any) -> None:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not value > 0:
+    if not float(text) > 0:
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return value
+    return float(text)
 
 
 def _count(text: str, *, least: int = 0) -> int:
-    value = int(text)
-    if value < least:
+    if int(text) < least:
         raise argparse.ArgumentTypeError(f"expected a whole number >= {least}, got {text}")
-    return value
+    return int(text)
 
 
 def _positive(text: str) -> int:
     return _count(text, least=1)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -57,9 +57,9 @@ class Job:
         return paths.BUILD / "notebooks" / self.parameters["profile"] / f"{self.notebook.stem}.ipynb"
 
     @property
-    def row(self) -> dict[str, Any] | None:
-        """What the ledger has of it."""
-        return manifest.read(self.parameters["profile"]).get(self.notebook.stem)
+    def verdict(self) -> str:
+        """What the ledger says of its last run."""
+        return str(manifest.read(self.parameters["profile"])[self.notebook.stem]["verdict"])
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,12 @@ def run(options: argparse.Namespace) -> int:
         for job in jobs:
             # Asked again: the overview depends on what the others have just found.
             if not force and _up_to_date(job):
-                outcomes.append(Outcome(job.notebook.stem, "unchanged", None, (job.row or {})["verdict"]))
+                outcome = Outcome(job.notebook.stem, "unchanged", None, job.verdict)
             else:
-                outcomes.append(_execute(job, limit, environment))
-            print(outcomes[-1].line(width), flush=True)
-            if refresh and outcomes[-1].status == "ok":
+                outcome = _execute(job, limit, environment)
+            outcomes.append(outcome)
+            print(outcome.line(width), flush=True)
+            if refresh and outcome.status == "ok":
                 execute.refresh(job.notebook.path, job.executed)
     width = max(width, len("artifact"))
     print(f"\n{'artifact':<{width}}  {'status':<9}  {'seconds':>9}  verdict")
@@ -154,11 +155,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _up_to_date(job: Job) -> bool:
+    profile = job.parameters["profile"]
     try:
         expected = manifest.key(job.notebook, job.parameters)
     except ValueError as error:  # a reference file
         raise UsageError(str(error)) from None
-    return manifest.up_to_date(job.parameters["profile"], job.row, expected)
+    return manifest.up_to_date(profile, manifest.read(profile).get(job.notebook.stem), expected)
 
 
 def _execute(job: Job, limit: float, environment: Mapping[str, str]) -> Outcome:
@@ -173,7 +175,7 @@ def _execute(job: Job, limit: float, environment: Mapping[str, str]) -> Outcome:
     except Exception as error:  # one notebook's failure must not stop the others
         where = os.path.relpath(log, paths.ROOT) if log.is_relative_to(paths.ROOT) else log
         return Outcome(stem, "failed", time.monotonic() - started, f"{execute.one_line(error)} (see {where})")
-    return Outcome(stem, "ok", time.monotonic() - started, (job.row or {})["verdict"])
+    return Outcome(stem, "ok", time.monotonic() - started, job.verdict)
 
 
 def _environment(data: str | None, device: str | None) -> dict[str, str]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import influence
-from influence.companion.own_model import loading
+from influence.companion.own_model import material
 from influence.companion.runner import cli
 
 MODULE = """
@@ -179,7 +179,7 @@ def test_closed_form_is_refused_where_the_rank_is_not_full(tmp_path: Path) -> No
 def test_checkpoints(here: Path) -> None:
     from safetensors.torch import save_file
 
-    state = loading.call("own_model:network").state_dict()
+    state = material.call("own_model:network").state_dict()
     torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, "weights.pt")
     save_file(state, "weights.safetensors")
     tables = []

@@ -164,7 +164,7 @@ def _subject(shape: tuple[int, ...], classes: int, *, images: int = 12, last: nn
     x = torch.randint(0, 256, (images, *shape), generator=generator).to(torch.uint8)
     labels = torch.arange(images) % classes
     examples = material._tensors(x, labels, "test")
-    found = material.Material("test", tuple(map(str, range(classes))), examples, examples)
+    found = material.Material(tuple(map(str, range(classes))), examples, examples)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         size = 2 * 2 * 4
@@ -172,7 +172,7 @@ def _subject(shape: tuple[int, ...], classes: int, *, images: int = 12, last: nn
         model = nn.Sequential(*layers, last or nn.Linear(size, classes)).eval()
     model = loading.prepare(model, examples)
     assert loading.check(model, examples) == classes
-    return study.Subject(model, found, classes, torch.device("cpu"), True, "test")
+    return study.Subject(model, found, classes, torch.device("cpu"), True)
 
 
 @pytest.mark.parametrize(("shape", "classes"), [((1, 8, 8), 2), ((3, 24, 24), 5), ((3, 16, 16), 100)])
@@ -370,7 +370,7 @@ def test_every_row_leads_back_to_its_example(tmp_path: object) -> None:
     images[:, 0, 0] = np.arange(40)[::-1]
     np.savez(f"{tmp_path}/data.npz", images=images, labels=np.arange(40) % 3)
     found = material.load_data(f"{tmp_path}/data.npz")
-    subject = study.Subject(FirstPixel(), found, 3, torch.device("cpu"), True, "test")
+    subject = study.Subject(FirstPixel(), found, 3, torch.device("cpu"), True)
     for count in (0, 15):
         scores = by_example.scores(subject, images=count)
         assert set(scores["part"]) == {"all"} and len(scores) == (count or 40)

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from influence.companion.ledger import cache, manifest, paths, reference, results
 from influence.companion.ledger.notebook import NotebookError
 from influence.companion.ledger.results import Run
-from influence.companion.runner import run
+from influence.companion.runner import cli
 from workspace import Workspace
 
 STEM = "sensitivity/good"
@@ -141,12 +141,12 @@ def test_start_wants_every_parameter(workspace: Workspace) -> None:
 
 def test_check_finds_what_nobody_owns(begun: Run, workspace: Workspace, table: pd.DataFrame) -> None:
     begun.save(table=table, findings={})
-    assert run.main(["check"]) == 0
+    assert cli.main(["check"]) == 0
     stray = workspace.results / "smoke" / "figures" / "old.png"
     stray.parent.mkdir()
     stray.write_bytes(b"")
     assert manifest.problems("smoke", {STEM}) == ["smoke: figures/old.png is owned by no notebook"]
-    assert run.main(["check"]) == 1
+    assert cli.main(["check"]) == 1
     stray.unlink()
     (workspace.results / f"smoke/tables/{STEM}.csv").write_text("edited")
     assert manifest.problems("smoke", {STEM}) == [f"smoke: tables/{STEM}.csv of {STEM} is missing or changed"]

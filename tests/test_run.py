@@ -14,7 +14,7 @@ import nbformat
 import pytest
 
 from influence.companion.ledger import notebook, paths
-from influence.companion.runner import run
+from influence.companion.runner import cli, run
 from workspace import BODY, PARAMETERS, Workspace
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -215,7 +215,7 @@ def refused(workspace: Workspace, capsys: pytest.CaptureFixture[str], monkeypatc
     monkeypatch.setattr(run, "_execute", lambda *_: pytest.fail("work had begun"))
 
     def check(message: str, *arguments: str) -> None:
-        assert run.main(arguments) == 2
+        assert cli.main(arguments) == 2
         captured = capsys.readouterr()
         assert captured.out == ""
         assert captured.err.count("\n") == 1 and captured.err.startswith("error: ")
@@ -312,12 +312,12 @@ def test_parameters_cell_takes_only_literals(workspace: Workspace) -> None:
 
 def test_list(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     workspace.notebook("sensitivity/good")
-    assert run.main(["list"]) == 0
+    assert cli.main(["list"]) == 0
     assert capsys.readouterr().out == "sensitivity/good  Title of sensitivity/good\n"
     ledger = workspace.results / "cpu" / "manifest.json"
     ledger.parent.mkdir(parents=True)
     ledger.write_text(json.dumps({"sensitivity/good": {"verdict": "partly"}}))
-    assert run.main(["list", "--markdown"]) == 0
+    assert cli.main(["list", "--markdown"]) == 0
     row = "| [sensitivity/good](notebooks/sensitivity/good.ipynb) | Title of sensitivity/good | partly |"
     assert capsys.readouterr().out.splitlines()[2] == row
 

@@ -13,7 +13,7 @@ from typing import Any
 import nbformat
 import yaml
 
-from influence.companion.runner import run
+from influence.companion.runner import cli
 
 PARAMETERS = 'profile: str = "smoke"\nseeds: list[int] = [3]\nscale: float = 2.0\nlimit: int | None = None'
 BODY = """table = pd.DataFrame({"x": [0.1, scale / 3], "y": ["a", "b"]})
@@ -61,7 +61,7 @@ class Workspace:
 
     def run(self, *arguments: str) -> int:
         """The command line `run`, in this process."""
-        return run.main(["run", *arguments])
+        return cli.main(["run", *arguments])
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """The command line `run`, in a process of its own."""

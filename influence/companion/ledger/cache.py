@@ -40,7 +40,7 @@ def atomic_write(path: Path, writer: Callable[[Path], object]) -> None:
 
     Args:
         path: the file to write; its folder is made.
-        writer: called with a temporary path in the same folder, with the same suffix; writes the content there.
+        writer: writes the content to the temporary path that it is given, in the same folder, with the same suffix.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}-{path.name}")
@@ -70,20 +70,19 @@ def code_digest(source: str) -> str:
     except SyntaxError:  # a notebook cell with a magic
         return hashlib.sha256(source.encode()).hexdigest()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
-            match node.body[0]:
-                case ast.Expr(value=ast.Constant(value=str())):
-                    node.body = node.body[1:]
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:]
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
 
 
 def table(name: str, key: Mapping[str, Any], compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     """A table that is computed once for each key and each state of the computing code.
 
-    What is returned has always been through the file, so that a fresh and a cached value have the same bytes.
+    A fresh one, too, is returned as it was read from the file, so that it has the same bytes as a cached one.
 
     Args:
-        name: says what the table is; the file's name begins with it ("/" makes folders).
+        name: the file's name begins with it ("/" makes folders).
         key: everything `compute` depends on: parameters, seeds, digests of the data.
         compute: returns the table; the code that it depends on is its own and all that this one imports.
     """
@@ -115,7 +114,7 @@ def commit() -> str | None:
 @cache
 def package_hash() -> str:
     """Sha256 of the package without the runner: what an artifact depends on."""
-    return _hash(dict.fromkeys(_without(_RUNNER)))
+    return _hash(_all_but(_RUNNER))
 
 
 @cache
@@ -128,11 +127,20 @@ def computing_hash(module: str, name: str | None = None) -> str:
         module: its full name.
         name: a function of it; of a module that draws too, only what this function uses counts.
     """
-    try:
-        start = _files(module)
-    except ValueError:
-        return _hash(dict.fromkeys(_without(_RUNNER + _LEDGER)))
-    return _hash(_reached([(file, None if name is None else {name}) for file in start]))
+    root, *rest = module.split(".")
+    base = paths.PACKAGE.joinpath(*rest)
+    files = set(base.rglob("*.py")) if base.is_dir() else {f for f in [base.with_suffix(".py")] if f.is_file()}
+    if root != paths.PACKAGE.name or not files:
+        return _hash(_all_but(_RUNNER + _LEDGER))
+    return _hash(_reached([(file, None if name is None else {name}) for file in files]))
+
+
+def _name(file: Path) -> str:
+    return file.relative_to(paths.PACKAGE).as_posix()
+
+
+def _all_but(excluded: tuple[str, ...]) -> _Code:
+    return dict.fromkeys(f for f in paths.PACKAGE.rglob("*.py") if not _name(f).startswith(excluded))
 
 
 def _reached(left: list[tuple[Path, set[str] | None]]) -> _Code:
@@ -140,17 +148,17 @@ def _reached(left: list[tuple[Path, set[str] | None]]) -> _Code:
     found: _Code = {}
     while left:
         file, names = left.pop()
-        relative = file.relative_to(paths.PACKAGE)
-        if relative.as_posix().startswith(_RUNNER + _LEDGER):
+        if _name(file).startswith(_RUNNER + _LEDGER):
             continue
-        if names is None or not relative.as_posix().startswith(_ARTIFACTS):
+        if not _name(file).startswith(_ARTIFACTS):
             names = None
-        before = found.get(file, set())
-        if before is None or (names is not None and file in found and names <= before):
-            continue
-        found[file] = None if names is None else before | names
-        nodes = _definitions(file, found[file])
-        left += _imports(file, nodes)
+        if file in found:
+            before = found[file]
+            if before is None or (names is not None and names <= before):
+                continue
+            names = None if names is None else before | names
+        found[file] = names
+        left += _imports(file, _definitions(file, names))
     return found
 
 
@@ -201,11 +209,10 @@ def _imports(file: Path, statements: list[ast.stmt]) -> list[tuple[Path, set[str
             base += node.module.split(".") if node.module else []
             for alias in node.names:
                 local = alias.asname or alias.name
-                if file.relative_to(paths.PACKAGE).as_posix().startswith(_ARTIFACTS) and local not in read:
-                    continue
-                module = _module([*base, alias.name])
-                files += [(f, attributes.get(local, set())) for f in module]
-                files += [(f, {alias.name}) for f in (() if module else _module(base))]
+                if local in read or not _name(file).startswith(_ARTIFACTS):
+                    module = _module([*base, alias.name])
+                    files += [(f, attributes.get(local, set())) for f in module]
+                    files += [(f, {alias.name}) for f in (() if module else _module(base))]
     return files
 
 
@@ -217,28 +224,13 @@ def _module(name: list[str]) -> set[Path]:
     return {f for f in (base / "__init__.py", base.with_suffix(".py")) if f.is_file()}
 
 
-def _without(excluded: tuple[str, ...]) -> set[Path]:
-    files = paths.PACKAGE.rglob("*.py")
-    return {f for f in files if not f.relative_to(paths.PACKAGE).as_posix().startswith(excluded)}
-
-
-def _files(module: str) -> set[Path]:
-    root, *rest = module.split(".")
-    base = paths.PACKAGE.joinpath(*rest)
-    if root == paths.PACKAGE.name and base.is_dir():
-        return set(base.rglob("*.py"))
-    if root == paths.PACKAGE.name and base.with_suffix(".py").is_file():
-        return {base.with_suffix(".py")}
-    raise ValueError(f"{module!r} is no module of the package {paths.PACKAGE.name!r}")
-
-
 def _hash(code: _Code) -> str:
     sha = hashlib.sha256()
-    for file in sorted(code, key=lambda file: file.relative_to(paths.PACKAGE).as_posix()):
+    for file in sorted(code, key=_name):
         source = file.read_text(encoding="utf-8")
         if code[file] is not None:
             source = "\n".join(map(ast.unparse, _definitions(file, code[file])))
-        sha.update(f"{file.relative_to(paths.PACKAGE).as_posix()}\0{code_digest(source)}\n".encode())
+        sha.update(f"{_name(file)}\0{code_digest(source)}\n".encode())
     return sha.hexdigest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import types
 import typing
@@ -36,12 +37,14 @@ class Parameter:
         Raises:
             TypeError: the value is of another type.
         """
-        return _convert(value, _evaluate(self.annotation) if self.annotation else _type_of(self.default))
-
-    @property
-    def type_name(self) -> str:
-        """The type in words."""
-        return self.annotation or type(self.default).__name__
+        if self.annotation is None:
+            return _convert(value, Any if self.default is None else type(self.default))
+        try:
+            expected = eval(self.annotation, {"__builtins__": {}}, {**_ANNOTATIONS, "Literal": Literal})
+        except Exception:
+            known = ", ".join(_ANNOTATIONS)
+            raise NotebookError(f"annotation {self.annotation!r} of a parameter: use {known}") from None
+        return _convert(value, expected)
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,8 @@ class Notebook:
         try:
             return dict(_parameter(node) for node in ast.parse("".join(tagged[0]["source"])).body)
         except (SyntaxError, ValueError) as error:
-            message = f"{self.stem}: the parameters cell takes only assignments of literals: {error}"
-            raise NotebookError(message) from None
+            reason = f"the parameters cell takes only assignments of literals: {error}"
+            raise NotebookError(f"{self.stem}: {reason}") from None
 
     def merge(self, overrides: Mapping[str, Any], *, profile: str) -> dict[str, Any]:
         """The defaults under the profile's parameters, every type checked.
@@ -118,7 +121,7 @@ class Notebook:
             try:
                 merged[name] = known[name].convert(value)
             except TypeError:
-                expected = known[name].type_name
+                expected = known[name].annotation or type(known[name].default).__name__
                 raise NotebookError(f"{self.stem}: parameter {name!r} is {expected}, got {value!r}") from None
         return merged
 
@@ -147,50 +150,25 @@ def _parameter(node: ast.stmt) -> tuple[str, Parameter]:
     raise ValueError(ast.unparse(node))
 
 
-def _evaluate(annotation: str) -> Any:
-    try:
-        return eval(annotation, {"__builtins__": {}}, {**_ANNOTATIONS, "Literal": Literal})
-    except Exception:
-        raise NotebookError(f"annotation {annotation!r} of a parameter: use {', '.join(_ANNOTATIONS)}") from None
-
-
-def _type_of(value: Any) -> Any:
-    return Any if value is None else type(value)
-
-
 def _convert(value: Any, expected: Any) -> Any:
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    kind = origin or expected
     if expected is Any:
         return value
     if origin in (types.UnionType, typing.Union):
-        return _convert_union(value, arguments)
-    if origin is Literal:
-        return _check(value in arguments, value)
-    if expected is None or expected is type(None):
-        return _check(value is None, value)
-    kind = origin or expected
-    if kind in (list, tuple):
-        _check(isinstance(value, list | tuple), value)
+        for member in sorted(arguments, key=lambda member: member is not type(value)):  # int | float keeps an int
+            with contextlib.suppress(TypeError):
+                return _convert(value, member)
+    elif origin is Literal and value in arguments:
+        return value
+    elif expected in (None, type(None)) and value is None:
+        return value
+    elif kind in (list, tuple) and isinstance(value, list | tuple):
         return [_convert(v, arguments[0]) for v in value] if arguments else list(value)
-    if kind is dict:
-        _check(isinstance(value, dict), value)
+    elif kind is dict and isinstance(value, dict):
         return {k: _convert(v, arguments[1]) if arguments else v for k, v in value.items()}
-    if kind is float:
-        return float(_check(isinstance(value, int | float) and not isinstance(value, bool), value))
-    return _check(type(value) is kind, value)
-
-
-def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:
-    exact = [m for m in members if m is type(value)]  # int | float keeps an int an int
-    for member in (*exact, *members):
-        try:
-            return _convert(value, member)
-        except TypeError:
-            continue
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif type(value) is kind:
+        return value
     raise TypeError(value)
-
-
-def _check(condition: bool, value: Any) -> Any:
-    if not condition:
-        raise TypeError(value)
-    return value

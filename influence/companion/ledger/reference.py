@@ -45,6 +45,11 @@ class Reference:
         if self.kind in ("value", "range") and (self.value is None or self.tolerance is None):
             raise ValueError(f"reference {self.artifact} {self.item}: kind {self.kind} needs a value and a tolerance")
 
+    @property
+    def _range(self) -> tuple[float, float]:
+        value, tolerance = self.value or 0.0, self.tolerance or 0.0
+        return min(tolerance * value, value), max(tolerance * value, value)
+
     def holds(self, ours: bool | float | None) -> bool | None:
         """Whether our finding agrees; None where nothing is compared.
 
@@ -63,8 +68,7 @@ class Reference:
         assert self.value is not None and self.tolerance is not None  # __post_init__ saw to it
         if self.kind == "value":
             return abs(ours - self.value) <= self.tolerance * abs(self.value)
-        low, high = sorted((self.tolerance * self.value, self.value))
-        return low <= ours <= high
+        return self._range[0] <= ours <= self._range[1]
 
     @property
     def expected(self) -> str:
@@ -74,8 +78,7 @@ class Reference:
         if self.value is None:
             return "-"
         if self.kind == "range":
-            low, high = sorted(((self.tolerance or 0.0) * self.value, self.value))
-            return f"{low:.4g} to {high:.4g}"
+            return "{:.4g} to {:.4g}".format(*self._range)
         return f"{self.value:.4g} within {self.tolerance:.0%}" if self.kind == "value" else f"{self.value:.4g}"
 
 

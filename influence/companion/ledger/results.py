@@ -11,7 +11,9 @@ run writes the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import json
 import os
 import platform
@@ -95,10 +97,20 @@ class Run:
         comparisons = reference.compare(self.stem, ours)
         outcome = reference.verdict(comparisons)
         root, written = manifest.folder(self.profile), {}
-        for relative, writer in self._files(figures, table, data, comparisons, outcome):
-            cache.atomic_write(root / relative, writer)
+        files = self._figures(figures)
+        files[f"tables/{self.stem}.csv"] = _csv(table)
+        files[f"tables/{self.stem}.md"] = _markdown(table, comparisons, outcome).encode()
+        if data is not None:
+            content = _csv(data)
+            if len(content) > _COMPRESS_ABOVE:
+                files[f"data/{self.stem}.csv.gz"] = gzip.compress(content, 9, mtime=0)
+            else:
+                files[f"data/{self.stem}.csv"] = content
+        for relative, content in files.items():
+            _write(root / relative, content)
             written[relative] = manifest.sha256(root / relative)
-        self._write_provenance(root)
+        provenance = json.dumps(self._provenance(), indent=1, sort_keys=True) + "\n"
+        _write(root / f"provenance/{self.stem}.json", provenance.encode())
         manifest.record(self.profile, self._row(ours, comparisons, outcome, written))
         for comparison in comparisons:
             print(comparison.line)
@@ -106,28 +118,14 @@ class Run:
             print(f"{item}: not measured here")
         print(f"verdict: {outcome}")
 
-    def _files(
-        self,
-        figures: Figure | Mapping[str, Figure] | None,
-        table: pd.DataFrame,
-        data: pd.DataFrame | None,
-        comparisons: Sequence[reference.Comparison],
-        outcome: str,
-    ) -> list[tuple[str, Any]]:
-        files: list[tuple[str, Any]] = []
+    def _figures(self, figures: Figure | Mapping[str, Figure] | None) -> dict[str, bytes]:
         parts = figures if isinstance(figures, Mapping) else {"": figures} if figures is not None else {}
+        files = {}
         for part, figure in parts.items():
-            name = f"figures/{self.stem}.{part}" if part else f"figures/{self.stem}"
             for suffix, no_dates in _NO_DATES.items():
-                files.append((f"{name}.{suffix}", _figure_writer(figure, suffix, no_dates)))
-        files.append((f"tables/{self.stem}.csv", _bytes_writer(_csv(table))))
-        files.append((f"tables/{self.stem}.md", _bytes_writer(_markdown(table, comparisons, outcome).encode())))
-        if data is not None:
-            content = _csv(data)
-            if len(content) > _COMPRESS_ABOVE:
-                files.append((f"data/{self.stem}.csv.gz", _bytes_writer(gzip.compress(content, 9, mtime=0))))
-            else:
-                files.append((f"data/{self.stem}.csv", _bytes_writer(content)))
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format=suffix, metadata=no_dates)
+                files[f"figures/{self.stem}{'.' if part else ''}{part}.{suffix}"] = buffer.getvalue()
         return files
 
     def _row(
@@ -137,11 +135,6 @@ class Run:
         outcome: str,
         files: Mapping[str, str],
     ) -> dict[str, Any]:
-        used = [
-            {"item": r.item, "kind": r.kind, "value": r.value, "tolerance": r.tolerance, "holds": c.holds}
-            for c in comparisons
-            if (r := c.reference) is not None
-        ]
         return {
             "stem": self.stem,
             "key": self._key,
@@ -151,22 +144,31 @@ class Run:
             "seeds": self.parameters.get("seeds"),
             "inputs": dict(self.inputs),
             "findings": dict(findings),
-            "reference": used,
+            "reference": [
+                {"item": r.item, "kind": r.kind, "value": r.value, "tolerance": r.tolerance, "holds": c.holds}
+                for c in comparisons
+                if (r := c.reference) is not None
+            ],
             "verdict": outcome,
             "files": dict(files),
         }
 
-    def _write_provenance(self, root: Path) -> None:
-        content = {
+    def _provenance(self) -> dict[str, Any]:
+        import torch
+
+        gpu = f"cuda ({torch.cuda.get_device_name(self.device)})" if self.device.type == "cuda" else None
+        versions = {"python": platform.python_version()}
+        for name in _PACKAGES:
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                versions[name] = metadata.version(name)
+        return {
             "stem": self.stem,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds": round(time.perf_counter() - self._started, 1),
-            "device": _device_name(self.device),
+            "device": gpu or self.device.type,
             "machine": {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()},
-            "versions": {"python": platform.python_version(), **_versions()},
+            "versions": versions,
         }
-        text = json.dumps(content, indent=1, sort_keys=True) + "\n"
-        cache.atomic_write(root / f"provenance/{self.stem}.json", _bytes_writer(text.encode()))
 
 
 def start(stem: str, *, profile: str, **parameters: Any) -> Run:
@@ -236,36 +238,20 @@ def _markdown(table: pd.DataFrame, comparisons: Sequence[reference.Comparison], 
     import pandas as pd
 
     blocks = [table.to_markdown(index=False, floatfmt=".4g")]
-    if comparisons:
-        rows = [
-            {
-                "item": c.item,
-                "ours": reference.format_finding(c.ours),
-                "reference": c.reference.expected if c.reference else "-",
-                "status": c.reference.status if c.reference else "-",
-                "source": c.reference.source if c.reference else "-",
-                "holds": {True: "yes", False: "no", None: "-"}[c.holds],
-            }
-            for c in comparisons
-        ]
-        blocks.append(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True))
+    rows = []
+    for c in comparisons:
+        r = c.reference
+        expected, status, source = (r.expected, r.status, r.source) if r else ("-", "-", "-")
+        holds = {True: "yes", False: "no", None: "-"}[c.holds]
+        rows.append([c.item, reference.format_finding(c.ours), expected, status, source, holds])
+    if rows:
+        names = ["item", "ours", "reference", "status", "source", "holds"]
+        blocks.append(pd.DataFrame(rows, columns=names).to_markdown(index=False, disable_numparse=True))
     return "\n\n".join([*blocks, f"Verdict: {outcome}"]) + "\n"
 
 
-def _figure_writer(figure: Figure, suffix: str, no_dates: dict[str, Any]) -> Any:
-    return lambda path: figure.savefig(path, format=suffix, metadata=no_dates)
-
-
-def _bytes_writer(content: bytes) -> Any:
-    return lambda path: path.write_bytes(content)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type != "cuda":
-        return device.type
-    import torch
-
-    return f"cuda ({torch.cuda.get_device_name(device)})"
+def _write(path: Path, content: bytes) -> None:
+    cache.atomic_write(path, lambda temporary: temporary.write_bytes(content))
 
 
 def _processor() -> str:
@@ -274,13 +260,3 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

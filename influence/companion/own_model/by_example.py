@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ import influence
 from influence.last_layer import head
 
 from ..scores.evaluation import rank_agreement
-from .material import Examples, sampled
+from .material import Examples
 from .study import Subject, estimated_trace, log_probs_of, odds, picture
 
 _QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
@@ -31,9 +32,9 @@ _FEATURES_AT_ONCE = 1  # a Gram of 1,000 classes has 8 MB: one stays in the cach
 def scores(subject: Subject, *, images: int, seed: int = 0) -> pd.DataFrame:
     """Influence of the whole input and what it competes with, for a sample of each part of the data.
 
-    A backward pass for each class and example takes hours beyond some hundred classes. There FI takes its closed form
-    where the rank is full, and is FI of the last layer's inputs where that is the same; both are decided on a sample.
-    Where neither holds, so many examples are left out that the rest takes a bounded time.
+    Beyond 64 classes FI takes its closed form where the rank is full, and is FI of the last layer's inputs where that
+    is the same; both are decided on a sample. Where neither holds, a backward pass for each class and example could
+    take hours: so many examples are left out that the rest takes a bounded time.
 
     Returns:
         One row for each part ("train" and "test", or "all") and example (its number there, as given): label, predicted,
@@ -43,14 +44,16 @@ def scores(subject: Subject, *, images: int, seed: int = 0) -> pd.DataFrame:
     """
     way = _way(subject, subject.material.train)
     frames = []
-    for part, everything in subject.material.parts.items():
-        asked = len(sampled(len(everything), images, seed=seed))
-        rows = sampled(len(everything), min(asked, _most(subject, everything, way)), seed=seed)
-        chosen = everything.take(rows)
-        frame = _score_part(subject, chosen, way)
+    for part, examples in subject.material.parts.items():
+        count = asked = images if 0 < images < len(examples) else len(examples)
+        if subject.many_classes and way == METRIC:  # what takes a bounded time
+            jacobian = (subject.classes - 1) * examples[0][0].numel()
+            count = min(asked, max(_FEWEST, _MOST_IN_JACOBIANS // jacobian))
+        chosen = examples.sample(count, seed=seed)
+        frame = _score_part(subject, chosen, way).assign(way=way, asked=asked)
         frame.insert(0, "example", list(chosen.numbers))
         frame.insert(0, "part", part)
-        frames.append(frame.assign(way=way, asked=asked))
+        frames.append(frame)
     return pd.concat(frames, ignore_index=True)
 
 
@@ -73,27 +76,16 @@ def _way(subject: Subject, examples: Examples) -> str:
     return FEATURES if bool(same.all()) else METRIC
 
 
-def _most(subject: Subject, examples: Examples, way: str) -> int:
-    """Examples of a part that can be scored in a bounded time."""
-    if not subject.many_classes or way != METRIC:
-        return len(examples)
-    return min(len(examples), max(_FEWEST, _MOST_IN_JACOBIANS // ((subject.classes - 1) * examples[0][0].numel())))
-
-
 def _score_part(subject: Subject, examples: Examples, way: str) -> pd.DataFrame:
     score = {METRIC: _from_metric, CLOSED_FORM: _in_closed_form, FEATURES: _from_features}[way]
     return pd.concat([score(subject, x, labels) for x, labels in subject.batches(examples)], ignore_index=True)
 
 
-def _perturbed(x: Tensor) -> str:
-    # Token numbers cannot be moved a little; the parameters that they meet can.
-    return "input" if x.is_floating_point() else "parameters"
-
-
 def _from_metric(subject: Subject, x: Tensor, labels: Tensor) -> pd.DataFrame:
-    metric = influence.metric_tensor(subject.model, x, wrt=_perturbed(x))
-    values = _influence(metric, labels) | {"trace": metric.trace()[:, 0]}
-    return _rows(metric.log_probs, labels, values, estimated=False)
+    # Token numbers cannot be moved a little; the parameters that they meet can.
+    wrt = "input" if x.is_floating_point() else "parameters"
+    metric = influence.metric_tensor(subject.model, x, wrt=wrt)
+    return _rows(metric.log_probs, labels, _influence(metric, labels), metric.trace()[:, 0], estimated=False)
 
 
 def _from_features(subject: Subject, x: Tensor, labels: Tensor) -> pd.DataFrame:
@@ -104,8 +96,8 @@ def _from_features(subject: Subject, x: Tensor, labels: Tensor) -> pd.DataFrame:
     trace = estimated_trace(subject, x, wrt="input")[:, 0]
     for part in torch.arange(len(x), device=x.device).split(_FEATURES_AT_ONCE):
         metric = influence.metric_tensor(layer, features[part])
-        values = _influence(metric, labels[part]) | {"trace": trace[part]}
-        frames.append(_rows(metric.log_probs, labels[part], values, estimated=True))
+        values = _influence(metric, labels[part])
+        frames.append(_rows(metric.log_probs, labels[part], values, trace[part], estimated=True))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -133,22 +125,24 @@ def _in_closed_form(subject: Subject, x: Tensor, labels: Tensor) -> pd.DataFrame
         "fi_predicted": odds(log_probs, log_probs.argmax(1)),
         "alignment": torch.ones(len(x)),
         "rank": torch.full((len(x),), subject.classes - 1),
-        "trace": estimated_trace(subject, x, wrt="input")[:, 0],
     }
-    return _rows(log_probs, labels, values, estimated=True)
+    return _rows(log_probs, labels, values, estimated_trace(subject, x, wrt="input")[:, 0], estimated=True)
 
 
-def _rows(log_probs: Tensor, labels: Tensor, values: dict[str, Tensor], *, estimated: bool) -> pd.DataFrame:
+def _rows(
+    log_probs: Tensor, labels: Tensor, values: dict[str, Tensor], trace: Tensor, *, estimated: bool
+) -> pd.DataFrame:
     log_p = log_probs.gather(1, labels[:, None])[:, 0]
-    first = {
+    columns = {
         "label": labels,
         "predicted": log_probs.argmax(1),
         "p_label": log_p.exp(),
         "loss": -log_p,
         "ceiling": odds(log_probs, labels),
+        **values,
+        "trace": trace,
     }
-    frame = pd.DataFrame({name: value.cpu().numpy() for name, value in (first | values).items()})
-    return frame.assign(estimated=estimated)
+    return pd.DataFrame({name: value.cpu().numpy() for name, value in columns.items()}).assign(estimated=estimated)
 
 
 def suspicious(subject: Subject, table: pd.DataFrame, *, count: int = 20) -> pd.DataFrame:
@@ -185,7 +179,7 @@ def train_against_test(table: pd.DataFrame, *, seed: int = 0, repeats: int = 300
             chosen = [generator.choice(np.flatnonzero(part), part.sum()) for part in (test, ~test)]
             both = np.concatenate(chosen)
             draws.append(roc_auc_score(test[both], values[both]))
-        row = {"score": score, "train": int((~test).sum()), "test": int(test.sum())}
+        row: dict[str, Any] = {"score": score, "train": int((~test).sum()), "test": int(test.sum())}
         row |= {"auroc": roc_auc_score(test, values)}
         row |= {"low": np.quantile(draws, 0.025), "high": np.quantile(draws, 0.975)}
         for part, members in (("train", ~test), ("test", test)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import torch
@@ -24,34 +26,24 @@ def layers(subject: Subject, *, images: int, relative: float = 0.01, seed: int =
 
     Returns:
         One row per layer, in the order of the network: layer, kind, parameters (their number), divergence (nats, mean
-        over examples), share (of the sum over layers), alignment (mean FI / ceiling; NaN where K > 64), examples.
+        over examples), alignment (mean FI / ceiling; NaN where K > 64), share (of the sum over layers), examples.
     """
     examples = subject.material.measured.sample(images, seed=seed)
-    modules = dict(subject.model.named_modules())
-    owned = {name: list(module.parameters(recurse=False)) for name, module in modules.items()}
-    owned = {name: parameters for name, parameters in owned.items() if parameters}
-    if not subject.many_classes:
-        trace, alignment = _exact_layers(subject, examples)
-    else:
-        trace, alignment = _drawn_layers(subject, examples), np.full(len(owned), np.nan)
-    rows = []
-    for name, mean_trace, aligned in zip(owned, trace, alignment, strict=True):
-        flat = torch.cat([p.detach().double().flatten() for p in owned[name]])
-        rows.append(
-            {
-                "layer": name.removeprefix("model.") or "(model)",
-                "kind": type(modules[name]).__name__,
-                "parameters": len(flat),
-                "divergence": 0.5 * relative**2 * float(flat.square().mean()) * mean_trace,
-                "alignment": aligned,
-            }
-        )
+    rows: list[dict[str, Any]] = []
+    for name, module in subject.model.named_modules():
+        owned = [p.detach().double().flatten() for p in module.parameters(recurse=False)]
+        if owned:
+            names = {"layer": name.removeprefix("model.") or "(model)", "kind": type(module).__name__}
+            flat = torch.cat(owned)
+            rows.append({**names, "parameters": len(flat), "square": float(flat.square().mean())})
     frame = pd.DataFrame(rows)
-    frame["share"] = frame["divergence"] / max(frame["divergence"].sum(), 1e-300)
+    trace, alignment = (_drawn if subject.many_classes else _exact)(subject, examples)
+    divergence = 0.5 * relative**2 * frame.pop("square") * trace
+    frame = frame.assign(divergence=divergence, alignment=alignment, share=divergence / max(divergence.sum(), 1e-300))
     return frame.assign(examples=len(examples))
 
 
-def _exact_layers(subject: Subject, examples: Examples) -> tuple[np.ndarray, np.ndarray]:
+def _exact(subject: Subject, examples: Examples) -> tuple[np.ndarray, np.ndarray | float]:
     traces, alignments = [], []
     for x, labels in subject.batches(examples):
         metric = influence.metric_tensor(subject.model, x, wrt="layers")
@@ -60,9 +52,8 @@ def _exact_layers(subject: Subject, examples: Examples) -> tuple[np.ndarray, np.
     return torch.cat(traces).mean(0).numpy(), torch.cat(alignments).mean(0).numpy()
 
 
-def _drawn_layers(subject: Subject, examples: Examples) -> np.ndarray:
+def _drawn(subject: Subject, examples: Examples) -> tuple[np.ndarray, np.ndarray | float]:
     draws = min(DRAWS, max(_FEWEST_DRAWS, -(-_DRAWS_IN_ALL // len(examples))))
     batches = enumerate(subject.batches(examples))
     traces = [estimated_trace(subject, x, wrt="layers", draws=draws, seed=n).cpu() for n, (x, _) in batches]
-    mean: np.ndarray = torch.cat(traces).mean(0).numpy()
-    return mean
+    return torch.cat(traces).mean(0).numpy(), np.nan

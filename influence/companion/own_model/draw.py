@@ -30,11 +30,7 @@ def suspicious(top: pd.DataFrame) -> Figure:
         axes.axis("off")
     for axes, (_, row) in zip(grid, top.iterrows(), strict=False):
         axes.imshow(row["pixels"].squeeze(), cmap="gray", vmin=0, vmax=1)
-        axes.set_title(
-            f"#{row['example']} {_short(row['label_name'])}\n"
-            f"seen as {_short(row['predicted_name'])}\nFI {row['fi']:.3g}",
-            fontsize=6.5,
-        )
+        axes.set_title(f"{_named(row, ' ')}\nFI {row['fi']:.3g}", fontsize=6.5)
     return figure
 
 
@@ -67,9 +63,8 @@ def train_against_test(table: pd.DataFrame, parts: pd.DataFrame) -> Figure:
     for axes, row in zip(figure.subplots(1, 2), parts.to_dict("records"), strict=True):
         for part, colour in (("train", style.COLOURS["control"]), ("test", style.COLOURS["exact"])):
             values = np.sort(table.loc[table["part"] == part, row["score"]].to_numpy())
-            axes.step(
-                values, np.arange(1, len(values) + 1) / len(values), label=f"{part} (n = {len(values)})", color=colour
-            )
+            n = len(values)
+            axes.step(values, np.arange(1, n + 1) / n, label=f"{part} (n = {n})", color=colour)
         positive = table.loc[table[row["score"]] > 0, row["score"]]
         if positive.max() > 10 * positive.min():
             axes.set_xscale("log")
@@ -88,9 +83,7 @@ def maps(areas: pd.DataFrame) -> Figure:
     grid = figure.subplots(len(areas), 4, squeeze=False)
     for line, (_, row) in zip(grid, areas.iterrows(), strict=True):
         line[0].imshow(row["pixels"].squeeze(), cmap="gray", vmin=0, vmax=1)
-        line[0].set_ylabel(
-            f"#{row['example']}: {_short(row['label_name'])}\nseen as {_short(row['predicted_name'])}", fontsize=7
-        )
+        line[0].set_ylabel(_named(row, ": "), fontsize=7)
         shown = [(row["trace"] / max(row["trace"].max(), 1e-300), "trace / its largest")]
         for kind, name in (("single", "one value"), ("patch", f"{row['size']} x {row['size']}")):
             shown.append(_share(row[kind] / row["ceiling"], f"FI of {name}"))
@@ -116,30 +109,16 @@ def robustness(curves: pd.DataFrame) -> Figure:
     """Accuracy against the strength of each distortion, one line for each arm."""
     if not len(curves):
         return Figure(figsize=(style.WIDTH, 0.5))
-    colours = dict(
-        zip(
-            curves["arm"].unique(),
-            (style.COLOURS["ceiling"], style.COLOURS["control"], *style.STABILITY[1:]),
-            strict=False,
-        )
-    )
+    palette = (style.COLOURS["ceiling"], style.COLOURS["control"], *style.STABILITY[1:])
+    colours = dict(zip(curves["arm"].unique(), palette, strict=False))
     figure = Figure(figsize=(style.WIDTH, 4.4))
-    for axes, (family, group) in zip(
-        figure.subplots(2, 2, sharey=True).ravel(), curves.groupby("family", sort=False), strict=True
-    ):
+    panels = figure.subplots(2, 2, sharey=True).ravel()
+    for axes, (family, group) in zip(panels, curves.groupby("family", sort=False), strict=True):
         for shift, (arm, line) in enumerate(group.groupby("arm", sort=False)):
-            bars = [line["accuracy"] - line["low"], line["high"] - line["accuracy"]]
-            width = 0.01 * (group["strength"].max() or 1)
-            axes.errorbar(
-                line["strength"] + shift * width,
-                line["accuracy"],
-                np.clip(bars, 0, 1),
-                fmt=".-",
-                capsize=2,
-                linewidth=1,
-                label=arm,
-                color=colours[arm],
-            )
+            x = line["strength"] + shift * 0.01 * (group["strength"].max() or 1)
+            bars = np.clip([line["accuracy"] - line["low"], line["high"] - line["accuracy"]], 0, 1)
+            style_of = {"fmt": ".-", "capsize": 2, "linewidth": 1, "color": colours[arm]}
+            axes.errorbar(x, line["accuracy"], bars, label=arm, **style_of)
         axes.set_xlabel(str(family))
     figure.axes[0].set_ylabel("accuracy")
     figure.axes[2].set_ylabel("accuracy")
@@ -149,6 +128,7 @@ def robustness(curves: pd.DataFrame) -> Figure:
     return figure
 
 
-def _short(name: object) -> str:
-    text = str(name)
-    return text if len(text) <= 14 else f"{text[:12]}.."
+def _named(row: pd.Series, between: str) -> str:
+    names = str(row["label_name"]), str(row["predicted_name"])
+    label, seen = (name if len(name) <= 14 else f"{name[:12]}.." for name in names)
+    return f"#{row['example']}{between}{label}\nseen as {seen}"

@@ -1,13 +1,11 @@
-"""A model and data of the reader's own, named by a word on the command line or in a notebook, checked at the door."""
+"""A model of the reader's own, named by a word on the command line or in a notebook, checked at the door."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,10 @@ from torch import Tensor, nn
 
 from influence.checks import require_logits
 
+from ..images import data
 from ..ledger import paths
 from ..zoo import recipes, training
-from .material import AdaptError, Examples, Material, load_data
-
-__all__ = ["AdaptError", "Examples", "Material", "Prepared", "call", "check", "load_data", "load_model"]
+from .material import AdaptError, Examples, call, refused
 
 _WEIGHTS = (".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors")
 # What wrappers put before the names of a network's own parameters.
@@ -39,8 +36,6 @@ class Prepared(nn.Module):
 
     mean: Tensor
     std: Tensor
-    model: nn.Module
-    scale: float
 
     def __init__(
         self, model: nn.Module, *, scale: float, mean: Sequence[float] = (), std: Sequence[float] = ()
@@ -69,56 +64,72 @@ class Prepared(nn.Module):
 
 def load_model(
     spec: str,
+    examples: Examples,
     *,
     classes: int,
+    dataset: str,
     architecture: str | None = None,
     profile: str = "smoke",
-    dataset: str = "digits",
-    seed: int = 0,
     device: torch.device | str = "cpu",
-) -> nn.Module:
-    """The model that a word names, in evaluation mode.
+    scale: float = 0,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+) -> tuple[nn.Module, int]:
+    """The model that a word names, in evaluation mode, taking the examples as they are stored; and its K.
 
     Args:
-        spec: ``torchvision:resnet18`` (random weights, drawn with `seed`) or ``torchvision:resnet18@DEFAULT`` (trained
-            ones, downloaded); ``package.module:function`` of the reader's, called without arguments in the current
-            folder; the path of a checkpoint, with `architecture`; ``companion:resnet50`` or ``companion:densenet121``,
-            which the companion trains on `dataset`.
+        spec: ``torchvision:resnet18`` (random weights) or ``torchvision:resnet18@DEFAULT`` (trained ones, downloaded);
+            ``package.module:function`` of the reader's, called without arguments in the current folder; the path of a
+            checkpoint, with `architecture`; ``companion:resnet50`` or ``companion:densenet121``, which the companion
+            trains on `dataset`.
+        examples: what it is to take.
         classes: K, for a torchvision network without weights.
+        dataset: the word for the data; the companion's own networks are trained on it, or on digits.
         architecture: for a checkpoint, what its weights belong to, named in one of the other ways.
         profile: for the companion's own networks, whose size it decides.
-        dataset: for the companion's own networks, what they are trained on.
-        seed: of random weights.
         device: where the model goes.
+        scale: of `prepare`; the companion's own networks take bytes as they are.
+        mean: of `prepare`.
+        std: of `prepare`.
 
     Raises:
         AdaptError: with one line that says what is wrong and what to do.
     """
+    dataset = dataset if dataset in data.NAMES else "digits"
+    made = _named(spec, classes, architecture, profile, dataset, device).to(device).eval()
+    if spec.startswith("companion:"):
+        scale = 1.0
+    model = prepare(made, examples, scale=scale, mean=mean, std=std)
+    return model, check(model, examples)
+
+
+def _named(
+    spec: str, classes: int, architecture: str | None, profile: str, dataset: str, device: torch.device | str
+) -> nn.Module:
     prefix, _, rest = spec.partition(":")
-    if _is_file(spec):
+    path = Path(spec).expanduser()
+    if path.is_file():
         if not architecture:
             raise AdaptError(
                 f"{spec}: a checkpoint holds numbers alone; name the network that they belong to as architecture "
                 "(--architecture), such as torchvision:resnet18 or my_package.my_module:my_function"
             )
-        made = load_model(architecture, classes=classes, profile=profile, dataset=dataset, seed=seed)
-        load_weights(made, Path(spec).expanduser())
-    elif prefix == "torchvision" and rest:
-        made = _torchvision(rest, classes, seed)
-    elif prefix == "companion" and rest:
-        from ..images import data
-
-        with _as_error():
-            recipe = recipes.recipe(profile, dataset, rest, seed=seed)
-            made = training.fit(recipe, data.load(dataset, paths.data_dir()), device=device).model
-    elif rest:
+        made = _named(architecture, classes, None, profile, dataset, "cpu")
+        load_weights(made, path)
+        return made
+    if prefix == "torchvision" and rest:
+        return _torchvision(rest, classes)
+    if prefix == "companion" and rest:
+        with refused(errors=(ValueError, RuntimeError, OSError)):
+            recipe = recipes.recipe(profile, dataset, rest, seed=0)
+            return training.fit(recipe, data.load(dataset, paths.data_dir()), device=device).model
+    if rest:
         made = call(spec)
         if not isinstance(made, nn.Module):
             raise AdaptError(f"{spec}() must return a torch.nn.Module, got {type(made).__name__}")
-    else:
-        hint = "no such file" if spec.endswith(_WEIGHTS) or os.sep in spec else f"expected {_FORMS}"
-        raise AdaptError(f"model {spec!r}: {hint}")
-    return made.to(device).eval()
+        return made
+    hint = "no such file" if spec.endswith(_WEIGHTS) or os.sep in spec else f"expected {_FORMS}"
+    raise AdaptError(f"model {spec!r}: {hint}")
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -127,18 +138,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         AdaptError: the file is damaged, is no checkpoint of weights, or belongs to another network.
     """
-    try:
+    remedy = "save them with torch.save(model.state_dict(), path)"
+    with refused(f"{path}: cannot be read as weights alone (", f"); {remedy}", most=200):  # torch says how to trust it
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             state: Any = load_file(str(path))
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and safetensors each have errors of their own
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise AdaptError(
-            f"{path}: cannot be read as weights alone ({reason}); save them with torch.save(model.state_dict(), path)"
-        ) from None
     for name in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
@@ -169,7 +176,7 @@ def prepare(
         std: of each scaled channel.
     """
     scale = scale or (1 / 255 if examples[0][0].dtype == torch.uint8 else 1.0)
-    if scale == 1 and not len(mean):
+    if scale == 1 and not len(mean) and not len(std):
         return model
     return Prepared(model, scale=scale, mean=mean, std=std).to(device_of(model)).eval()
 
@@ -184,18 +191,12 @@ def check(model: nn.Module, examples: Examples) -> int:
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is not None and x.is_floating_point():
         x = x.to(parameter.dtype)
-    try:
-        with torch.no_grad():
-            output = model(x.to(device_of(model)))
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise AdaptError(
-            f"the model does not take a batch of shape {tuple(x.shape)}, {x.dtype}: {reason}; check size and channels"
-        ) from None
-    try:
+    before = f"the model does not take a batch of shape {tuple(x.shape)}, {x.dtype}: "
+    errors = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+    with refused(before, "; check size and channels", errors=errors), torch.no_grad():
+        output = model(x.to(device_of(model)))
+    with refused(errors=(TypeError, ValueError)):
         logits = require_logits(output, examples=len(x))
-    except (TypeError, ValueError) as error:
-        raise AdaptError(str(error)) from None
     classes, largest = logits.shape[1], int(examples.labels.max())
     if largest >= classes:
         raise AdaptError(
@@ -210,30 +211,7 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def call(spec: str) -> Any:
-    """What ``package.module:function`` returns; modules of the current folder come first.
-
-    Raises:
-        AdaptError: no such module or function, or it fails.
-    """
-    module_name, _, function_name = spec.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the reader's module raises
-        raise AdaptError(f"{spec}: cannot import {module_name} ({type(error).__name__}: {error})") from None
-    finally:
-        sys.path.remove(os.getcwd())
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise AdaptError(f"{spec}: {module_name} has no function {function_name!r}")
-    try:
-        return function()
-    except Exception as error:
-        raise AdaptError(f"{spec}() failed: {type(error).__name__}: {error}") from error
-
-
-def _torchvision(name: str, classes: int, seed: int) -> nn.Module:
+def _torchvision(name: str, classes: int) -> nn.Module:
     import torchvision
 
     name, _, weights = name.partition("@")
@@ -241,23 +219,11 @@ def _torchvision(name: str, classes: int, seed: int) -> nn.Module:
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3) or known[:3]
         raise AdaptError(f"torchvision has no classifier {name!r}; did you mean {', '.join(close)}?")
-    with _as_error(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with refused(errors=(ValueError, RuntimeError, OSError)), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         if weights:
             return torchvision.models.get_model(name, weights=weights)
         with contextlib.suppress(TypeError):
             # GoogLeNet and Inception would return training outputs and warn about their initialisation.
             return torchvision.models.get_model(name, weights=None, num_classes=classes, init_weights=True)
         return torchvision.models.get_model(name, weights=None, num_classes=classes)
-
-
-def _is_file(spec: str) -> bool:
-    return Path(spec).expanduser().is_file()
-
-
-@contextlib.contextmanager
-def _as_error() -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, RuntimeError, OSError) as error:
-        raise AdaptError((str(error).strip().splitlines() or [type(error).__name__])[0]) from None

@@ -69,5 +69,4 @@ def _patch_map(subject: Subject, x: Tensor, labels: Tensor, size: int) -> np.nda
     else:
         result = influence.first_order_influence(influence.metric_tensor(subject.model, x, wrt=patches), labels)
     fi = result.fi[0].view(channels, -(-height // stride), -(-width // stride))
-    found: np.ndarray = fi.amax(0).cpu().numpy()
-    return found
+    return np.asarray(fi.amax(0).cpu())

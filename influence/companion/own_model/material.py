@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from ..images import data
 from ..ledger import paths
@@ -22,6 +25,24 @@ _FORMS = f"{', '.join(n for n in data.NAMES if n != 'imagefolder')}, torchvision
 
 class AdaptError(ValueError):
     """A model or data that cannot be used as they are; the message is one line for the reader."""
+
+
+@contextlib.contextmanager
+def refused(
+    before: str = "",
+    after: str = "",
+    *,
+    errors: tuple[type[Exception], ...] = (Exception,),
+    most: int | None = None,
+) -> Iterator[None]:
+    """The first line (its first `most` characters) of an error of another library as one of ours, amid our text."""
+    try:
+        yield
+    except AdaptError:
+        raise
+    except errors as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise AdaptError(f"{before}{reason[:most]}{after}") from None
 
 
 @dataclass(frozen=True)
@@ -69,7 +90,9 @@ class Examples(Dataset):
 
     def sample(self, count: int, *, seed: int = 0) -> Examples:
         """At most `count` of them, drawn without replacement, in stored order; 0 for all."""
-        return self.take(sampled(len(self), count, seed=seed))
+        if not 0 < count < len(self):
+            return self
+        return self.take(sorted(np.random.default_rng(seed).choice(len(self), count, replace=False)))
 
     def hold_out(self) -> tuple[Examples, Examples] | None:
         """All but a fifth of each class, and that fifth, drawn at random; None where no class has enough."""
@@ -89,16 +112,14 @@ class Material:
     """What a word for data stands for.
 
     Attributes:
-        name: the word.
         classes: names of the classes.
         train: the training examples, or all where the data have no parts.
         test: the test examples, if the data have such a part.
     """
 
-    name: str
     classes: tuple[str, ...]
     train: Examples
-    test: Examples | None
+    test: Examples | None = None
 
     @property
     def parts(self) -> dict[str, Examples]:
@@ -116,11 +137,10 @@ def as_input(inputs: Tensor) -> Tensor:
     return inputs.float() if inputs.dtype == torch.uint8 else inputs
 
 
-def sampled(total: int, count: int, *, seed: int = 0) -> list[int]:
-    """Positions of a sample without replacement, in order; all of them for a count of 0."""
-    if not 0 < count < total:
-        return list(range(total))
-    return sorted(np.random.default_rng(seed).choice(total, count, replace=False).tolist())
+def collate(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """A batch of examples, bytes as floats 0..255."""
+    inputs, labels = default_collate(rows)
+    return as_input(inputs), labels
 
 
 def load_data(spec: str, *, size: int = 0, root: Path | None = None) -> Material:
@@ -143,12 +163,11 @@ def load_data(spec: str, *, size: int = 0, root: Path | None = None) -> Material
     path = Path(spec).expanduser()
     prefix, _, rest = spec.partition(":")
     if spec in data.NAMES and spec != "imagefolder":
-        try:
+        with refused(errors=(data.DataError,)):
             found = data.load(spec, root, **({"size": size} if size else {}))
-        except data.DataError as error:
-            raise AdaptError(str(error)) from None
-        train, test = (_tensors(part.images, part.labels, spec) for part in (found.train, found.test))
-        return Material(spec, found.classes, train, test)
+        return Material(
+            found.classes, *(_tensors(part.images, part.labels, spec) for part in (found.train, found.test))
+        )
     if prefix == "torchvision" and rest:
         return _torchvision(spec, rest, root)
     if path.is_dir():
@@ -186,20 +205,19 @@ def _numbered(*parts: Examples) -> tuple[str, ...]:
 
 
 def _npz(spec: str, path: Path) -> Material:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except Exception as error:  # zip and numpy each have errors of their own
-        raise AdaptError(f"{spec}: cannot be read as .npz without pickles ({error})") from None
-    missing = [name for name in ("images", "labels") if name not in arrays]
-    if missing:
-        raise AdaptError(f"{spec}: has no array {missing[0]!r}, but {', '.join(arrays) or 'nothing'}")
-    train = _tensors(_images(spec, arrays["images"]), _labels(spec, arrays["labels"]), spec)
-    classes = tuple(str(name) for name in arrays["classes"]) if "classes" in arrays else _numbered(train)
-    if "test_images" in arrays and "test_labels" in arrays:
-        test = _tensors(_images(spec, arrays["test_images"]), _labels(spec, arrays["test_labels"]), spec)
-        return Material(spec, classes if "classes" in arrays else _numbered(train, test), train, test)
-    return Material(spec, classes, train, None)
+    unreadable = refused(f"{spec}: cannot be read as .npz without pickles (", ")")
+    with unreadable, np.load(path, allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    for name in ("images", "labels"):
+        if name not in arrays:
+            raise AdaptError(f"{spec}: has no array {name!r}, but {', '.join(arrays) or 'nothing'}")
+    pairs = [(f"{part}images", f"{part}labels") for part in ("", "test_")]
+    parts = [
+        _tensors(_images(spec, arrays[inputs]), _labels(spec, arrays[labels]), spec)
+        for inputs, labels in pairs
+        if inputs in arrays and labels in arrays
+    ]
+    return Material(tuple(map(str, arrays["classes"])) if "classes" in arrays else _numbered(*parts), *parts)
 
 
 def _images(spec: str, array: np.ndarray) -> Tensor:
@@ -227,17 +245,14 @@ def _labels(spec: str, array: np.ndarray) -> Tensor:
 
 
 def _folder(spec: str, path: Path, size: int) -> Material:
-    if not (path / "train").is_dir():
-        classes, everything = _one_folder(spec, path, size)
-        return Material(spec, classes, everything, None)
-    second = next((path / name for name in ("test", "val", "valid") if (path / name).is_dir()), None)
-    classes, train = _one_folder(spec, path / "train", size)
-    if second is None:
-        return Material(spec, classes, train, None)
-    test_classes, test = _one_folder(spec, second, size)
-    if test_classes != classes:
-        raise AdaptError(f"{spec}: train and {second.name} hold folders of different classes")
-    return Material(spec, classes, train, test)
+    folders = [path]
+    if (path / "train").is_dir():
+        seconds = [path / name for name in ("test", "val", "valid") if (path / name).is_dir()]
+        folders = [path / "train", *seconds[:1]]
+    classes, parts = zip(*(_one_folder(spec, folder, size) for folder in folders), strict=True)
+    if len(set(classes)) > 1:
+        raise AdaptError(f"{spec}: train and {folders[1].name} hold folders of different classes")
+    return Material(classes[0], *parts)
 
 
 def _one_folder(spec: str, path: Path, size: int) -> tuple[tuple[str, ...], Examples]:
@@ -245,17 +260,12 @@ def _one_folder(spec: str, path: Path, size: int) -> tuple[tuple[str, ...], Exam
     from torchvision.transforms import v2
 
     shape = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
-    try:
+    with refused(f"{spec}: expected one folder of images for each class below {path}: ", errors=(FileNotFoundError,)):
         found = ImageFolder(str(path), transform=shape)
-    except FileNotFoundError as error:
-        reason = str(error).splitlines()[0]
-        raise AdaptError(f"{spec}: expected one folder of images for each class below {path}: {reason}") from None
 
     def read(position: int) -> Tensor:
-        try:
+        with refused(f"{found.samples[position][0]}: cannot be read as an image (", ")", errors=(OSError,)):
             image: Tensor = found[position][0]
-        except OSError as error:
-            raise AdaptError(f"{found.samples[position][0]}: cannot be read as an image ({error})") from None
         return image
 
     return tuple(found.classes), Examples(torch.tensor(found.targets), read, range(len(found)))
@@ -273,31 +283,48 @@ def _torchvision(spec: str, name: str, root: Path | None) -> Material:
     parts: list[Examples] = []
     names: Sequence[str] | None = None
     for train in (True, False):
-        try:
-            found: Any = kind(str(root or paths.BUILD / "data"), train=train, download=root is None)
-        except TypeError:
-            raise AdaptError(
-                f"{spec}: has no train and test parts that torchvision knows: use an image folder"
-            ) from None
-        except Exception as error:  # torchvision raises whatever urllib, hashlib or tarfile raise
-            raise AdaptError(f"{spec}: {str(error).splitlines()[0]}") from None
+        with refused(f"{spec}: "):  # torchvision raises whatever urllib, hashlib or tarfile raise
+            try:
+                found: Any = kind(str(root or paths.BUILD / "data"), train=train, download=root is None)
+            except TypeError:
+                reason = "has no train and test parts that torchvision knows: use an image folder"
+                raise AdaptError(f"{spec}: {reason}") from None
         names = getattr(found, "classes", None)
         images = found.data if isinstance(found.data, Tensor) else torch.as_tensor(np.asarray(found.data))
         labels = getattr(found, "targets", getattr(found, "labels", None))
         parts.append(_tensors(_images(spec, images.numpy()), torch.as_tensor(labels), spec))
-    return Material(spec, tuple(names) if names else _numbered(*parts), parts[0], parts[1])
+    return Material(tuple(names) if names else _numbered(*parts), *parts)
 
 
 def _returned(spec: str) -> Material:
-    from .loading import call
-
     value = call(spec)
-    if not isinstance(value, list | tuple) or len(value) != 2:
+    pairs: Sequence[Any] = []
+    if isinstance(value, list | tuple) and len(value) == 2:
+        pairs = value if isinstance(value[0], list | tuple) else [value]
+    if not pairs or any(len(pair) != 2 for pair in pairs):
         raise AdaptError(f"{spec}() must return (inputs, labels), or a pair of these for training and test")
-    pairs = value if isinstance(value[0], list | tuple) else [value]
-    parts = []
-    for pair in pairs:
-        if len(pair) != 2:
-            raise AdaptError(f"{spec}() must return (inputs, labels), or a pair of these for training and test")
-        parts.append(_tensors(torch.as_tensor(pair[0]), torch.as_tensor(pair[1]), f"{spec}()"))
-    return Material(spec, _numbered(*parts), parts[0], parts[1] if len(parts) == 2 else None)
+    parts = [_tensors(torch.as_tensor(x), torch.as_tensor(labels), f"{spec}()") for x, labels in pairs]
+    return Material(_numbered(*parts), *parts)
+
+
+def call(spec: str) -> Any:
+    """What ``package.module:function`` returns; modules of the current folder come first.
+
+    Raises:
+        AdaptError: no such module or function, or it fails.
+    """
+    module_name, _, function_name = spec.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the reader's module raises
+        raise AdaptError(f"{spec}: cannot import {module_name} ({type(error).__name__}: {error})") from None
+    finally:
+        sys.path.remove(os.getcwd())
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise AdaptError(f"{spec}: {module_name} has no function {function_name!r}")
+    try:
+        return function()
+    except Exception as error:
+        raise AdaptError(f"{spec}() failed: {type(error).__name__}: {error}") from error

@@ -9,13 +9,13 @@ from typing import Any
 
 import pandas as pd
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import influence
 
 from ..images import distortions
+from ..scores.detection import share_interval
 from ..zoo import training
 from .material import Examples
 from .study import Subject
@@ -54,7 +54,13 @@ def stabilise(
         noisy = influence.gaussian_perturbation(x, sigma=sigma * unit, clip=(0, unit))
         # Large images go through one after the other: the gradients of the parts add up to that of the batch.
         for part in torch.arange(len(x), device=x.device).split(subject.at_once(_BATCH)):
-            yield _loss(model, x[part], noisy[part], labels[part], alpha) * (len(part) / len(x))
+            clean = influence.checks.require_logits(model(x[part]))
+            if alpha:
+                moved = influence.checks.require_logits(model(noisy[part]))
+                value = influence.stability_loss(clean, moved, labels[part], alpha=alpha)
+            else:
+                value = F.cross_entropy(clean.float(), labels[part])
+            yield value * (len(part) / len(x))
 
     training.train(
         model,
@@ -85,13 +91,6 @@ class _Sampled:
             yield self.examples.batch(torch.randperm(len(self.examples))[:_BATCH].tolist())
 
 
-def _loss(model: nn.Module, x: Tensor, noisy: Tensor, labels: Tensor, alpha: float) -> Tensor:
-    clean = influence.checks.require_logits(model(x))
-    if not alpha:
-        return F.cross_entropy(clean.float(), labels)
-    return influence.stability_loss(clean, influence.checks.require_logits(model(noisy)), labels, alpha=alpha)
-
-
 def pixel_range(subject: Subject) -> float | None:
     """255 for bytes, 1 for floats in [0, 1], None for what cannot be distorted: no image, or a normalised one."""
     if not subject.image:
@@ -119,8 +118,9 @@ def robustness(
         return pd.DataFrame()
     if steps and subject.material.test is None:
         halves = subject.material.train.hold_out()
-        steps = 0 if halves is None else steps
-        if halves is not None:
+        if halves is None:
+            steps = 0
+        else:
             subject = replace(subject, material=replace(subject.material, train=halves[0], test=halves[1]))
     test = subject.material.measured.sample(images, seed=seed)
     stored, labels = test.stored(range(len(test)))
@@ -134,48 +134,36 @@ def robustness(
     for family, strength, pictures in _versions(bytes_):
         for arm, model in arms.items():
             right = _hits(subject, model, pictures, labels, unit / 255)
-            interval = stats.binomtest(right, len(labels)).proportion_ci(method="wilson")
-            rows.append(
-                {
-                    "arm": arm,
-                    "family": family,
-                    "strength": strength,
-                    "accuracy": right / len(labels),
-                    "low": interval.low,
-                    "high": interval.high,
-                    "n": len(labels),
-                }
-            )
+            accuracy, low, high = share_interval(right, len(labels))
+            row = {"arm": arm, "family": family, "strength": strength, "accuracy": accuracy, "low": low, "high": high}
+            rows.append(row | {"n": len(labels)})
     return pd.DataFrame(rows)
 
 
 def _versions(images: Tensor) -> Iterator[tuple[str, float, Tensor]]:
-    """Family, strength and pictures, one version at a time: all of them would not fit for many large images."""
+    """Family, strength and pictures, one at a time: all of them would not fit for many large images.
+
+    The paper's distortions, with strengths that mean the same for images of any size.
+    """
     height, width = images.shape[-2:]
-    for family, strengths, distort in _families(height, width):
+    families: list[tuple[str, Sequence[float], Callable[[Tensor, float], Tensor]]] = [
+        ("100 - JPEG quality", (20, 50, 70, 90), lambda x, s: distortions.jpeg(x, 100 - int(s))),
+        (
+            "thumbnail: shrunk by",
+            (1.33, 2.0, 3.0),
+            lambda x, factor: distortions.thumbnail(x, max(1, round(height * width / factor**2))),
+        ),
+        (
+            "crop: share of the side",
+            (0.05, 0.1, 0.2),
+            lambda x, share: distortions.crop(x, max(1, round(share * min(height, width)))),
+        ),
+        ("Gaussian noise: sigma", (0.05, 0.1, 0.2), distortions.noise),
+    ]
+    for family, strengths, distort in families:
         yield family, 0.0, images
         for strength in strengths:
             yield family, strength, distort(images, strength)
-
-
-_Family = tuple[str, Sequence[float], Callable[[Tensor, float], Tensor]]
-
-
-def _families(height: int, width: int) -> list[_Family]:
-    """The paper's distortions with strengths that mean the same for images of any size."""
-
-    def shrunk(images: Tensor, factor: float) -> Tensor:
-        return distortions.thumbnail(images, max(1, round(height * width / factor**2)))
-
-    def cropped(images: Tensor, share: float) -> Tensor:
-        return distortions.crop(images, max(1, round(share * min(height, width))))
-
-    return [
-        ("100 - JPEG quality", (20, 50, 70, 90), lambda images, s: distortions.jpeg(images, 100 - int(s))),
-        ("thumbnail: shrunk by", (1.33, 2.0, 3.0), shrunk),
-        ("crop: share of the side", (0.05, 0.1, 0.2), cropped),
-        ("Gaussian noise: sigma", (0.05, 0.1, 0.2), distortions.noise),
-    ]
 
 
 def _hits(subject: Subject, model: nn.Module, images: Tensor, labels: Tensor, scale: float) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 
 import influence
 
-from ..images import data
 from ..ledger import cache
 from ..ledger.results import Run
 from . import loading
@@ -34,7 +34,6 @@ class Subject:
         classes: K.
         device: where the model is.
         image: whether an example is an image ``(C, H, W)``.
-        name: how figures call it.
     """
 
     model: nn.Module
@@ -42,7 +41,6 @@ class Subject:
     classes: int
     device: torch.device
     image: bool
-    name: str
 
     @property
     def many_classes(self) -> bool:
@@ -65,35 +63,34 @@ class Subject:
         return self.material.classes[k] if k < len(self.material.classes) else str(k)
 
 
-def load(
-    run: Run,
-    model: str,
-    dataset: str,
-    *,
-    architecture: str = "",
-    size: int = 0,
-    scale: float = 0.0,
-    mean: Sequence[float] = (),
-    std: Sequence[float] = (),
-) -> Subject:
-    """The model and the data that two words name, checked with two examples (`companion.adapt` says which words)."""
+def load(run: Run, model: str, dataset: str, *, size: int = 0, **options: Any) -> Subject:
+    """The model and the data that two words name, checked with two examples.
+
+    Args:
+        run: gives profile and device, and notes the labels as an input.
+        model: as `loading.load_model` takes it.
+        dataset: as `material.load_data` takes it, with `size`.
+        size: height and width of a folder's images; 0 for 224.
+        **options: architecture, scale, mean and std of `loading.load_model`.
+
+    Raises:
+        AdaptError: one of them cannot be used; the message is one line for the reader.
+    """
     material = load_data(dataset, size=size)
-    own = model.startswith("companion:")
-    network = loading.load_model(
+    network, classes = loading.load_model(
         model,
+        material.train,
         classes=len(material.classes),
-        architecture=architecture or None,
+        dataset=dataset,
         profile=run.profile,
-        dataset=dataset if dataset in data.NAMES else "digits",
         device=run.device,
+        **options,
     )
-    network = loading.prepare(network, material.train, scale=1.0 if own else scale, mean=mean, std=std)
-    classes = loading.check(network, material.train)
     loading.check(network, material.measured)
     run.add_input(dataset, cache.fingerprint([part.labels.tolist() for part in material.parts.values()]))
     shape = material.train[0][0].shape
     image = len(shape) == 3 and shape[0] in (1, 3)
-    return Subject(network, material, classes, loading.device_of(network), image, f"{model}, {dataset}")
+    return Subject(network, material, classes, loading.device_of(network), image)
 
 
 def log_probs_of(subject: Subject, x: Tensor) -> Tensor:
@@ -109,8 +106,7 @@ def odds(log_probs: Tensor, labels: Tensor) -> Tensor:
 
 def estimated_trace(subject: Subject, x: Tensor, *, wrt: str, draws: int = DRAWS, seed: int = 0) -> Tensor:
     """Traces ``(N, B)`` from random signs of the classes, a backward pass for each draw."""
-    generator = torch.Generator().manual_seed(seed)
-    return influence.trace(subject.model, x, wrt=wrt, samples=draws, generator=generator)
+    return influence.trace(subject.model, x, wrt=wrt, samples=draws, generator=torch.Generator().manual_seed(seed))
 
 
 def input_trace(subject: Subject, x: Tensor) -> Tensor:

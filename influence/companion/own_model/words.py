@@ -16,10 +16,9 @@ def in_words(subject: Subject, *, scores: pd.DataFrame, tables: dict[str, pd.Dat
 
     Args:
         subject: what was studied.
-        scores: of `adapt_examples.scores`.
-        tables: "beyond" of `adapt_examples.beyond_the_loss`, "layers" of `adapt_layers.layers`, "parts" of
-            `adapt_examples.train_against_test`, "maps" of `adapt_maps.maps` and "curves" of
-            `adapt_robustness.robustness`.
+        scores: of `by_example.scores`.
+        tables: "beyond" of `by_example.beyond_the_loss`, "layers" of `by_layer.layers`, "parts" of
+            `by_example.train_against_test`, "maps" of `maps.maps` and "curves" of `robustness.robustness`.
     """
     kind = "examples" if subject.material.test is None else "test examples"
     lines = [*_warnings(subject, scores), *_suspicious(subject, scores, tables["beyond"])]
@@ -54,20 +53,17 @@ def _warnings(subject: Subject, scores: pd.DataFrame) -> list[str]:
     way = scores["way"].iloc[0]
     if way == METRIC and subject.many_classes:
         done, asked = len(scores), int(scores.groupby("part")["asked"].first().sum())
-        text = f"Each of the {done} examples took up to {subject.classes - 1:,} backward passes"
+        text = f"**What FI cost.** Each of the {done} examples took up to {subject.classes - 1:,} backward passes"
         if done < asked:
             text += f", so only so many of the {asked} asked for were scored, drawn at random; the others are left out"
-        lines.append(f"**What FI cost.** {text}. `influence score` has no such bound.")
-    elif way == FEATURES:
-        lines.append(
-            f"**How FI was found.** With K = {subject.classes:,} classes and a rank below K - 1, FI of the input is "
-            "taken to be FI of what the last layer sees: no backward pass through the network. A sample agreed."
-        )
-    elif way == CLOSED_FORM:
-        lines.append(
-            f"**How FI was found.** With K = {subject.classes:,} classes, FI takes its closed form from the loss: a "
-            "sample had full rank."
-        )
+        lines.append(f"{text}. `influence score` has no such bound.")
+    elif way != METRIC:
+        found = {
+            FEATURES: " and a rank below K - 1, FI of the input is taken to be FI of what the last layer sees: no "
+            "backward pass through the network. A sample agreed.",
+            CLOSED_FORM: ", FI takes its closed form from the loss: a sample had full rank.",
+        }[way]
+        lines.append(f"**How FI was found.** With K = {subject.classes:,} classes{found}")
     if scores["estimated"].any():
         lines[-1] += " Traces are estimates from random signs of the classes."
     return lines
@@ -85,17 +81,16 @@ def _suspicious(subject: Subject, scores: pd.DataFrame, beyond: pd.DataFrame) ->
         verdict = "nothing that the loss does not"
         if fi["mean_alignment"] <= 0.999:
             verdict = "in its size, not in whom it suspects, something that the loss does not"
-    close = trace["spearman"] > 0.95
+    close = "close to" if trace["spearman"] > 0.95 else "not"
     return [
-        f"**Suspicious examples.** Of {len(searched)} {kind} scored, {wrong} are not predicted as labelled. "
-        f"The metric tensor has full rank K - 1 = {subject.classes - 1} for {full:.0%} of all examples (median rank "
-        f"{scores['rank'].median():.0f}), and the mean "
-        f"alignment (FI / ceiling) is {fi['mean_alignment']:.3g}. Of the {fi['of']} examples of largest FI, "
-        f"{fi['shared']} are among those of largest loss (rank correlation {fi['spearman']:.3f}): here FI says "
-        f"{verdict}.",
+        f"**Suspicious examples.** Of {len(searched)} {kind} scored, {wrong} are not predicted as labelled. The metric "
+        f"tensor has full rank K - 1 = {subject.classes - 1} for {full:.0%} of all examples (median rank "
+        f"{scores['rank'].median():.0f}), and the mean alignment (FI / ceiling) is {fi['mean_alignment']:.3g}. Of the "
+        f"{fi['of']} examples of largest FI, {fi['shared']} are among those of largest loss (rank correlation "
+        f"{fi['spearman']:.3f}): here FI says {verdict}.",
         f"**The trace**, how far a unit of noise moves the output, has a rank correlation of {trace['spearman']:.3f} "
-        f"with the loss and shares {trace['shared']} of its {trace['of']} largest examples: it is "
-        f"{'close to' if close else 'not'} what the loss says.",
+        f"with the loss and shares {trace['shared']} of its {trace['of']} largest examples: it is {close} what the "
+        "loss says.",
     ]
 
 
@@ -115,10 +110,8 @@ def _layers(layers: pd.DataFrame, kind: str) -> str:
 
 def _parts(row: dict[Any, Any]) -> str:
     what = {"fi_predicted": "FI of the predicted class", "trace": "the trace"}[row["score"]]
-    side = "not told apart"
-    if row["low"] > 0.5:
-        side = "larger on test examples"
-    elif row["high"] < 0.5:
+    side = "larger on test examples" if row["low"] > 0.5 else "not told apart"
+    if row["high"] < 0.5:
         side = "smaller on test examples"
     return (
         f"**Train against test**, by {what}: {side} (AUROC {row['auroc']:.3f}, 95% bootstrap interval {row['low']:.3f} "
@@ -127,16 +120,15 @@ def _parts(row: dict[Any, Any]) -> str:
 
 
 def _areas(areas: pd.DataFrame, kind: str) -> str:
-    rows = areas.to_dict("records")
+    rows, size = areas.to_dict("records"), int(areas["size"].iloc[0])
     single = np.array([row["single"].max() / row["ceiling"] for row in rows])
-    text = (
-        f"**Vulnerable areas.** On the {len(rows)} least sure {kind}, the best single value reaches "
-        f"{single.min():.0%} to {single.max():.0%} of the ceiling"
-    )
-    size = int(areas["size"].iloc[0])
     reached = float(np.mean(np.concatenate([(row["patch"] / row["ceiling"]).ravel() for row in rows]) > 0.99))
     flat = "a flat map, which says what the loss says" if reached > 0.9 else "a map that says more than the loss"
-    return text + f"; {reached:.0%} of all {size} x {size} patches reach 99% of it: {flat}."
+    return (
+        f"**Vulnerable areas.** On the {len(rows)} least sure {kind}, the best single value reaches "
+        f"{single.min():.0%} to {single.max():.0%} of the ceiling; {reached:.0%} of all {size} x {size} patches reach "
+        f"99% of it: {flat}."
+    )
 
 
 def _curves(curves: pd.DataFrame, *, held_out: bool) -> str:

@@ -10,15 +10,16 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..ledger import manifest, paths
 from ..ledger.notebook import NotebookError
-from . import run
+from . import listing, run
 
 if TYPE_CHECKING:
     from ..own_model.material import Examples, Material
 
+_PLAIN = argparse.RawDescriptionHelpFormatter
 # Of 64 examples with 10 classes: seconds to minutes of work in a file.
 _MOST_BATCHES = 8
 
@@ -95,13 +96,11 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Carry out a command line; returns the exit status (0 well, 1 something failed, 2 bad usage, 130 interrupted)."""
+    commands = {"run": run.run, "list": _list, "check": _check, "score": _score, "report": _report, "zoo": _zoo}
     try:
-        # Only this one is told from `run`'s own commands.
-        words = list(sys.argv[1:] if arguments is None else arguments)
+        words = sys.argv[1:] if arguments is None else list(arguments)
         options = _parser().parse_args(words or ["--help"])
-        if options.command in ("run", "list", "check"):
-            return run.main(words, parser=_parser())
-        return {"score": _score, "report": _report, "zoo": _zoo}[options.command](options)
+        return commands[options.command](options)
     except (run.UsageError, NotebookError, manifest.ManifestError) as error:
         return _refuse(error)
     except KeyboardInterrupt:
@@ -114,74 +113,86 @@ def _refuse(error: Exception | str) -> int:
     return 2
 
 
+def _list(options: argparse.Namespace) -> int:
+    print(listing.show(markdown=options.markdown, claims=options.claims))
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    problems = listing.problems()
+    print("\n".join(problems) or "results: every file is owned by a notebook and as its ledger says")
+    return 1 if problems else 0
+
+
 # -- score ------------------------------------------------------------------------------------------------------------
 
 
 def _score(options: argparse.Namespace) -> int:
     import influence
 
-    from ..own_model import loading
-
     logging.basicConfig(format="%(message)s")
     try:
-        if options.device:
-            run.check_device(options.device)
-        model, loader, found = _prepared(options)
-        print(f"{found['which']} of shape {found['shape']}, K = {found['classes']}: {options.wrt}")
+        model, loader, classes = _prepared(options)
         folder = influence.score(
             model,
             loader,
             options.out,
             wrt=_wrt(options.wrt),
-            estimator=_estimator(options),
+            estimator=influence.Exact() if options.released is None else influence.Released(epsilon=options.released),
             labels="predicted" if options.predicted else "given",
             closed_form=options.check if options.closed_form else None,
-            batches_per_shard=_batches_per_file(options, found["classes"]),
+            batches_per_shard=options.batches_per_file or _batches_per_file(options.closed_form, classes),
             chunk_size=options.chunk_size,
             progress=sys.stderr.isatty(),
         )
         print(f"written to {folder}: influence.read_scores({str(folder)!r})")
         return 0
-    except (ValueError, TypeError, loading.AdaptError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         return _refuse(error)
     except RuntimeError as error:
         return _refuse(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
 
-def _prepared(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+def _prepared(options: argparse.Namespace) -> tuple[Any, Any, int]:
+    """The model, a loader of the examples, and K; says what is to be scored."""
     import torch
     from torch.utils.data import DataLoader
 
-    from ..images import data
-    from ..own_model import loading
+    from ..own_model import loading, material
 
-    if not _writable(options.out):
-        raise loading.AdaptError(f"--out {options.out}: cannot be made a folder")
+    if options.device:
+        run.check_device(options.device)
+    try:
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+    except OSError:
+        raise material.AdaptError(f"--out {options.out}: cannot be made a folder") from None
     root = Path(options.root).expanduser() if options.root else None
-    found = loading.load_data(options.data, size=options.size, root=root)
+    found = material.load_data(options.data, size=options.size, root=root)
     everything, examples, which = _part(options, found)
-    model = loading.load_model(
+    model, classes = loading.load_model(
         options.model,
+        examples,
         classes=options.classes or len(found.classes),
+        dataset=options.data,
         architecture=options.architecture,
         profile=options.profile,
-        dataset=options.data if options.data in data.NAMES else "digits",
         device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        scale=options.scale,
+        mean=options.mean or (),
+        std=options.std or (),
     )
-    own = options.model.startswith("companion:")
-    model = loading.prepare(
-        model, examples, scale=1.0 if own else options.scale, mean=options.mean or (), std=options.std or ()
-    )
-    classes = loading.check(model, examples)
+    shape = tuple(examples[0][0].shape)
+    print(f"{len(examples)} of {len(everything)} examples{which} of shape {shape}, K = {classes}: {options.wrt}")
     # Of a part of the examples, each keeps its number.
-    loader = DataLoader(everything, batch_size=options.batch_size, sampler=examples.numbers, collate_fn=_collate)
-    which = f"{len(examples)} of {len(everything)} examples{which}"
-    return model, loader, {"which": which, "shape": tuple(examples[0][0].shape), "classes": classes}
+    loader = DataLoader(
+        everything, batch_size=options.batch_size, sampler=examples.numbers, collate_fn=material.collate
+    )
+    return model, loader, classes
 
 
 def _part(options: argparse.Namespace, found: Material) -> tuple[Examples, Examples, str]:
     """All examples of the data or of their part, those of them that are scored, and words that say which part it is."""
-    from ..own_model import loading
+    from ..own_model.material import AdaptError
 
     part = options.part or next(iter(found.parts))
     if part in found.parts:
@@ -189,36 +200,15 @@ def _part(options: argparse.Namespace, found: Material) -> tuple[Examples, Examp
         return everything, everything.sample(options.images), "" if part == "all" else f" of part {part!r}"
     halves = found.train.hold_out()
     if halves is None:
-        raise loading.AdaptError(
-            f"--part {part}: the data have no parts and too few examples to draw some: leave it out"
-        )
+        reason = "the data have no parts and too few examples to draw some: leave it out"
+        raise AdaptError(f"--part {part}: {reason}")
     chosen = halves[("train", "test").index(part)].sample(options.images)
     return found.train, chosen, f", of part {part!r} after a fifth of each class was drawn at random as the test part"
 
 
-def _batches_per_file(options: argparse.Namespace, classes: int) -> int:
-    """What is lost at most when a run is interrupted: minutes, whatever the number of backward passes."""
-    given: int | None = options.batches_per_file
-    if given:
-        return given
-    return _MOST_BATCHES if options.closed_form else max(1, min(_MOST_BATCHES, 10 * _MOST_BATCHES // classes))
-
-
-def _collate(rows: list[tuple[Any, Any]]) -> tuple[Any, Any]:
-    from torch.utils.data import default_collate
-
-    from ..own_model.material import as_input
-
-    inputs, labels = default_collate(rows)
-    return as_input(inputs), labels
-
-
-def _writable(folder: str) -> bool:
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return True
+def _batches_per_file(closed_form: bool, classes: int) -> int:
+    # What is lost at most when a run is interrupted: minutes, whatever the number of backward passes.
+    return _MOST_BATCHES if closed_form else max(1, min(_MOST_BATCHES, 10 * _MOST_BATCHES // classes))
 
 
 def _wrt(word: str) -> Any:
@@ -230,14 +220,6 @@ def _wrt(word: str) -> Any:
             raise ValueError(f"--wrt {word}: expected patches:K with K >= 1, such as patches:3")
         return influence.Patches(size=int(size))
     return word if word in ("input", "parameters", "layers") else word.split(",")
-
-
-def _estimator(options: argparse.Namespace) -> Any:
-    import influence
-
-    if options.released is not None:
-        return influence.Released(epsilon=options.released)
-    return influence.Exact()
 
 
 # -- report -----------------------------------------------------------------------------------------------------------
@@ -262,11 +244,11 @@ def _zoo(options: argparse.Namespace) -> int:
     from ..images import data
     from ..zoo import published, recipes, training
 
-    data_dir = Path(options.data).expanduser() if options.data else None
     try:
         if options.device:
             run.check_device(options.device)
-        where: dict[str, Any] = {"device": options.device or "cpu", "data_dir": data_dir}
+        folder = Path(options.data).expanduser() if options.data else None
+        where: dict[str, Any] = {"device": options.device or "cpu", "data_dir": folder}
         if options.action == "list":
             print(published.listing())
         elif options.action == "train":
@@ -275,9 +257,9 @@ def _zoo(options: argparse.Namespace) -> int:
             for name in [recipes.named(name).name for name in options.names]:
                 print(published.train(name, **where), flush=True)
         else:
-            problems = 0
+            problems = False
             for line in published.check(options.names, **where):
-                problems += 1
+                problems = True
                 print(line, flush=True)
             if problems:
                 return 1
@@ -290,92 +272,88 @@ def _zoo(options: argparse.Namespace) -> int:
 # -- the command line -------------------------------------------------------------------------------------------------
 
 
-def _parser() -> run.Parser:
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = run.Parser(prog="influence", description=_ABOUT, formatter_class=plain)
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line."""
+        raise run.UsageError(f"{message} (--help shows the options)")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="influence", description=_ABOUT, formatter_class=_PLAIN)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run.add_commands(commands, epilog=_RUN_EXAMPLES)
-    _add_score(commands, plain)
-    zoo = commands.add_parser(
-        "zoo", help="the trained networks", description=_ZOO, epilog=_ZOO_EXAMPLES, formatter_class=plain
-    )
+    _add_run(commands)
+    listed = commands.add_parser("list", help="name every notebook")
+    listed.add_argument("--markdown", action="store_true", help="as the README's table")
+    listed.add_argument("--claims", action="store_true", help="what each claim came to in the committed results")
+    commands.add_parser("check", help="is every results file owned by a notebook, and as its ledger says?")
+    _add_score(commands)
+    texts: dict[str, Any] = {"description": _ZOO, "epilog": _ZOO_EXAMPLES, "formatter_class": _PLAIN}
+    zoo = commands.add_parser("zoo", help="the trained networks", **texts)
     zoo.add_argument("action", nargs="?", choices=("list", "train", "check"), default="list", help="default: list")
     zoo.add_argument("names", nargs="*", metavar="NAME", help="of networks; for check: none for all")
     zoo.add_argument("--data", metavar="DIR", help="folder of the data sets (default: INFLUENCE_DATA)")
     zoo.add_argument("--device", help="cpu, cuda or cuda:N (default: cpu)")
-    report = commands.add_parser(
-        "report",
-        help="all artifacts as one static site",
-        description=_REPORT,
-        epilog=_REPORT_EXAMPLES,
-        formatter_class=plain,
-    )
-    report.add_argument("--profile", default="smoke", help="smoke, cpu or paper (default: smoke)")
+    texts = {"description": _REPORT, "epilog": _REPORT_EXAMPLES, "formatter_class": _PLAIN}
+    report = commands.add_parser("report", help="all artifacts as one static site", **texts)
+    report.add_argument("--profile", default=run.SMOKE, help="smoke, cpu or paper (default: smoke)")
     report.add_argument("--out", metavar="DIR", help="folder of the site (default: build/site/PROFILE)")
     return parser
 
 
-def _add_score(commands: Any, plain: type[argparse.HelpFormatter]) -> None:
-    score = commands.add_parser(
-        "score",
-        help="influence of your data on your model",
-        description=_SCORE,
-        epilog=_SCORE_EXAMPLES,
-        formatter_class=plain,
-    )
-    score.add_argument("--model", required=True, help="see above")
-    score.add_argument("--data", required=True, help="see above")
-    score.add_argument("--out", default="scores", metavar="DIR", help="folder for the files (default: scores)")
-    score.add_argument("--architecture", metavar="MODEL", help="what a checkpoint's weights belong to")
-    score.add_argument(
-        "--wrt",
-        default="input",
-        help="what is perturbed: input (default), parameters, layers, patches:K, or NAME,NAME...",
-    )
-    score.add_argument(
-        "--part",
-        choices=("train", "test"),
-        help="train (default where the data have parts) or test; of data without parts, a fifth drawn as test",
-    )
-    score.add_argument(
-        "--images", type=_count, default=0, metavar="N", help="a random sample of N; 0 for all (default)"
-    )
-    score.add_argument("--predicted", action="store_true", help="f = -log P of the predicted class, not of the label")
-    score.add_argument("--released", type=float, metavar="E", help="the authors' released estimator with constant E")
-    score.add_argument("--closed-form", action="store_true", help="one forward pass where that is enough (see below)")
-    score.add_argument(
-        "--check", type=_positive, default=4, metavar="N", help="examples whose rank is checked (default: 4)"
-    )
-    score.add_argument("--classes", type=_count, default=0, metavar="K", help="outputs of a torchvision network")
-    score.add_argument("--size", type=_count, default=0, metavar="PIXELS", help="height and width of a folder's images")
-    score.add_argument("--scale", type=float, default=0, help="factor for the data (default: 1/255 for bytes, else 1)")
-    score.add_argument("--mean", type=float, nargs="+", metavar="M", help="mean of each channel after scaling")
-    score.add_argument("--std", type=float, nargs="+", metavar="S", help="standard deviation of each channel")
-    score.add_argument(
-        "--batch-size", type=_positive, default=64, metavar="N", help="examples in a batch (default: 64)"
-    )
-    score.add_argument(
-        "--batches-per-file", type=_positive, metavar="N", help="default: 8, fewer for more than 10 classes"
-    )
-    score.add_argument("--chunk-size", type=_positive, metavar="N", help="examples computed at once (default: chosen)")
-    score.add_argument("--root", metavar="DIR", help="folder of torchvision's sets (default: INFLUENCE_DATA)")
-    score.add_argument("--profile", default="smoke", help="of companion:NAME (default: smoke)")
-    score.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+def _add_run(commands: Any) -> None:
+    texts: dict[str, Any] = {"epilog": _RUN_EXAMPLES, "formatter_class": _PLAIN}
+    add = commands.add_parser("run", help="regenerate what has changed", **texts).add_argument
+    add("--profile", default=run.SMOKE, help="smoke, cpu or paper (default: smoke)")
+    add("--only", nargs="+", default=[], metavar="STEM", help="these notebooks alone")
+    add("--force", action="store_true", help="run what is unchanged as well")
+    add("--data", metavar="DIR", help="folder of the data sets (default: INFLUENCE_DATA)")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    add("--time-limit", type=_seconds, metavar="SECONDS", help="for each notebook")
+    add("--refresh-notebooks", action="store_true", help="for maintainers: keep the outputs in notebooks/")
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 0, got {text}")
-    return value
+def _add_score(commands: Any) -> None:
+    texts: dict[str, Any] = {"description": _SCORE, "epilog": _SCORE_EXAMPLES, "formatter_class": _PLAIN}
+    add = commands.add_parser("score", help="influence of your data on your model", **texts).add_argument
+    add("--model", required=True, help="see above")
+    add("--data", required=True, help="see above")
+    add("--out", default="scores", metavar="DIR", help="folder for the files (default: scores)")
+    add("--architecture", metavar="MODEL", help="what a checkpoint's weights belong to")
+    perturbed = "what is perturbed: input (default), parameters, layers, patches:K, or NAME,NAME..."
+    add("--wrt", default="input", help=perturbed)
+    parts = "train (default where the data have parts) or test; of data without parts, a fifth drawn as test"
+    add("--part", choices=("train", "test"), help=parts)
+    add("--images", type=_count, default=0, metavar="N", help="a random sample of N; 0 for all (default)")
+    add("--predicted", action="store_true", help="f = -log P of the predicted class, not of the label")
+    add("--released", type=float, metavar="E", help="the authors' released estimator with constant E")
+    add("--closed-form", action="store_true", help="one forward pass where that is enough (see below)")
+    add("--check", type=_positive, default=4, metavar="N", help="examples whose rank is checked (default: 4)")
+    add("--classes", type=_count, default=0, metavar="K", help="outputs of a torchvision network")
+    add("--size", type=_count, default=0, metavar="PIXELS", help="height and width of a folder's images")
+    add("--scale", type=float, default=0, help="factor for the data (default: 1/255 for bytes, else 1)")
+    add("--mean", type=float, nargs="+", metavar="M", help="mean of each channel after scaling")
+    add("--std", type=float, nargs="+", metavar="S", help="standard deviation of each channel")
+    add("--batch-size", type=_positive, default=64, metavar="N", help="examples in a batch (default: 64)")
+    add("--batches-per-file", type=_positive, metavar="N", help="default: 8, fewer for more than 10 classes")
+    add("--chunk-size", type=_positive, metavar="N", help="examples computed at once (default: chosen)")
+    add("--root", metavar="DIR", help="folder of torchvision's sets (default: INFLUENCE_DATA)")
+    add("--profile", default=run.SMOKE, help="of companion:NAME (default: smoke)")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+
+
+def _seconds(text: str) -> float:
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return float(text)
+
+
+def _count(text: str, *, least: int = 0) -> int:
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number >= {least}, got {text}")
+    return int(text)
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text}")
-    return value
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return _count(text, least=1)

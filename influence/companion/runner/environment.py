@@ -1,11 +1,7 @@
 """What an interpreter lacks of the requirements in pyproject.toml.
 
-Standard library only, since it is run as a file by an interpreter that may have nothing else:
-
-    python -P influence/companion/environment.py companion test
-
-prints each requirement that is not met and ends with 1 if there is one. `run_all.sh` asks it whether an environment
-that is active already will do.
+Standard library only: `run_all.sh` runs it as a file, by an interpreter that may have nothing else, with the names of
+extras, to learn whether an environment that is active already will do. It ends with 1 where something is missing.
 """
 
 from __future__ import annotations

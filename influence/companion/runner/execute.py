@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import sys
 import time
@@ -15,13 +16,22 @@ from typing import Any
 from ..ledger import cache
 
 
-def execute(source: Path, target: Path, *, parameters: Mapping[str, Any], limit: float, log: Path) -> None:
+def execute(
+    source: Path,
+    target: Path,
+    parameters: Mapping[str, Any],
+    environment: Mapping[str, str],
+    *,
+    limit: float,
+    log: Path,
+) -> None:
     """Execute a notebook in its own folder, with the interpreter that runs this.
 
     Args:
         source: the notebook.
         target: where the executed notebook goes.
         parameters: injected after the cell with the tag `parameters`.
+        environment: variables of the kernel on top of our own.
         limit: seconds for the whole notebook.
         log: gets what the kernel itself has to say.
 
@@ -44,7 +54,7 @@ def execute(source: Path, target: Path, *, parameters: Mapping[str, Any], limit:
         async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
             """Start it with its own messages in our log."""
             with log.open("a", encoding="utf-8") as file:
-                await self._async_start_kernel(stderr=file, **options)
+                await self._async_start_kernel(stderr=file, env={**os.environ, **environment}, **options)
 
     deadline = time.monotonic() + limit
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -75,18 +85,12 @@ def refresh(source: Path, executed_path: Path) -> None:
     executed.metadata.get("language_info", {}).pop("version", None)
     executed.metadata["kernelspec"] = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
     executed.cells = [c for c in executed.cells if "injected-parameters" not in c.metadata.get("tags", [])]
-    count = 0
     for cell in executed.cells:
-        for name in ("papermill", "execution"):
+        for name in ("papermill", "execution", *(() if cell.metadata.get("tags") else ("tags",))):
             cell.metadata.pop(name, None)
-        if cell.metadata.get("tags") == []:
-            del cell.metadata["tags"]
-        if cell.cell_type == "code":
-            count += 1
-            cell.execution_count = count
-            for output in cell.outputs:
-                if "execution_count" in output:
-                    output.execution_count = count
+    for count, cell in enumerate((c for c in executed.cells if c.cell_type == "code"), start=1):
+        for counted in (cell, *(output for output in cell.outputs if "execution_count" in output)):
+            counted.execution_count = count
     text = nbformat.writes(executed).rstrip("\n") + "\n"
     cache.atomic_write(source, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -104,7 +108,7 @@ def logged(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        logger.error(without_colours(traceback.format_exc()))
+        logger.error(_without_colours(traceback.format_exc()))
         raise
     finally:
         logger.removeHandler(handler)
@@ -114,10 +118,9 @@ def logged(path: Path) -> Iterator[None]:
 def one_line(error: Exception) -> str:
     """An error in one line: the notebook's own where it was raised there."""
     name = getattr(error, "ename", type(error).__name__)
-    lines = without_colours(str(getattr(error, "evalue", error))).strip().splitlines()
+    lines = _without_colours(str(getattr(error, "evalue", error))).strip().splitlines()
     return f"{name}: {lines[0]}" if lines else name
 
 
-def without_colours(text: str) -> str:
-    """Text without the escape sequences of a terminal."""
+def _without_colours(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", text)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pandas as pd
-
 from ..ledger import manifest, paths
 from ..ledger.notebook import LAST, discover
 
@@ -13,14 +9,11 @@ _COMMITTED = "cpu"
 
 
 def show(*, markdown: bool, claims: bool) -> str:
-    """What `influence list` prints."""
+    """What `influence list` prints: by default one line per artifact, stem and title."""
     if claims:
         return claims_markdown()
-    return artifacts_markdown() if markdown else plain()
-
-
-def plain() -> str:
-    """One line per artifact: stem and title."""
+    if markdown:
+        return artifacts_markdown()
     notebooks = discover()
     width = max(map(len, notebooks), default=0)
     return "\n".join(f"{stem:<{width}}  {notebook.title}" for stem, notebook in notebooks.items())
@@ -37,43 +30,18 @@ def artifacts_markdown() -> str:
     return "\n".join(lines)
 
 
-def claims(profile: str, *, root: Path | None = None) -> pd.DataFrame:
-    """What each statement and value of the papers came to.
-
-    Args:
-        profile: whose results to look at.
-        root: the results folder; None for the one in use.
-
-    Returns:
-        One row per compared reference: artifact, item, reference (a value, the upper end of an axis, or "claim"), ours,
-        holds.
-    """
-    rows = manifest.read(profile, root=root)
-    found = [
-        {
-            "artifact": stem,
-            "item": used["item"],
-            "reference": "claim" if used["kind"] == "claim" else f"{used['kind']} {used['value']:g}",
-            "ours": _shown(rows[stem]["findings"][used["item"]]),
-            "holds": "yes" if used["holds"] else "no",
-        }
-        for stem in discover()
-        if stem in rows and stem != LAST
-        for used in rows[stem]["reference"]
-        if used["kind"] != "context"
-    ]
-    return pd.DataFrame(found, columns=["artifact", "item", "reference", "ours", "holds"])
-
-
 def claims_markdown() -> str:
-    """The README's table of claims, from the committed results."""
-    table = claims(_COMMITTED, root=paths.ROOT / "results")
-    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in table.itertuples(index=False))])
-
-
-def _shown(value: bool | float) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:.3g}"
+    """The README's table of what each statement and value of the papers came to in the committed results."""
+    rows = manifest.read(_COMMITTED, root=paths.ROOT / "results")
+    lines = ["| artifact | item | reference | ours | holds |", "|---|---|---|---|---|"]
+    for stem in discover():
+        for used in rows[stem]["reference"] if stem in rows and stem != LAST else ():
+            if used["kind"] != "context":
+                expected = "claim" if used["kind"] == "claim" else f"{used['kind']} {used['value']:g}"
+                ours = rows[stem]["findings"][used["item"]]
+                shown = str(ours).lower() if isinstance(ours, bool) else f"{ours:.3g}"
+                lines.append(f"| {stem} | {used['item']} | {expected} | {shown} | {'yes' if used['holds'] else 'no'} |")
+    return "\n".join(lines)
 
 
 def problems() -> list[str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +23,6 @@ class ReportError(RuntimeError):
     """A site that cannot be made; the message is one line for the reader."""
 
 
-@dataclass(frozen=True)
-class Artifact:
-    """One card of the gallery; paths are relative to the site.
-
-    Attributes:
-        stem: names notebook and files.
-        title: of the notebook.
-        verdict: against the reference values; "not run" where this profile has no result.
-        seconds: it took; None where it is not known.
-        page: the notebook as a page.
-        figures: pictures.
-        downloads: (label, path) of table, data, provenance and figures as PDF.
-        comparisons: findings beside the paper's values.
-        table: HTML of the table, with a note where it was cut.
-    """
-
-    stem: str
-    title: str
-    verdict: str
-    page: str
-    seconds: float | None = None
-    device: str = ""
-    figures: list[str] = field(default_factory=list)
-    downloads: list[tuple[str, str]] = field(default_factory=list)
-    comparisons: list[dict[str, str]] = field(default_factory=list)
-    table: str = ""
-
-
 def build(profile: str, out: Path | None = None) -> Path:
     """Make the site of a profile, in the place of the one before.
 
@@ -59,7 +31,7 @@ def build(profile: str, out: Path | None = None) -> Path:
         out: folder of the site; None for `build/site/PROFILE/`. One that holds anything but a site is refused.
 
     Returns:
-        Its first page.
+        The path of its first page.
 
     Raises:
         ReportError: the profile has no results, or the folder holds something else.
@@ -85,67 +57,39 @@ def build(profile: str, out: Path | None = None) -> Path:
     return target / "index.html"
 
 
-def _artifact(profile: str, book: Notebook, row: dict[str, Any] | None, folder: Path) -> Artifact:
+def _artifact(profile: str, book: Notebook, row: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
+    """What the gallery shows of an artifact, files copied into the site; paths are relative to it."""
     stem, page = book.stem, f"notebooks/{book.stem}.html"
     executed = paths.BUILD / "notebooks" / profile / f"{stem}.ipynb"
     source = executed if row and executed.is_file() else book.path
     note = "" if source == executed else "As it is committed, with the outputs of the profile smoke."
     (folder / page).parent.mkdir(parents=True, exist_ok=True)
     (folder / page).write_text(site.notebook_page(book, source, folder, note=note), encoding="utf-8")
+    found = {"stem": stem, "title": book.title, "page": page, "verdict": "not run"}
     if row is None:
-        return Artifact(stem, book.title, "not run", page)
-    root, figures, downloads = manifest.folder(profile), [], []
+        return found
+    root, provenance = manifest.folder(profile), f"provenance/{stem}.json"
     # The artifact's own figure before its parts.
-    names = [*sorted(row["files"], key=lambda name: (name.count("."), name)), f"provenance/{stem}.json"]
-    for name in (name for name in names if (root / name).is_file()):
-        kept = f"files/{name}"
-        (folder / kept).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(root / name, folder / kept)
-        if name.endswith(".png"):
-            figures.append(kept)
-        else:
-            downloads.append((_label(name, stem), kept))
-    provenance = _provenance(root / f"provenance/{stem}.json")
-    return Artifact(
-        stem,
-        book.title,
-        row["verdict"],
-        page,
-        seconds=provenance.get("seconds"),
-        device=str(provenance.get("device", "")),
-        figures=figures,
-        downloads=downloads,
-        comparisons=_comparisons(stem, row["findings"]),
-        table=_table(root / f"tables/{stem}.csv"),
-    )
+    names = [*sorted(row["files"], key=lambda name: (name.count("."), name)), provenance]
+    kept = {name: site.copied(root / name, folder, f"files/{name}") for name in names if (root / name).is_file()}
+    run: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        run = json.loads((root / provenance).read_text(encoding="utf-8"))
+    return found | {
+        "verdict": row["verdict"],
+        "seconds": run.get("seconds"),
+        "device": run.get("device", ""),
+        "figures": [file for name, file in kept.items() if name.endswith(".png")],
+        "downloads": [(_label(name, stem), file) for name, file in kept.items() if not name.endswith(".png")],
+        "comparisons": reference.compare(stem, row["findings"]),
+        "table": _table(root / f"tables/{stem}.csv"),
+    }
 
 
 def _label(name: str, stem: str) -> str:
     kind, _, rest = name.partition("/")
     part = rest.removeprefix(stem).lstrip(".")
     return f"{kind.rstrip('s') if kind != 'data' else kind} {part}".strip()
-
-
-def _provenance(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
-    except (OSError, ValueError):
-        return {}
-
-
-def _comparisons(stem: str, findings: dict[str, Any]) -> list[dict[str, str]]:
-    words = {True: "holds", False: "does not hold", None: ""}
-    return [
-        {
-            "item": c.item.replace("_", " "),
-            "paper": f"{c.reference.expected} ({c.reference.status})" if c.reference else "no reference",
-            "ours": reference.format_finding(c.ours),
-            "holds": words[c.holds],
-            "source": c.reference.source if c.reference else "",
-        }
-        for c in reference.compare(stem, findings)
-    ]
 
 
 def _table(path: Path) -> str:

@@ -1,7 +1,7 @@
-"""`python -m influence.companion`: run the notebooks of a profile, list them, check the results folder.
+"""Run the notebooks of a profile that are not up to date.
 
-Everything that can be wrong with a request is found before the first notebook starts, and said in one line. Notebooks
-run one at a time: parallel kernels race for ports, and for the cores.
+Everything that can be wrong with a request is found before the first notebook starts. Notebooks run one at a time:
+parallel kernels race for ports, and for the cores.
 """
 
 from __future__ import annotations
@@ -10,22 +10,21 @@ import argparse
 import contextlib
 import os
 import re
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 
 from ..ledger import cache, manifest, paths
-from ..ledger.notebook import Notebook, NotebookError, discover
-from . import execute, listing
+from ..ledger.notebook import Notebook, discover
+from . import execute
 
-_SMOKE = "smoke"
-_TIME_LIMIT = {_SMOKE: 3600.0}  # seconds a notebook may take; other profiles:
+SMOKE = "smoke"
+_TIME_LIMIT = {SMOKE: 3600.0}  # seconds a notebook may take; other profiles:
 _LONG = 48 * 3600.0
 
 
@@ -52,6 +51,16 @@ class Job:
         single, several = self.parameters.get("dataset"), self.parameters.get("datasets") or []
         return [*([single] if single else []), *([several] if isinstance(several, str) else several)]
 
+    @property
+    def executed(self) -> Path:
+        """Where the notebook lies after its run."""
+        return paths.BUILD / "notebooks" / self.parameters["profile"] / f"{self.notebook.stem}.ipynb"
+
+    @property
+    def verdict(self) -> str:
+        """What the ledger says of its last run."""
+        return str(manifest.read(self.parameters["profile"])[self.notebook.stem]["verdict"])
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -68,26 +77,6 @@ class Outcome:
         return f"{self.stem:<{width}}  {self.status:<9}  {seconds:>9}  {self.note}".rstrip()
 
 
-def main(arguments: Sequence[str] | None = None, *, parser: Parser | None = None) -> int:
-    """Carry out a command line; returns the exit status (0 well, 1 something failed, 2 bad usage, 130 interrupted)."""
-    try:
-        options = (parser or _parser()).parse_args(arguments)
-        if options.command == "list":
-            print(listing.show(markdown=options.markdown, claims=options.claims))
-            return 0
-        if options.command == "check":
-            problems = listing.problems()
-            print("\n".join(problems) or "results: every file is owned by a notebook and as its ledger says")
-            return 1 if problems else 0
-        return _run(options)
-    except (UsageError, NotebookError, manifest.ManifestError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: what has finished is kept, the same command goes on from here", file=sys.stderr)
-        return 130
-
-
 def plan(profile: str, only: Sequence[str] = ()) -> list[Job]:
     """The notebooks of a profile with their parameters, in the order in which they run.
 
@@ -101,18 +90,18 @@ def plan(profile: str, only: Sequence[str] = ()) -> list[Job]:
     for stem in [*parameters, *only]:
         if stem not in notebooks:
             raise UsageError(f"unknown notebook {stem!r}: --list names them all")
-    chosen = [stem for stem in notebooks if stem in parameters or profile == _SMOKE]
+    chosen = [stem for stem in notebooks if stem in parameters or profile == SMOKE]
     for stem in only:
         if stem not in chosen:
             raise UsageError(f"{stem} is not a part of the profile {profile!r}")
-    jobs = {s: Job(notebooks[s], notebooks[s].merge(parameters.get(s) or {}, profile=profile)) for s in chosen}
-    return [job for stem, job in jobs.items() if not only or stem in only]
+    jobs = [Job(notebooks[s], notebooks[s].merge(parameters.get(s) or {}, profile=profile)) for s in chosen]
+    return [job for job in jobs if not only or job.notebook.stem in only]
 
 
 def _profile(name: str) -> dict[str, dict[str, Any]]:
     path = paths.PROFILES / f"{name}.yaml"
     if not path.is_file():
-        known = sorted({_SMOKE, *(p.stem for p in paths.PROFILES.glob("*.yaml"))})
+        known = sorted({SMOKE, *(p.stem for p in paths.PROFILES.glob("*.yaml"))})
         if name not in known:
             raise UsageError(f"unknown profile {name!r}: there are {', '.join(known)}")
         return {}
@@ -125,32 +114,37 @@ def _profile(name: str) -> dict[str, dict[str, Any]]:
     return {stem: values or {} for stem, values in content.items()}
 
 
-def _run(options: argparse.Namespace) -> int:
-    profile = options.profile
-    if options.refresh_notebooks and profile != _SMOKE:
-        raise UsageError(f"--refresh-notebooks needs the profile {_SMOKE!r}: notebooks are committed as it runs them")
+def run(options: argparse.Namespace) -> int:
+    """Run what is not up to date and say how each notebook ended; returns 1 where one failed.
+
+    Raises:
+        UsageError: the request cannot be carried out.
+        NotebookError, ManifestError: a notebook, its parameters or the ledger cannot be read.
+    """
+    profile, refresh = options.profile, options.refresh_notebooks
+    if refresh and profile != SMOKE:
+        raise UsageError(f"--refresh-notebooks needs the profile {SMOKE!r}: notebooks are committed as it runs them")
     jobs = plan(profile, options.only)
-    environment = _environment(options)
-    _writable(manifest.folder(profile), paths.BUILD)
-    with _alone(), _applied(environment):
-        force = options.force or options.refresh_notebooks
-        stale = [job for job in jobs if force or not _up_to_date(job)]
-        _require_data(stale)
-        _sweep(manifest.folder(profile))
+    environment = _environment(options.data, options.device)
+    _require_writable(manifest.folder(profile), paths.BUILD)
+    with _alone():
+        force = options.force or refresh
+        _require_data([job for job in jobs if force or not _up_to_date(job)], environment)
+        for half_written in manifest.folder(profile).rglob(f"{cache.TEMPORARY}*"):  # by a run that was killed
+            half_written.unlink(missing_ok=True)
         limit = options.time_limit or _TIME_LIMIT.get(profile, _LONG)
         width = max((len(job.notebook.stem) for job in jobs), default=0)
         outcomes = []
         for job in jobs:
             # Asked again: the overview depends on what the others have just found.
-            unchanged = not force and _up_to_date(job)
-            outcomes.append(_unchanged(job) if unchanged else _execute(job, limit))
-            print(outcomes[-1].line(width), flush=True)
-            if options.refresh_notebooks and outcomes[-1].status == "ok":
-                execute.refresh(job.notebook.path, _executed(job))
-    return _report(profile, outcomes, width)
-
-
-def _report(profile: str, outcomes: Sequence[Outcome], width: int) -> int:
+            if not force and _up_to_date(job):
+                outcome = Outcome(job.notebook.stem, "unchanged", None, job.verdict)
+            else:
+                outcome = _execute(job, limit, environment)
+            outcomes.append(outcome)
+            print(outcome.line(width), flush=True)
+            if refresh and outcome.status == "ok":
+                execute.refresh(job.notebook.path, job.executed)
     width = max(width, len("artifact"))
     print(f"\n{'artifact':<{width}}  {'status':<9}  {'seconds':>9}  verdict")
     for outcome in outcomes:
@@ -162,54 +156,39 @@ def _report(profile: str, outcomes: Sequence[Outcome], width: int) -> int:
 
 def _up_to_date(job: Job) -> bool:
     profile = job.parameters["profile"]
-    row = manifest.read(profile).get(job.notebook.stem)
     try:
-        return manifest.up_to_date(profile, row, manifest.key(job.notebook, job.parameters))
+        expected = manifest.key(job.notebook, job.parameters)
     except ValueError as error:  # a reference file
         raise UsageError(str(error)) from None
+    return manifest.up_to_date(profile, manifest.read(profile).get(job.notebook.stem), expected)
 
 
-def _unchanged(job: Job) -> Outcome:
-    row = manifest.read(job.parameters["profile"])[job.notebook.stem]
-    return Outcome(job.notebook.stem, "unchanged", None, row["verdict"])
-
-
-def _execute(job: Job, limit: float) -> Outcome:
-    stem, profile = job.notebook.stem, job.parameters["profile"]
-    log = paths.BUILD / "logs" / profile / f"{stem}.log"
+def _execute(job: Job, limit: float, environment: Mapping[str, str]) -> Outcome:
+    stem = job.notebook.stem
+    log = paths.BUILD / "logs" / job.parameters["profile"] / f"{stem}.log"
     started = time.monotonic()
     try:
         with execute.logged(log):
-            execute.execute(job.notebook.path, _executed(job), parameters=job.overrides, limit=limit, log=log)
+            execute.execute(job.notebook.path, job.executed, job.overrides, environment, limit=limit, log=log)
             if not _up_to_date(job):
                 raise RuntimeError("ended without run.save(), or a file it depends on was edited meanwhile")
     except Exception as error:  # one notebook's failure must not stop the others
         where = os.path.relpath(log, paths.ROOT) if log.is_relative_to(paths.ROOT) else log
         return Outcome(stem, "failed", time.monotonic() - started, f"{execute.one_line(error)} (see {where})")
-    verdict = manifest.read(profile)[stem]["verdict"]
-    return Outcome(stem, "ok", time.monotonic() - started, verdict)
+    return Outcome(stem, "ok", time.monotonic() - started, job.verdict)
 
 
-def _executed(job: Job) -> Path:
-    profile: str = job.parameters["profile"]
-    return paths.BUILD / "notebooks" / profile / f"{job.notebook.stem}.ipynb"
-
-
-def _environment(options: argparse.Namespace) -> dict[str, str]:
-    """What the kernels get on top of our own environment.
-
-    Raises:
-        UsageError: no such folder of data, or no such device.
-    """
+def _environment(data: str | None, device: str | None) -> dict[str, str]:
+    """What the kernels get on top of our own environment."""
     found = {"TQDM_DISABLE": "1", "PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     # The package beside these notebooks, also where another copy is installed.
     found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.PACKAGE.parent), os.environ.get("PYTHONPATH")]))
-    if options.data:
-        folder = Path(options.data).expanduser().resolve()
+    if data:
+        folder = Path(data).expanduser().resolve()
         if not folder.is_dir():
-            raise UsageError(f"--data {options.data}: no such folder")
+            raise UsageError(f"--data {data}: no such folder")
         found["INFLUENCE_DATA"] = str(folder)
-    device = options.device or os.environ.get("INFLUENCE_DEVICE")
+    device = device or os.environ.get("INFLUENCE_DEVICE")
     if device:
         check_device(device)
         found["INFLUENCE_DEVICE"] = device
@@ -231,31 +210,26 @@ def check_device(name: str) -> None:
         raise UsageError(f"device {name!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices")
 
 
-def _require_data(jobs: Sequence[Job]) -> None:
+def _require_data(jobs: Sequence[Job], environment: Mapping[str, str]) -> None:
     names = sorted({name for job in jobs for name in job.datasets})
     if not names:
         return
     from ..images import data
 
     try:
-        data.require(names, paths.data_dir())
+        data.require(names, environment.get("INFLUENCE_DATA") or paths.data_dir())
     except data.DataError as error:
         raise UsageError(str(error)) from None
 
 
-def _writable(*folders: Path) -> None:
+def _require_writable(*folders: Path) -> None:
     for folder in folders:
+        probe = folder / f"{cache.TEMPORARY}probe"
         try:
-            cache.atomic_write(folder / f"{cache.TEMPORARY}probe", lambda path: path.write_bytes(b""))
-            (folder / f"{cache.TEMPORARY}probe").unlink()
+            cache.atomic_write(probe, lambda path: path.write_bytes(b""))
+            probe.unlink()
         except OSError as error:
             raise UsageError(f"cannot write to {folder}: {error.strerror or error}") from None
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what a killed run left half written."""
-    for path in folder.rglob(f"{cache.TEMPORARY}*"):
-        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -265,55 +239,3 @@ def _alone() -> Iterator[None]:
             yield
     except Timeout:
         raise UsageError("another run is under way in this checkout: wait for its end") from None
-
-
-@contextlib.contextmanager
-def _applied(environment: dict[str, str]) -> Iterator[None]:
-    former = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    try:
-        yield
-    finally:
-        for name, value in former.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Refuse the command line."""
-        raise UsageError(f"{message} (--help shows the options)")
-
-
-def _parser() -> Parser:
-    parser = Parser(prog="python -m influence.companion", description="Regenerate the artifacts of the companion.")
-    add_commands(parser.add_subparsers(dest="command", required=True))
-    return parser
-
-
-def add_commands(commands: Any, *, epilog: str = "") -> None:
-    """Add `run`, `list` and `check` to a command line."""
-    plain = argparse.RawDescriptionHelpFormatter
-    run = commands.add_parser("run", help="regenerate what has changed", epilog=epilog, formatter_class=plain)
-    run.add_argument("--profile", default=_SMOKE, help="smoke, cpu or paper (default: smoke)")
-    run.add_argument("--only", nargs="+", default=[], metavar="STEM", help="these notebooks alone")
-    run.add_argument("--force", action="store_true", help="run what is unchanged as well")
-    run.add_argument("--data", metavar="DIR", help="folder of the data sets (default: INFLUENCE_DATA)")
-    run.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-    run.add_argument("--time-limit", type=_seconds, metavar="SECONDS", help="for each notebook")
-    run.add_argument("--refresh-notebooks", action="store_true", help="for maintainers: keep the outputs in notebooks/")
-    listed = commands.add_parser("list", help="name every notebook")
-    listed.add_argument("--markdown", action="store_true", help="as the README's table")
-    listed.add_argument("--claims", action="store_true", help="what each claim came to in the committed results")
-    commands.add_parser("check", help="is every results file owned by a notebook, and as its ledger says?")
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return value

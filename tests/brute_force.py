@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import influence
 import random_parts
 import truth
+from influence.grams import parameters
 from random_models import Case
 
 # Of a Gram, relative to its block's largest entry: what the engine must keep in a model's coarsest precision.
@@ -223,6 +224,7 @@ def listening() -> Iterator[list[str]]:
     log, handler = logging.getLogger("influence"), Handler()
     log.addHandler(handler)
     propagate, log.propagate = log.propagate, False
+    parameters._ANNOUNCED.clear()  # it says each thing once
     try:
         yield heard
     finally:

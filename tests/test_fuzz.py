@@ -58,6 +58,7 @@ def ordinary() -> random_models.Case:
         case
         for case in map(random_case, SEEDS)
         if case.fate == random_parts.RIGHT
+        and brute_force.coarsest(case) == torch.float64
         and case.change is None
         and case.wrt == "layers"
         and len(case.x) > 3

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pandas as pd
+
 from ..ledger import manifest, paths
 from ..ledger.notebook import LAST, discover
 
@@ -30,18 +34,29 @@ def artifacts_markdown() -> str:
     return "\n".join(lines)
 
 
-def claims_markdown() -> str:
-    """The README's table of what each statement and value of the papers came to in the committed results."""
-    rows = manifest.read(_COMMITTED, root=paths.ROOT / "results")
-    lines = ["| artifact | item | reference | ours | holds |", "|---|---|---|---|---|"]
+def claims(profile: str, *, root: Path | None = None) -> pd.DataFrame:
+    """What each statement and value of the papers came to, in the results folder `root`, or the one in use.
+
+    One row per compared reference: artifact, item, reference (a value, the upper end of an axis, or "claim"), ours,
+    holds.
+    """
+    rows = manifest.read(profile, root=root)
+    found = []
     for stem in discover():
         for used in rows[stem]["reference"] if stem in rows and stem != LAST else ():
             if used["kind"] != "context":
                 expected = "claim" if used["kind"] == "claim" else f"{used['kind']} {used['value']:g}"
                 ours = rows[stem]["findings"][used["item"]]
-                shown = str(ours).lower() if isinstance(ours, bool) else f"{ours:.3g}"
-                lines.append(f"| {stem} | {used['item']} | {expected} | {shown} | {'yes' if used['holds'] else 'no'} |")
-    return "\n".join(lines)
+                shown = str(ours).lower() if ours is None or isinstance(ours, bool) else f"{ours:.3g}"
+                found.append((stem, used["item"], expected, shown, "yes" if used["holds"] else "no"))
+    return pd.DataFrame(found, columns=["artifact", "item", "reference", "ours", "holds"])
+
+
+def claims_markdown() -> str:
+    """The README's table of claims, from the committed results."""
+    table = claims(_COMMITTED, root=paths.ROOT / "results")
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in table.itertuples(index=False))])
 
 
 def problems() -> list[str]:

@@ -32,8 +32,7 @@ def alone(model: nn.Module, inputs: Inputs) -> Tensor:
     if all(torch.equal(*pair) for pair in zip(before, _random_state(inputs.device), strict=True)):
         # Some models change from call to call without a random number. A CPU gives the same digits twice.
         if inputs.device.type == "cpu":
-            with torch.no_grad():
-                again = inputs[:1].logits(model)
+            again = inputs[:1].logits(model).detach()
             if (again - logits).abs().max() > 8 * torch.finfo(logits.dtype).eps * logits.abs().max():
                 _refuse_random()
         return logits
@@ -72,9 +71,7 @@ def require_same(model: nn.Module, inputs: Inputs, single: Tensor, batched: Tens
     """
     if _agree(batched, single, dtype):
         return
-    with torch.no_grad():
-        again = inputs.logits(model)
-    if not _agree(again, single, dtype):
+    if not _agree(inputs.logits(model), single, dtype):
         _refuse_random()
     raise RuntimeError(
         "the logits of an example depend on the other examples of its batch (statistics of the batch, attention or "
@@ -93,8 +90,8 @@ def require_independent(model: nn.Module, inputs: Inputs, batched: Tensor, dtype
     if count:
         last = inputs[len(inputs) - count :]
         turned = replace(last, tensors=tuple(tensor.flip(0) for tensor in last.tensors))
-        with torch.no_grad():
-            require_same(model, turned, turned.logits(model), batched[-count:].flip(0), dtype)
+        # With its graph, as a model may look for one.
+        require_same(model, turned, turned.logits(model).detach(), batched[-count:].flip(0), dtype)
 
 
 def refuse_dependent() -> None:

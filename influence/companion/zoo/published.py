@@ -88,7 +88,7 @@ def train(name: str, *, device: torch.device | str = "cpu", data_dir: Path | Non
     if row is not None and row["key"] == key:
         return f"{_said(recipe, row)}, trained already"
     weights, resume = _file(name, recipe.published), paths.ZOO / f"{name}.resume.pt"
-    made_by = training.provenance()
+    made_by = training.provenance(torch.device(device))
     with training.alone(name):
         model = recipe.build(dataset).to(device)
         history, seconds = training.fit_into(model, recipe, dataset, resume)

@@ -115,6 +115,7 @@ def train(
     if resume is not None and resume.exists():
         state = _resumed(resume, model, optimizer, device)
     bar = progress_bar(range(epochs), desc=title, unit="epoch", initial=state["epoch"], leave=False)
+    torch.backends.cudnn.deterministic = device.type == "cuda"  # by default its sums come in any order
     for epoch in range(state["epoch"], epochs):
         start, done = time.perf_counter(), epoch * len(batches)
         model.train(training_mode)
@@ -212,7 +213,10 @@ class Shuffled:
 
 
 def cropped_and_flipped(images: Tensor) -> Tensor:
-    """Images (N, C, H, W), each moved by up to 4 pixels, its border reflected, and mirrored with probability 1/2."""
+    """Images (N, C, H, W), each moved by up to 4 pixels, its border reflected, and mirrored with probability 1/2.
+
+    Where they lie, with the same random numbers on every device.
+    """
     count, channels, height, width = images.shape
 
     def moved(side: int) -> Tensor:
@@ -222,7 +226,8 @@ def cropped_and_flipped(images: Tensor) -> Tensor:
     rows, columns = moved(height), moved(width)
     columns = torch.where(torch.rand(count, 1) < 0.5, width - 1 - columns, columns)
     example, channel = torch.arange(count).view(-1, 1, 1, 1), torch.arange(channels).view(1, -1, 1, 1)
-    return images[example, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    places = (example, channel, rows[:, None, :, None], columns[:, None, None, :])
+    return images[tuple(index.to(images.device) for index in places)]
 
 
 def pixels(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
@@ -281,7 +286,9 @@ def fit_into(model: nn.Module, recipe: Recipe, dataset: Dataset, resume: Path) -
 
 
 def _classify(model: nn.Module, recipe: Recipe, images: Split, epochs: int, resume: Path, **options: Any) -> Record:
-    batches = Shuffled(images, recipe.batch_size, recipe.augment)
+    device = next(model.parameters()).device
+    there = Split(*(tensor.to(device) for tensor in images.tensors()))
+    batches = Shuffled(there, recipe.batch_size, recipe.augment)
     options |= {"steps": epochs * len(batches), "precision": recipe.precision, "resume": resume}
     return train(model, batches, cross_entropy, recipe.optimize(model), **options)
 
@@ -336,7 +343,8 @@ def made_once(
         if not (weights.exists() and notes.exists()):
             history, seconds = make(resume)
             save_weights(weights, model, half=half)
-            record = {"recipe": asdict(recipe), "seconds": seconds, "history": history, **provenance()}
+            record = {"recipe": asdict(recipe), "seconds": seconds, "history": history}
+            record |= provenance(next(model.parameters()).device)
             text = json.dumps(record, indent=1)
             cache.atomic_write(notes, lambda temporary: temporary.write_text(text))
             resume.unlink(missing_ok=True)
@@ -376,7 +384,9 @@ def load_weights(path: Path, model: nn.Module) -> None:
         raise TrainingError(f"{path}: damaged, or the weights of another network ({reason})") from None
 
 
-def provenance() -> dict[str, Any]:
+def provenance(device: torch.device) -> dict[str, Any]:
     """What made a network, besides recipe and data: never a part of its identity."""
     code = {"commit": cache.commit(), "code": cache.computing_hash(__name__), "torch": torch.__version__}
-    return code | {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    if device.type == "cuda":
+        return code | {"device": torch.cuda.get_device_name(device)}
+    return code | {"threads": torch.get_num_threads(), "device": f"CPU, {torch.backends.cpu.get_cpu_capability()}"}

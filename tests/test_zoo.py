@@ -338,7 +338,7 @@ def test_the_life_of_a_published_network(
         "valid",
         "test",
     }
-    assert {"commit", "code", "torch", "threads", "cpu", "key", "data", "sha256"} <= set(row)
+    assert {"commit", "code", "torch", "threads", "device", "key", "data", "sha256"} <= set(row)
 
     monkeypatch.setattr(training, "train", None)  # from here on nothing may train
     recipe = recipes.named("tiny-0")

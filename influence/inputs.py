@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from influence.checks import require_finite, require_logits
 
@@ -129,4 +131,30 @@ def forward(model: Callable[..., object], x: Inputs | Batch) -> Tensor:
             "the logits carry no gradient: the model detaches them, runs under no_grad, or does not use what is "
             "perturbed. Remove the detach or the decorator, or perturb something the logits depend on."
         )
+    _mend_batch_norm(logits)
     return logits
+
+
+def _mend_batch_norm(logits: Tensor) -> None:
+    """Keep batch and instance normalisation on a CPU from gradients that PyTorch (2.14) gets wrong without a word.
+
+    Where a dimension has one entry, as that of a single example, its kernel may take channels-last memory of the
+    gradient for that of the input, or the other way round. A gradient that is contiguous in neither order takes a loop
+    that heeds strides.
+    """
+
+    def strided(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        if grad is None or grad.device.type != "cpu" or grad.ndim < 4 or 1 not in (len(grad), *grad.shape[2:]):
+            return grads
+        return (F.pad(grad, (0, 1))[..., :-1], *grads[1:])
+
+    seen: set[Any] = {logits.grad_fn}
+    waiting = list(seen)
+    while waiting:
+        node = waiting.pop()
+        if node.name() == "NativeBatchNormBackward0":
+            node.register_prehook(strided)
+        found = {source for source, _ in node.next_functions if source is not None} - seen
+        seen |= found
+        waiting += found

@@ -420,3 +420,39 @@ def test_zero_gradients_that_are_rounding_do_not_refuse() -> None:
     net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.GroupNorm(3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
     found = influence.metric_tensor(net.double().eval(), torch.randn(5, 2, 6, 6).double())
     assert found.gram.abs().max() < 1e-20
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, partial(nn.InstanceNorm2d, affine=True)])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+def test_normalisation_where_a_dimension_has_one_entry(
+    norm: Callable[[int], nn.Module], turned: bool, count: int
+) -> None:
+    """Channels-last memory on one side of it alone: PyTorch's own gradient is wrong there on a CPU, without a word."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = norm(4).double(), nn.Linear(20, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.transpose(1, 2).unsqueeze(-1)
+            if not turned:
+                return self.head(torch.tanh(self.norm(y.contiguous()).squeeze(-1).transpose(1, 2).flatten(1)))
+            return self.head(torch.tanh(self.norm(y).squeeze(-1).contiguous().flatten(1)))
+
+    class Written(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            y, part = x.transpose(1, 2), self.norm
+            mean, var = y.mean(dim=2, keepdim=True), y.var(dim=2, keepdim=True, unbiased=False)
+            if part.running_mean is not None:
+                mean, var = part.running_mean[:, None], part.running_var[:, None]
+            y = (y - mean) * (var + part.eps).rsqrt() * part.weight[:, None] + part.bias[:, None]
+            return self.head(torch.tanh((y if turned else y.transpose(1, 2)).flatten(1)))
+
+    net, written, x = Net().eval(), Written().eval(), sequences(count)
+    nn.init.normal_(net.norm.weight)
+    written.load_state_dict(net.state_dict())
+    for wrt in ("input", "layers"):
+        ours, exact = (influence.metric_tensor(one, x, wrt=wrt).contrast_gram() for one in (net, written))
+        assert (ours - exact).abs().max() <= 1e-9 * exact.abs().max()

@@ -17,10 +17,11 @@ from ..images import distortions
 from ..images.data import Dataset
 from ..ledger import cache
 from . import models, training
-from .recipes import Recipe, adam
+from .recipes import Recipe
 from .training import Record, Shuffled, Trained, pixels
 
 NOISE = "noise"
+_RISE = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Arm:
     """
 
     objective: Literal["control", "augmentation", "stability"]
-    steps: int  # of Adam
-    learning_rate: float
+    steps: int  # of SGD, with gradients clipped at a norm of 1
+    learning_rate: float  # its peak: it rises for an eighth of the steps and falls to 0
     sigma: float = 0.04  # standard deviation of the Gaussian noise on pixels in [0, 1]
     alpha: float = 0.0
     divergence: Literal["kl", "ce"] = "kl"
@@ -69,11 +70,12 @@ def _continue(model: nn.Module, recipe: Recipe, arm: Arm, dataset: Dataset, resu
         model.get_submodule(models.trainable_layers(model)[-1]).requires_grad_(True)
     record = training.train(
         model,
-        Shuffled(dataset.train, arm.batch_size),
+        Shuffled(dataset.train, arm.batch_size, recipe.augment),
         partial(_loss, arm),
-        adam(model, arm.learning_rate, recipe.weight_decay),
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], arm.learning_rate, momentum=0.9),
         steps=arm.steps,
-        rate=arm.learning_rate,
+        rate=lambda done: arm.learning_rate * min(max(done, 0.01) / _RISE, (1 - done) / (1 - _RISE)),
+        clip=1.0,
         seed=(recipe.seed, 2),
         title=f"{arm.objective} {recipe.seed}",
         training_mode=False,

@@ -19,8 +19,8 @@ from . import models
 from .inception import SmallInception
 from .pretrained import CifarResNet
 
-# The profile of a run names the family of its networks.
-_FAMILIES = {"smoke": "smoke", "cpu": "paper", "paper": "released"}
+# The profile of a run names the families of its networks: the papers' own, and others to fine-tune.
+_FAMILIES = {"smoke": ("smoke",), "cpu": ("paper", "base"), "paper": ("released", "base")}
 _ELSEWHERE = ("smoke", "released")  # trained where a profile needs them
 _DECIDES_NOTHING = ("name", "gate", "published")
 _RISE = 0.2  # of a one-cycle schedule
@@ -177,12 +177,12 @@ ARCHITECTURES = {"resnet50": _papers, "densenet121": _papers, "resnet20": _resne
 
 def recipe(profile: str, dataset: str, model: str, *, seed: int = 0) -> Recipe:
     """The recipe for a network on a data set in a profile; a RecipeError where none is set down."""
-    stem = f"{_FAMILIES.get(profile)}-{model}-{dataset}"
-    rows = _rows()
-    if stem not in rows:
-        known = ", ".join(name for name in rows if name.startswith(f"{_FAMILIES.get(profile)}-")) or "none"
-        raise RecipeError(f"no recipe for {model!r} on {dataset!r} in profile {profile!r}; there are: {known}")
-    return _recipe(stem, rows[stem], seed)
+    rows, families = _rows(), _FAMILIES.get(profile, ())
+    for stem in (f"{family}-{model}-{dataset}" for family in families):
+        if stem in rows:
+            return _recipe(stem, rows[stem], seed)
+    known = ", ".join(name for name in rows if name.partition("-")[0] in families) or "none"
+    raise RecipeError(f"no recipe for {model!r} on {dataset!r} in profile {profile!r}; there are: {known}")
 
 
 def named(name: str) -> Recipe:

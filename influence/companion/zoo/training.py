@@ -77,6 +77,7 @@ def train(
     title: str,
     training_mode: bool = True,
     precision: str = "float32",
+    clip: float = math.inf,
     measure: Callable[[], dict[str, float]] | None = None,
     best_from: int | None = None,
     resume: Path | None = None,
@@ -97,6 +98,7 @@ def train(
         title: of the progress bar.
         training_mode: False leaves batch-normalisation statistics as they are and drops nothing.
         precision: "bfloat16" computes in bfloat16 (weights stay float32) where the processor has instructions for it.
+        clip: largest norm of the gradient of all parameters; a longer one is shortened.
         measure: called after each epoch for more columns of the history, such as "valid_accuracy".
         best_from: keep the weights of best "valid_accuracy" from this epoch on (0-based), instead of the last ones.
         resume: file in which the state is kept after each epoch; removed by whoever has stored the weights.
@@ -131,6 +133,8 @@ def train(
                     for term in [terms] if isinstance(terms, Tensor) else terms:
                         term.backward()
                         total += term.detach()
+                if math.isfinite(clip):
+                    nn.utils.clip_grad_norm_(model.parameters(), clip)
                 optimizer.step()
         model.eval()
         row = {"epoch": epoch + 1, "steps": step + 1, "lr": optimizer.param_groups[0]["lr"]}

@@ -41,8 +41,8 @@ def alpha_sigma(
         seeds: one trained network each.
         alphas: weights of the stability loss.
         sigmas: of the noise, pixels in [0, 1].
-        steps: of Adam, for every arm.
-        learning_rate: of Adam.
+        steps: of SGD, for every arm.
+        learning_rate: its peak.
         versions: distortions over which the distorted accuracy is averaged.
         images: validation images, drawn at random; None for all.
 

@@ -36,7 +36,7 @@ def classification(
         steps: data set -> steps of every arm.
         alphas: of the stability arms.
         sigma: of the noise, pixels in [0, 1].
-        learning_rate: of Adam.
+        learning_rate: its peak.
         versions: names of `distortions.apply`.
         images: test images of each data set, drawn at random; None for all.
     """

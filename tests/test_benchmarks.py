@@ -134,3 +134,9 @@ def test_the_acceptance_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: py
     assert "no device" in json.loads((tmp_path / "gpu.json").read_text())["stages"]["c"]["fails"]
     wrong = gpu._row("x", torch.ones(2) * 1.1, torch.ones(2), 1e-3)
     assert not wrong["ok"] and gpu._row("x", torch.ones(2), torch.ones(2), 1e-3)["ok"]
+
+
+def test_the_table_of_a_gpu_is_what_its_file_says() -> None:
+    done = json.loads((gpu.RESULTS / "cuda.json").read_text())
+    page = (Path(gpu.__file__).parent / "README.md").read_text(encoding="utf-8")
+    assert page.partition("<!-- gpu -->\n")[2].partition("\n<!-- /gpu -->")[0] == gpu.table(done)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what is missing, then regenerates every artifact of a profile that is not up to date.
 #
-#   ./run_all.sh [--profile smoke|cpu|paper] [--only STEM...] [--force] [--data DIR] [--device cpu|cuda|cuda:N]
+#   ./run_all.sh [--profile smoke|cpu|paper] [--only STEM...] [--recompute] [--force] [--data DIR] [--device cpu|cuda|cuda:N]
 #                [--time-limit SECONDS]
 #   ./run_all.sh --list          name every notebook
 #   ./run_all.sh check           is every file in results/ owned by a notebook, and as its ledger says?
@@ -10,11 +10,12 @@
 #
 #   --profile NAME        smoke (default: no download, no GPU, minutes), cpu (MNIST and CIFAR-10, hours), paper (one GPU)
 #   --only STEM...        these notebooks alone, such as sensitivity/fig_outliers
+#   --recompute           compute anew what other profiles than smoke only draw (needs the data)
 #   --force               run again what is unchanged as well
 #   --data DIR            folder of the data sets, in torchvision's layout (default: $INFLUENCE_DATA, else a download)
 #   --device NAME         cpu, cuda or cuda:N (default: $INFLUENCE_DEVICE, else a GPU where there is one)
 #   --time-limit SECONDS  for each notebook
-#   --refresh-notebooks   for maintainers: write the outputs of the smoke profile back into notebooks/
+#   --refresh-notebooks   for maintainers: write outputs back into notebooks/, of those that have this profile
 #
 # Results go to results/PROFILE/ ($INFLUENCE_RESULTS moves results/), logs and executed notebooks to build/. A run that
 # was interrupted goes on where it stopped. Exit status: 0 well, 1 something failed, 2 bad usage, 130 interrupted.

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import yaml
 
 from influence.companion.ledger import notebook, paths
 from influence.companion.ledger.notebook import Notebook
@@ -70,8 +69,9 @@ def _parameters_form(book: Notebook) -> list[str]:
     lines = [line for line in source.splitlines() if line.strip() and not line.startswith("#")]
     if len(lines) != len(nodes):
         found.append("parameters: expected one on each line")
-    if (profile := book.parameters.get("profile")) is None or profile.default != "smoke":
-        found.append("parameters: expected profile: str = 'smoke'")
+    defaults = {name: parameter.default for name, parameter in book.parameters.items()}
+    if (defaults.get("profile"), defaults.get("recompute", True)) not in (("smoke", True), ("cpu", False)):
+        found.append("parameters: expected profile: str = 'smoke', or 'cpu' with recompute: bool = False")
     return found
 
 
@@ -127,15 +127,25 @@ def test_starts_under_its_own_name_and_saves(book: Notebook) -> None:
     starts = [c for c in calls if ast.unparse(c.func) == "companion.start"]
     assert len(starts) == 1
     assert ast.literal_eval(starts[0].args[0]) == book.stem
-    assert {k.arg for k in starts[0].keywords} == set(book.parameters)  # the artifact depends on all of them
+    if book.redraws:
+        assert ast.unparse(starts[0].args[1]) == "globals()" and not starts[0].keywords
+    else:
+        assert {k.arg for k in starts[0].keywords} == set(book.parameters)  # the artifact depends on all of them
     assert sum(ast.unparse(c.func) == "run.save" for c in calls) == 1
 
 
 @pytest.mark.parametrize("path", sorted(paths.PROFILES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_profile_fits_the_notebooks(path: Path) -> None:
     assert run.plan(path.stem)  # refuses unknown stems and parameters, and wrong types
-    if path.stem == "smoke":
-        assert not any((yaml.safe_load(path.read_text(encoding="utf-8")) or {}).values()), "smoke is the defaults"
+
+
+@each
+def test_every_profile_gives_what_the_notebook_leaves_open(book: Notebook) -> None:
+    open_ones = {name for name, parameter in book.parameters.items() if parameter.default is None}
+    for path in paths.PROFILES.glob("*.yaml"):
+        profile = notebook.profile(path.stem)
+        if book.stem in profile or path.stem == "smoke":
+            assert open_ones <= set(profile.get(book.stem, {})), path.stem
 
 
 @pytest.mark.notebooks

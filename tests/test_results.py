@@ -76,7 +76,7 @@ def test_files_and_row(begun: Run, workspace: Workspace, table: pd.DataFrame) ->
         "inputs": {"digits": "abc"},
         "findings": {"auc": 0.5},
         "reference": [],
-        "verdict": "no reference",
+        "verdict": "not judged",
     }
     assert all(len(row[name]) == 64 for name in ("key", "code_hash", "package_hash"))
     assert row["package_hash"] == cache.package_hash()
@@ -118,7 +118,7 @@ def test_large_data_is_compressed_without_a_date(begun: Run, workspace: Workspac
 def test_what_cannot_be_written_is_refused(begun: Run, workspace: Workspace, table: pd.DataFrame) -> None:
     with pytest.raises(ValueError, match="index"):
         begun.save(table=table.set_index("name"), findings={})
-    with pytest.raises(TypeError, match="expected a bool or a number"):
+    with pytest.raises(TypeError, match="expected a bool, a number or estimates"):
         begun.save(table=table, findings={"auc": "high"})  # type: ignore[dict-item]
     begun.add_input("digits", "abc")
     with pytest.raises(ValueError, match="two contents"):
@@ -163,89 +163,207 @@ def test_committed_results_are_owned() -> None:
 # -- verdict ----------------------------------------------------------------------------------------------------------
 
 
-def _reference(kind: str, value: float | None = None, tolerance: float | None = None) -> reference.Reference:
-    return reference.Reference("a/b", "item", kind, value, tolerance, "printed", "table 1")
+def _reference(
+    kind: str, value: float | None = None, tolerance: float | None = None, status: str = "printed"
+) -> reference.Reference:
+    return reference.Reference("a/b", "item", kind, value, tolerance, status, "table 1")
+
+
+def _estimate(low: float, high: float, value: float | None = None) -> reference.Estimate:
+    return reference.Estimate((low + high) / 2 if value is None else value, low, high, 10)
 
 
 @pytest.mark.parametrize(
-    ("row", "ours", "holds"),
+    ("row", "ours", "outcome"),
     [
-        (_reference("value", 2.0, 0.1), 2.19, True),
-        (_reference("value", 2.0, 0.1), 2.2001, False),
-        (_reference("value", 2.0, 0.1), 1.81, True),
-        (_reference("value", -2.0, 0.1), -2.1, True),
-        (_reference("value", -2.0, 0.1), 2.0, False),
-        (_reference("value", 0.0, 0.1), 1e-9, False),
-        (_reference("value", 2.0, 0.1), None, False),
-        (_reference("value", 2.0, 0.1), math.inf, False),
-        (_reference("claim"), True, True),
-        (_reference("claim"), False, False),
-        (_reference("range", 4.0, 0.5), 2.0, True),
-        (_reference("range", 4.0, 0.5), 4.0, True),
-        (_reference("range", 4.0, 0.5), 1.99, False),
-        (_reference("range", 4.0, 0.5), 4.01, False),
+        (_reference("value", 2.0, 0.1), 2.19, "supported"),
+        (_reference("value", 2.0, 0.1), 2.2001, "contradicted"),
+        (_reference("value", 2.0, 0.1), 1.81, "supported"),
+        (_reference("value", -2.0, 0.1), -2.1, "supported"),
+        (_reference("value", -2.0, 0.1), 2.0, "contradicted"),
+        (_reference("value", 0.0, 0.1), 1e-9, "contradicted"),
+        (_reference("value", 2.0, 0.1), None, "contradicted"),
+        (_reference("value", 2.0, 0.1), math.inf, "contradicted"),
+        (_reference("claim"), True, "supported"),
+        (_reference("claim"), False, "undetermined"),
+        (_reference("claim", status="derived"), True, "checked"),
+        (_reference("claim", status="derived"), False, "check fails"),
+        (_reference("above", 1.0), (_estimate(1.1, 3),), "supported"),
+        (_reference("above", 1.0), (_estimate(0.9, 3),), "undetermined"),
+        (_reference("above", 1.0), (_estimate(-3, 0.9),), "contradicted"),
+        (_reference("below", -1.0), (_estimate(-3, -1.1),), "supported"),
+        (_reference("below", -1.0), (_estimate(-3, -0.9),), "undetermined"),
+        (_reference("below", -1.0), (_estimate(-0.9, 3),), "contradicted"),
+        (_reference("above", 0.0, status="derived"), (_estimate(1, 2),), "checked"),
+        (_reference("above", 0.0), (_estimate(1, 2), _estimate(1, 2)), "supported"),
+        (_reference("above", 0.0), (_estimate(1, 2), _estimate(-1, 2)), "undetermined"),
+        (_reference("above", 0.0), (_estimate(1, 2), _estimate(-9, -3)), "contradicted"),
+        # One look would contradict, one of ten does not.
+        (_reference("above", 0.0), (_estimate(-2, -0.2),), "contradicted"),
+        (_reference("above", 0.0), (*[_estimate(1, 2)] * 9, _estimate(-2, -0.2)), "undetermined"),
+        (_reference("above", 0.0), (_estimate(math.nan, math.nan),), "undetermined"),
+        (_reference("above", 0.0), (), "undetermined"),
         (_reference("context", 4.0), 400.0, None),
     ],
 )
-def test_rules(row: reference.Reference, ours: bool | float | None, holds: bool | None) -> None:
-    assert row.holds(ours) is holds
-
-
-@pytest.mark.parametrize(("row", "ours"), [(_reference("claim"), 1.0), (_reference("value", 1.0, 0.1), True)])
-def test_a_claim_is_a_bool_and_a_value_is_not(row: reference.Reference, ours: bool | float) -> None:
-    with pytest.raises(TypeError, match="expected a"):
-        row.holds(ours)
+def test_rules(row: reference.Reference, ours: reference.Finding, outcome: str | None) -> None:
+    assert row.outcome(ours) == outcome
 
 
 @pytest.mark.parametrize(
-    ("held", "expected"),
+    ("row", "ours"),
     [
-        ([True, True, None], "reproduced"),
-        ([True, False], "partly"),
-        ([False, False, None], "not reproduced"),
+        (_reference("claim"), 1.0),
+        (_reference("value", 1.0, 0.1), True),
+        (_reference("above", 1.0), 2.0),
+        (_reference("value", 1.0, 0.1), (_estimate(0, 1),)),
+    ],
+)
+def test_each_kind_has_its_form(row: reference.Reference, ours: reference.Finding) -> None:
+    with pytest.raises(TypeError, match="expected"):
+        row.outcome(ours)
+
+
+def test_the_smallest_effect_is_found_four_times_in_five() -> None:
+    generator, error, found = np.random.default_rng(0), 0.7, 0
+    effect = reference.Estimate(0, -1.96 * error, 1.96 * error, 1).smallest_effect
+    for value in generator.normal(effect, error, 4000):
+        found += value - 1.96 * error > 0
+    assert found / 4000 == pytest.approx(0.8, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "expected"),
+    [
+        (["supported", "supported", None], "reproduced"),
+        (["supported", "checked"], "reproduced"),
+        (["supported", "undetermined"], "undetermined"),
+        (["supported", "undetermined", "contradicted"], "contradicted"),
+        (["checked", None], "checked"),
+        (["supported", "check fails"], "check fails"),
         ([None], "no reference"),
         ([], "no reference"),
     ],
 )
-def test_verdict(held: list[bool | None], expected: str) -> None:
-    assert reference.verdict(reference.Comparison("item", 1.0, None, h) for h in held) == expected
+def test_verdict(outcomes: list[str | None], expected: str) -> None:
+    assert reference.verdict(reference.Comparison("item", 1.0, None, o) for o in outcomes) == expected
 
 
-def test_verdict_of_a_run(
-    begun: Run, workspace: Workspace, table: pd.DataFrame, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verdict_of_a_run(workspace: Workspace, table: pd.DataFrame, capsys: pytest.CaptureFixture[str]) -> None:
+    workspace.notebook(STEM)
+    begun = results.start(STEM, profile="cpu", seeds=[3], scale=2.0, limit=None)
     workspace.reference(
         f"{STEM},auc,value,0.9,0.05,printed,table 1",
         f"{STEM},wins,claim,,,stated,abstract",
-        f"{STEM},top,range,10,0.2,read off,figure 2",
+        f"{STEM},gain,above,0,,stated,abstract",
         f"{STEM},n,context,100,,printed,section 4",
         f"{STEM},never,claim,,,stated,abstract",
         "sensitivity/other,auc,value,0.1,0.05,printed,table 1",
     )
-    findings = {"auc": 0.91, "wins": np.True_, "top": float("nan"), "n": 5, "extra": 1.0}
+    gain = [reference.Estimate(2, 1, 3, 5, "a"), reference.Estimate(1, -1, 3, 5, "b")]
+    findings = {"auc": 0.91, "wins": np.True_, "gain": gain, "n": 5, "extra": float("nan")}
+    capsys.readouterr()
     begun.save(table=table, findings=findings)
     assert capsys.readouterr().out.splitlines() == [
-        "auc: ours 0.91, reference 0.9 within 5%  holds",
-        "wins: ours true, reference true  holds",
-        "top: ours not finite, reference 2 to 10  DOES NOT HOLD",
+        "auc: ours 0.91, reference 0.9 within 5%: supported",
+        "wins: ours true, reference true: supported",
+        "gain: ours 1 of 2, the weakest b 1 [-1, 3], n = 5, reference above 0: undetermined (80% power for 2.9 beyond "
+        "the margin)",
         "n: ours 5, reference 100",
-        "extra: ours 1, no reference",
+        "extra: ours not finite, no reference",
         "never: not measured here",
-        "verdict: partly",
+        "verdict: undetermined",
     ]
-    row = workspace.manifest()[STEM]
-    assert row["verdict"] == "partly"
-    assert row["findings"] == {"auc": 0.91, "wins": True, "top": None, "n": 5, "extra": 1.0}
-    assert {r["item"]: r["holds"] for r in row["reference"]} == {"auc": True, "wins": True, "top": False, "n": None}
-    text = (workspace.results / f"smoke/tables/{STEM}.md").read_text()
-    assert "| 0.9 within 5%" in text and "table 1" in text and text.endswith("Verdict: partly\n")
+    row = workspace.manifest("cpu")[STEM]
+    assert row["verdict"] == "undetermined"
+    assert {k: v for k, v in row["findings"].items() if k != "gain"} == {
+        "auc": 0.91,
+        "wins": True,
+        "n": 5,
+        "extra": None,
+    }
+    assert [reference.Estimate(**e) for e in row["findings"]["gain"]] == gain
+    outcomes = {r["item"]: r["outcome"] for r in row["reference"]}
+    assert outcomes == {"auc": "supported", "wins": "supported", "gain": "undetermined", "n": None}
+    text = (workspace.results / f"cpu/tables/{STEM}.md").read_text()
+    assert "| 0.9 within 5%" in text and "table 1" in text and text.endswith("Verdict: undetermined\n")
+
+
+def test_the_smoke_profile_is_not_judged(begun: Run, workspace: Workspace, table: pd.DataFrame) -> None:
+    workspace.reference(f"{STEM},wins,claim,,,stated,abstract")
+    begun.save(table=table, findings={"wins": True})
+    assert workspace.manifest()[STEM]["verdict"] == "not judged"
+
+
+# -- published tables -------------------------------------------------------------------------------------------------
+
+REDRAWN = "profile: str = 'cpu'\nrecompute: bool = False\nseeds: list[int] | None = None\nscale: float | None = None"
+
+
+def _namespace(**values: object) -> dict[str, object]:
+    return {"profile": "cpu", "recompute": False, "seeds": None, "scale": None} | values
+
+
+def _scaled(run: Run) -> dict[str, pd.DataFrame]:
+    run.add_input("digits", "abc")
+    return {"values": pd.DataFrame({"x": np.arange(3) * run.parameters["scale"] / 3})}
+
+
+@pytest.fixture
+def redrawn(workspace: Workspace) -> Workspace:
+    workspace.notebook(STEM, parameters=REDRAWN)
+    workspace.profile("cpu", {STEM: {"seeds": [1], "scale": 2.0}})
+    return workspace
+
+
+def test_figures_redraw_from_published_tables(redrawn: Workspace, table: pd.DataFrame) -> None:
+    first = results.start(STEM, _namespace(recompute=True))
+    assert first.parameters["scale"] == 2.0 and first.parameters["seeds"] == [1]  # None is the profile's
+    computed = first.tables(_scaled)
+    first.save(table=table, findings={})
+    before = redrawn.contents("cpu")
+    again = results.start(STEM, _namespace())
+    read = again.tables(lambda run: pytest.fail("computed again"))
+    pd.testing.assert_frame_equal(read["values"], computed["values"], check_exact=True)
+    again.save(table=table, findings={})
+    assert redrawn.contents("cpu") == before
+    row = redrawn.manifest("cpu")[STEM]
+    assert row["computed"]["inputs"] == row["inputs"] == {"digits": "abc"} and len(row["computed"]["code"]) == 64
+    assert "recompute" not in row["parameters"]
+
+
+def test_what_is_not_published_is_not_drawn(redrawn: Workspace, table: pd.DataFrame) -> None:
+    with pytest.raises(NotebookError, match="nothing is published of the profile 'cpu': set recompute = True"):
+        results.start(STEM, _namespace()).tables(_scaled)
+    first = results.start(STEM, _namespace(recompute=True))
+    first.tables(_scaled)
+    first.save(table=table, findings={})
+    with pytest.raises(NotebookError, match=r"published with scale = 2.0: set recompute = True"):
+        results.start(STEM, _namespace(scale=3.0)).tables(_scaled)
+    indexed = pd.DataFrame({"x": [1.0]}, index=["a"])
+    with pytest.raises(ValueError, match="index"):
+        results.start(STEM, _namespace(recompute=True)).tables(lambda run: {"t": indexed})
+
+
+def test_the_first_cell_says_what_was_found(
+    redrawn: Workspace, table: pd.DataFrame, capsys: pytest.CaptureFixture[str]
+) -> None:
+    redrawn.reference(f"{STEM},gain,above,0,,stated,abstract")
+    first = results.start(STEM, _namespace(recompute=True))
+    first.tables(_scaled)
+    first.save(table=table, findings={"gain": reference.Estimate(2, 1, 3, 5)})
+    capsys.readouterr()
+    results.start(STEM, _namespace())
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1:] == ["gain: ours 2 [1, 3], n = 5, reference above 0: supported", "verdict: reproduced"]
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("a/b,x,about,1,0.1,s,s", "none of value"),
+        ("a/b,x,about,1,0.1,s,s", "none of above"),
         ("a/b,x,value,1,,s,s", "needs a value and a tolerance"),
+        ("a/b,x,above,,,s,s", "needs a value, the margin"),
         ("a/b,x,value,one,0.1,s,s", "is no number"),
         ("a/b,x,value,1,0.1,s,s\na/b,x,value,2,0.1,s,s", "two rows"),
     ],

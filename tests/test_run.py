@@ -58,7 +58,7 @@ def test_others_run_when_one_fails(first: tuple[Workspace, int, str]) -> None:
     assert "ValueError: bad luck (see build/logs/smoke/sensitivity/broken.log)" in lines[0]
     assert "ended without run.save()" in lines[2]
     assert lines[-1] == "profile smoke: 2 ok, 0 unchanged, 2 failed"
-    assert output.count("no reference") == 4  # the verdict: in the line, and in the table
+    assert output.count("not judged") == 4  # the verdict: in the line, and in the table
 
 
 def test_log_has_output_and_traceback(first: tuple[Workspace, int, str]) -> None:
@@ -98,7 +98,7 @@ def test_forced_run_gives_the_same_bytes_and_refreshes(first: tuple[Workspace, i
     nbformat.validate(refreshed)
     code = [c for c in refreshed.cells if c.cell_type == "code"]
     assert [c.execution_count for c in code] == [1, 2, 3, 4, 5]
-    assert "verdict: no reference" in code[-1].outputs[0].text
+    assert "verdict: not judged" in code[-1].outputs[0].text
     assert "papermill" not in path.read_text() and "execution" not in code[0].metadata
     assert workspace.run("--only", "sensitivity/good") == 0
     assert workspace.contents() == before  # outputs are no part of the key

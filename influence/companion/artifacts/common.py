@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial, update_wrapper
 from typing import Any
@@ -10,9 +11,13 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
+from influence.progress import progress_bar
+
 from ..images import data
 from ..ledger import paths
+from ..ledger.reference import Estimate
 from ..ledger.results import Run
+from ..scores.evaluation import mean_interval
 from ..zoo import pretrained, recipes, training
 
 
@@ -28,6 +33,48 @@ def classifier(run: Run, dataset_name: str, model: str, *, seed: int) -> trainin
     return training.fit(
         recipes.recipe(run.profile, dataset_name, model, seed=seed), dataset(run, dataset_name), device=run.device
     )
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One of the networks that an artifact goes through.
+
+    Attributes:
+        trained: the network.
+        dataset: what it was trained and tested on.
+        model: a name of `models.NAMES`.
+        seed: of its training.
+    """
+
+    trained: training.Trained
+    dataset: data.Dataset
+    model: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its tables in the cache."""
+        return f"{self.dataset.name}-{self.model}"
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What tells its rows from those of other networks."""
+        return {"dataset": self.dataset.name, "model": self.model, "seed": self.seed}
+
+
+def networks(run: Run) -> Iterator[Subject]:
+    """Every network of the parameters `datasets`, `models` and `seeds` of a run, one after the other."""
+    chosen = run.parameters
+    everything = list(itertools.product(chosen["datasets"], chosen["models"], chosen["seeds"]))
+    for name, model, seed in progress_bar(everything, desc=run.stem, unit="network", leave=False):
+        yield Subject(classifier(run, name, model, seed=seed), dataset(run, name), model, seed)
+
+
+def over_seeds(values: pd.Series, low: pd.Series, high: pd.Series, *, n: int, of: str = "") -> Estimate:
+    """An estimate from one value for each seed: their mean with its 95% t interval, or the interval of a single one."""
+    if len(values) == 1:
+        return Estimate(float(values.iloc[0]), float(low.iloc[0]), float(high.iloc[0]), n, of)
+    return Estimate(*mean_interval(values), len(values), of)
 
 
 @dataclass(frozen=True)

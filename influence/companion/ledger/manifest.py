@@ -37,7 +37,8 @@ def key(notebook: Notebook, parameters: Mapping[str, Any]) -> str:
 
     The overview shows what the others found, so it depends on their rows as well.
     """
-    parts = [notebook.code_hash, cache.package_hash(), dict(parameters), reference.load(notebook.stem)]
+    values = {name: value for name, value in parameters.items() if name != "recompute"}
+    parts = [notebook.code_hash, cache.package_hash(), values, reference.load(notebook.stem)]
     if notebook.stem == LAST:
         others = {stem: row for stem, row in read(parameters["profile"]).items() if stem != LAST}
         parts.append({stem: [row["key"], row["findings"], row["verdict"]] for stem, row in others.items()})

@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from . import cache, paths
 
 _ORDER = ("sensitivity", "stability", "bridge")  # then adapt_your_model and whatever else stands alone
@@ -104,8 +106,13 @@ class Notebook:
             reason = f"the parameters cell takes only assignments of literals: {error}"
             raise NotebookError(f"{self.stem}: {reason}") from None
 
+    @property
+    def redraws(self) -> bool:
+        """Whether it draws what is published unless `recompute` asks for more."""
+        return "recompute" in self.parameters
+
     def merge(self, overrides: Mapping[str, Any], *, profile: str) -> dict[str, Any]:
-        """The defaults under the profile's parameters, every type checked.
+        """The defaults under the profile's parameters, every type checked; what is None is the profile's.
 
         Raises:
             NotebookError: a parameter the notebook does not have, or a value of the wrong type.
@@ -124,6 +131,22 @@ class Notebook:
                 expected = known[name].annotation or type(known[name].default).__name__
                 raise NotebookError(f"{self.stem}: parameter {name!r} is {expected}, got {value!r}") from None
         return merged
+
+
+def profile(name: str) -> dict[str, dict[str, Any]]:
+    """The parameters of a profile, by notebook: `notebooks/profiles/NAME.yaml`, nothing where there is no such file.
+
+    Raises:
+        NotebookError: no mapping from notebook to its parameters.
+    """
+    path = paths.PROFILES / f"{name}.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {} if path.is_file() else {}
+    except yaml.YAMLError as error:
+        raise NotebookError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or not all(isinstance(v, dict | None) for v in content.values()):
+        raise NotebookError(f"{path}: expected a mapping from notebook to its parameters")
+    return {stem: values or {} for stem, values in content.items()}
 
 
 def discover() -> dict[str, Notebook]:

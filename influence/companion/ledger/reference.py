@@ -1,25 +1,74 @@
-"""Reference values of the papers, and the verdict of our findings against them.
+"""Claims and values of the papers with their rules, and what became of each: supported, contradicted or undetermined.
 
-`results/reference/*.csv` has one row per value with the columns artifact, item, kind, value, tolerance, status, source:
+`results/reference/*.csv` has one row per item with the columns artifact, item, kind, value, tolerance, status, source:
 
-* value    holds when |ours - value| <= tolerance * |value|
-* claim    holds when ours is True
-* range    holds when ours lies in [tolerance * value, value], the range of a printed axis
+* above    a claim: the 95% interval of our estimate lies above `value`, the margin
+* below    a claim: it lies below `value`
+* claim    a claim that is either seen or not: ours is a truth value
+* value    ours is within `tolerance` * |value| of `value`
 * context  is shown beside ours and never compared
+
+What is of status "derived" is a statement of ours: it is checked, or its check fails, and no paper is judged by it.
+A claim about several networks or data sets needs all of them: it is supported where every interval lies beyond the
+margin, contradicted where one, widened for the number of looks (Bonferroni), lies on the other side.
 """
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import Any
 
 from . import paths
 
-KINDS = ("value", "claim", "range", "context")
+KINDS = ("above", "below", "claim", "value", "context")
 COLUMNS = ("artifact", "item", "kind", "value", "tolerance", "status", "source")
-REPRODUCED, PARTLY, NOT_REPRODUCED, NO_REFERENCE = "reproduced", "partly", "not reproduced", "no reference"
+SUPPORTED, CONTRADICTED, UNDETERMINED = "supported", "contradicted", "undetermined"
+CHECKED, FAILS = "checked", "check fails"
+REPRODUCED, NO_REFERENCE, NOT_JUDGED = "reproduced", "no reference", "not judged"
+_NORMAL = NormalDist()
+_SIDES = 0.975  # of a 95% interval
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimate with its 95% interval.
+
+    Attributes:
+        value: the estimate.
+        low: lower end of the interval.
+        high: its upper end.
+        n: how many networks, or images, it rests on.
+        of: what it is of, where a claim is made of several.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    of: str = ""
+
+    @property
+    def smallest_effect(self) -> float:
+        """The distance from a margin that this design finds with a probability of 80%, by its interval's width."""
+        quantile = _NORMAL.inv_cdf(_SIDES)
+        return (self.high - self.low) / 2 * (1 + _NORMAL.inv_cdf(0.8) / quantile)
+
+    def widened(self, looks: int) -> tuple[float, float]:
+        """The interval that all of `looks` such intervals hold together with 95%, in the normal approximation."""
+        factor = _NORMAL.inv_cdf(1 - (1 - _SIDES) / looks) / _NORMAL.inv_cdf(_SIDES)
+        return self.value - factor * (self.value - self.low), self.value + factor * (self.high - self.value)
+
+    def __str__(self) -> str:
+        """Value, interval and n; with what it is of."""
+        text = f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}], n = {self.n:,}"
+        return f"{self.of} {text}" if self.of else text
+
+
+Finding = bool | float | None | tuple[Estimate, ...]
 
 
 @dataclass(frozen=True)
@@ -40,35 +89,47 @@ class Reference:
         Raises:
             ValueError: unknown kind, or no value and tolerance where the kind needs them.
         """
+        name = f"reference {self.artifact} {self.item}"
         if self.kind not in KINDS:
-            raise ValueError(f"reference {self.artifact} {self.item}: kind {self.kind!r} is none of {', '.join(KINDS)}")
-        if self.kind in ("value", "range") and (self.value is None or self.tolerance is None):
-            raise ValueError(f"reference {self.artifact} {self.item}: kind {self.kind} needs a value and a tolerance")
+            raise ValueError(f"{name}: kind {self.kind!r} is none of {', '.join(KINDS)}")
+        if self.kind == "value" and (self.value is None or self.tolerance is None):
+            raise ValueError(f"{name}: kind value needs a value and a tolerance")
+        if self.kind in ("above", "below") and self.value is None:
+            raise ValueError(f"{name}: kind {self.kind} needs a value, the margin")
 
-    @property
-    def _range(self) -> tuple[float, float]:
-        value, tolerance = self.value or 0.0, self.tolerance or 0.0
-        return min(tolerance * value, value), max(tolerance * value, value)
-
-    def holds(self, ours: bool | float | None) -> bool | None:
-        """Whether our finding agrees; None where nothing is compared.
+    def outcome(self, ours: Finding) -> str | None:
+        """What becomes of the row; None where nothing is compared.
 
         Raises:
-            TypeError: a claim needs a bool, a value or range a number.
+            TypeError: ours is not what the kind asks for.
         """
         if self.kind == "context":
             return None
-        if isinstance(ours, bool) != (self.kind == "claim"):
-            expected = "a bool" if self.kind == "claim" else "a number"
+        expected = {"above": "estimates", "below": "estimates", "value": "a number"}.get(self.kind, "a bool")
+        got = "estimates" if isinstance(ours, tuple) else "a bool" if isinstance(ours, bool) else "a number"
+        if got != expected:
             raise TypeError(f"finding {self.item!r} of {self.artifact}: expected {expected}, got {ours!r}")
+        found = self._judged(ours)
+        return {SUPPORTED: CHECKED, CONTRADICTED: FAILS}.get(found, found) if self.status == "derived" else found
+
+    def _judged(self, ours: Finding) -> str:
+        if isinstance(ours, tuple):
+            return self._of_estimates(ours)
         if self.kind == "claim":
-            return bool(ours)
-        if ours is None or not math.isfinite(ours):
-            return False
+            return SUPPORTED if ours else CONTRADICTED if self.status == "derived" else UNDETERMINED
         assert self.value is not None and self.tolerance is not None  # __post_init__ saw to it
-        if self.kind == "value":
-            return abs(ours - self.value) <= self.tolerance * abs(self.value)
-        return self._range[0] <= ours <= self._range[1]
+        if ours is None or not abs(ours - self.value) <= self.tolerance * abs(self.value):
+            return CONTRADICTED
+        return SUPPORTED
+
+    def _of_estimates(self, ours: tuple[Estimate, ...]) -> str:
+        assert self.value is not None
+        sign = 1 if self.kind == "above" else -1
+        ends = [sorted((sign * (e.low - self.value), sign * (e.high - self.value))) for e in ours]
+        if ends and all(low > 0 for low, _ in ends):
+            return SUPPORTED
+        far = [max(sign * (end - self.value) for end in e.widened(len(ours))) for e in ours]
+        return CONTRADICTED if any(end < 0 for end in far) else UNDETERMINED
 
     @property
     def expected(self) -> str:
@@ -77,26 +138,43 @@ class Reference:
             return "true"
         if self.value is None:
             return "-"
-        if self.kind == "range":
-            return "{:.4g} to {:.4g}".format(*self._range)
-        return f"{self.value:.4g} within {self.tolerance:.0%}" if self.kind == "value" else f"{self.value:.4g}"
+        return {"above": "above ", "below": "below "}.get(self.kind, "") + (
+            f"{self.value:.4g} within {self.tolerance:.0%}" if self.kind == "value" else f"{self.value:.4g}"
+        )
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A finding beside its reference; `holds` is None where there is nothing to compare."""
+    """A finding beside its reference; `outcome` is None where there is nothing to compare."""
 
     item: str
-    ours: bool | float | None
+    ours: Finding
     reference: Reference | None
-    holds: bool | None
+    outcome: str | None
 
     @property
     def line(self) -> str:
         """One line for the notebook."""
         against = f"reference {self.reference.expected}" if self.reference else "no reference"
-        end = {True: "  holds", False: "  DOES NOT HOLD", None: ""}[self.holds]
-        return f"{self.item}: ours {format_finding(self.ours)}, {against}{end}"
+        return f"{self.item}: ours {self.shown}, {against}{f': {self.outcome}' if self.outcome else ''}{self._power}"
+
+    @property
+    def shown(self) -> str:
+        """Ours in words; of several estimates the one that is nearest to failing."""
+        if not isinstance(self.ours, tuple):
+            return format_finding(self.ours)
+        if len(self.ours) == 1 or self.reference is None:
+            return "; ".join(map(str, self.ours))
+        margin, above = self.reference.value or 0.0, self.reference.kind == "above"
+        weakest = min(self.ours, key=lambda e: e.low - margin if above else margin - e.high)
+        beyond = sum(e.low > margin if above else e.high < margin for e in self.ours)
+        return f"{beyond} of {len(self.ours)}, the weakest {weakest}"
+
+    @property
+    def _power(self) -> str:
+        if self.outcome != UNDETERMINED or not isinstance(self.ours, tuple):
+            return ""
+        return f" (80% power for {max(e.smallest_effect for e in self.ours):.2g} beyond the margin)"
 
 
 def format_finding(value: bool | float | None) -> str:
@@ -104,6 +182,29 @@ def format_finding(value: bool | float | None) -> str:
     if value is None:
         return "not finite"
     return str(value).lower() if isinstance(value, bool) else f"{value:.4g}"
+
+
+def plain(ours: Finding) -> Any:
+    """A finding as JSON has it."""
+    return [asdict(estimate) for estimate in ours] if isinstance(ours, tuple) else ours
+
+
+def finding(item: str, value: object) -> Finding:
+    """What a notebook found, from any of the forms it may have; None for a number that is not finite.
+
+    Raises:
+        TypeError: neither a bool, nor a number, nor estimates.
+    """
+    if isinstance(value, Estimate):
+        return (value,)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(Estimate(**e) if isinstance(e, Mapping) else e for e in value)
+    value = value.item() if hasattr(value, "item") else value
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int | float):
+        return value if math.isfinite(value) else None
+    raise TypeError(f"finding {item!r}: expected a bool, a number or estimates, got {value!r}")
 
 
 def load(artifact: str | None = None) -> list[Reference]:
@@ -125,23 +226,31 @@ def load(artifact: str | None = None) -> list[Reference]:
     return [rows[key] for key in sorted(rows) if artifact in (None, key[0])]
 
 
-def compare(artifact: str, findings: Mapping[str, bool | float | None]) -> list[Comparison]:
+def compare(artifact: str, findings: Mapping[str, Any]) -> list[Comparison]:
     """Every finding beside its reference row, in the order of the findings."""
     known = {row.item: row for row in load(artifact)}
+    found = {item: finding(item, value) for item, value in findings.items()}
     return [
-        Comparison(item, ours, known.get(item), known[item].holds(ours) if item in known else None)
-        for item, ours in findings.items()
+        Comparison(item, ours, known.get(item), known[item].outcome(ours) if item in known else None)
+        for item, ours in found.items()
     ]
 
 
 def verdict(comparisons: Iterable[Comparison]) -> str:
-    """`reproduced` when all that is compared holds, `partly`, `not reproduced` when none does, or `no reference`."""
-    held = [c.holds for c in comparisons if c.holds is not None]
-    if not held:
-        return NO_REFERENCE
-    if all(held):
-        return REPRODUCED
-    return PARTLY if any(held) else NOT_REPRODUCED
+    """What became of an artifact.
+
+    Of the paper's claims and values: `reproduced` where all are supported, `contradicted` where one is contradicted,
+    else `undetermined`. Where there are none, of our own statements: `checked` or `check fails`; else `no reference`.
+    """
+    outcomes = [c.outcome for c in comparisons if c.outcome is not None]
+    judged = [outcome for outcome in outcomes if outcome not in (CHECKED, FAILS)]
+    if FAILS in outcomes:
+        return FAILS
+    if not judged:
+        return CHECKED if outcomes else NO_REFERENCE
+    if CONTRADICTED in judged:
+        return CONTRADICTED
+    return REPRODUCED if set(judged) == {SUPPORTED} else UNDETERMINED
 
 
 def _parse(row: Mapping[str, str], name: str) -> Reference:

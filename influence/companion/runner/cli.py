@@ -307,6 +307,7 @@ def _add_run(commands: Any) -> None:
     add = commands.add_parser("run", help="regenerate what has changed", **texts).add_argument
     add("--profile", default=run.SMOKE, help="smoke, cpu or paper (default: smoke)")
     add("--only", nargs="+", default=[], metavar="STEM", help="these notebooks alone")
+    add("--recompute", action="store_true", help="compute what other profiles than smoke only draw (needs the data)")
     add("--force", action="store_true", help="run what is unchanged as well")
     add("--data", metavar="DIR", help="folder of the data sets (default: INFLUENCE_DATA)")
     add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")

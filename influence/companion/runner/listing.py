@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..ledger import manifest, paths
+from ..ledger import manifest, paths, reference
 from ..ledger.notebook import LAST, discover
 
 _COMMITTED = "cpu"
@@ -35,21 +35,18 @@ def artifacts_markdown() -> str:
 
 
 def claims(profile: str, *, root: Path | None = None) -> pd.DataFrame:
-    """What each statement and value of the papers came to, in the results folder `root`, or the one in use.
+    """What each claim and value came to, in the results folder `root`, or the one in use.
 
-    One row per compared reference: artifact, item, reference (a value, the upper end of an axis, or "claim"), ours,
-    holds.
+    One row per compared reference: artifact, item, reference (a value, a margin or "true"), ours, outcome.
     """
     rows = manifest.read(profile, root=root)
     found = []
     for stem in discover():
-        for used in rows[stem]["reference"] if stem in rows and stem != LAST else ():
-            if used["kind"] != "context":
-                expected = "claim" if used["kind"] == "claim" else f"{used['kind']} {used['value']:g}"
-                ours = rows[stem]["findings"][used["item"]]
-                shown = str(ours).lower() if ours is None or isinstance(ours, bool) else f"{ours:.3g}"
-                found.append((stem, used["item"], expected, shown, "yes" if used["holds"] else "no"))
-    return pd.DataFrame(found, columns=["artifact", "item", "reference", "ours", "holds"])
+        if stem in rows and stem != LAST:
+            for c in reference.compare(stem, rows[stem]["findings"]):
+                if c.reference is not None and c.outcome is not None:
+                    found.append((stem, c.item, c.reference.expected, c.shown, c.outcome))
+    return pd.DataFrame(found, columns=["artifact", "item", "reference", "ours", "outcome"])
 
 
 def claims_markdown() -> str:

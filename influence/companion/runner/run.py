@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
-from ..ledger import cache, manifest, paths
+from ..ledger import cache, manifest, notebook, paths
 from ..ledger.notebook import Notebook, discover
+from ..ledger.results import SMOKE
 from . import execute
 
-SMOKE = "smoke"
 _TIME_LIMIT = {SMOKE: 3600.0}  # seconds a notebook may take; other profiles:
 _LONG = 48 * 3600.0
 
@@ -47,7 +46,9 @@ class Job:
 
     @property
     def datasets(self) -> list[str]:
-        """The data sets that it reads, by the parameters `dataset` and `datasets`."""
+        """The data sets that it reads, by the parameters `dataset` and `datasets`; none where it only draws."""
+        if not self.parameters.get("recompute", True):
+            return []
         single, several = self.parameters.get("dataset"), self.parameters.get("datasets") or []
         return [*([single] if single else []), *([several] if isinstance(several, str) else several)]
 
@@ -77,10 +78,11 @@ class Outcome:
         return f"{self.stem:<{width}}  {self.status:<9}  {seconds:>9}  {self.note}".rstrip()
 
 
-def plan(profile: str, only: Sequence[str] = ()) -> list[Job]:
+def plan(profile: str, only: Sequence[str] = (), *, recompute: bool = False) -> list[Job]:
     """The notebooks of a profile with their parameters, in the order in which they run.
 
-    `smoke` is the defaults of every notebook; another profile is what its file lists.
+    `smoke` has every notebook, computed anew; another profile what its file lists, drawn from what is published
+    unless `recompute` is given.
 
     Raises:
         UsageError: unknown profile or stem.
@@ -94,24 +96,19 @@ def plan(profile: str, only: Sequence[str] = ()) -> list[Job]:
     for stem in only:
         if stem not in chosen:
             raise UsageError(f"{stem} is not a part of the profile {profile!r}")
-    jobs = [Job(notebooks[s], notebooks[s].merge(parameters.get(s) or {}, profile=profile)) for s in chosen]
+    jobs = []
+    for stem in chosen:
+        anew = {"recompute": recompute or profile == SMOKE} if notebooks[stem].redraws else {}
+        values = {**parameters.get(stem, {}), **anew}
+        jobs.append(Job(notebooks[stem], notebooks[stem].merge(values, profile=profile)))
     return [job for job in jobs if not only or job.notebook.stem in only]
 
 
 def _profile(name: str) -> dict[str, dict[str, Any]]:
-    path = paths.PROFILES / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted({SMOKE, *(p.stem for p in paths.PROFILES.glob("*.yaml"))})
-        if name not in known:
-            raise UsageError(f"unknown profile {name!r}: there are {', '.join(known)}")
-        return {}
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or not all(isinstance(v, dict | None) for v in content.values()):
-        raise UsageError(f"{path}: expected a mapping from notebook to its parameters")
-    return {stem: values or {} for stem, values in content.items()}
+    known = sorted({SMOKE, *(p.stem for p in paths.PROFILES.glob("*.yaml"))})
+    if name not in known:
+        raise UsageError(f"unknown profile {name!r}: there are {', '.join(known)}")
+    return notebook.profile(name)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -122,9 +119,9 @@ def run(options: argparse.Namespace) -> int:
         NotebookError, ManifestError: a notebook, its parameters or the ledger cannot be read.
     """
     profile, refresh = options.profile, options.refresh_notebooks
-    if refresh and profile != SMOKE:
-        raise UsageError(f"--refresh-notebooks needs the profile {SMOKE!r}: notebooks are committed as it runs them")
-    jobs = plan(profile, options.only)
+    jobs = plan(profile, options.only, recompute=options.recompute)
+    if refresh:  # each is committed as it runs by itself
+        jobs = [job for job in jobs if job.notebook.parameters["profile"].default == profile]
     environment = _environment(options.data, options.device)
     _require_writable(manifest.folder(profile), paths.BUILD)
     with _alone():

@@ -19,7 +19,7 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
 
-from ..ledger import paths, reference
+from ..ledger import paths
 from ..ledger.notebook import Notebook, discover
 
 MARK = "style.css"
@@ -108,7 +108,6 @@ def gallery(profile: str, artifacts: Sequence[dict[str, Any]]) -> str:
         profile=profile,
         artifacts=artifacts,
         counts=Counter(artifact["verdict"] for artifact in artifacts),
-        shown=reference.format_finding,
         slug=lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-"),
     )
 

@@ -23,7 +23,7 @@ from ...scores.definition import influence_by_definition
 from ...scores.detection import detection, two_sample
 from ...scores.imagewise import predicted_class_scores
 from ...zoo import pretrained, training
-from ..common import bound, classifier, dataset
+from ..common import bound, classifier, dataset, networks
 
 
 def ceiling_check(run: Run, datasets: Sequence[str], models: Sequence[str], *, seed: int, images: int) -> pd.DataFrame:
@@ -61,61 +61,47 @@ MEASURES = {
 }
 
 
-def predicted_influence(
-    run: Run, datasets: Sequence[str], models: Sequence[str], *, seed: int, images: int | None, epsilon: float
-) -> pd.DataFrame:
+def predicted_influence(run: Run) -> dict[str, pd.DataFrame]:
     """Setup 3: FI of the whole image, f = -log P(y_pred), for training and test images of each network.
 
-    Args:
-        run: the artifact.
-        datasets: names of `data.NAMES`.
-        models: names of `models.NAMES`.
-        seed: of the networks and of the choice of images.
-        images: images of each part to score, drawn at random; None for all.
-        epsilon: e of the released code.
+    Parameters of the run: datasets (of `data.NAMES`), models (of `models.NAMES`), seeds (of the networks and of the
+    choice of images), images (of each part, drawn at random; 0 for all), epsilon (e of the released code).
 
     Returns:
-        One row per data set, model, part ("train", "test") and image: image, label, predicted, p_predicted, loss (nats,
-        true class), margin (nats, predicted class), ceiling, exact, released, rank, position (of a Manhattan plot by
-        true class).
+        "scores", one row per data set, model, seed, part ("train", "test") and image: image, label, predicted,
+        p_predicted, loss (nats, true class), margin (nats, predicted class), ceiling, exact, released, rank, position
+        (of a Manhattan plot by true class).
     """
+    images, epsilon = run.parameters["images"] or None, run.parameters["epsilon"]
     frames = []
-    for name in datasets:
-        for model in models:
-            trained = classifier(run, name, model, seed=seed)
-            for part in ("train", "test"):
-                split = dataset(run, name).train if part == "train" else dataset(run, name).test
-                key: dict[str, object] = {
-                    "model": trained.key,
-                    "data": dataset(run, name).digest,
-                    "part": part,
-                    "images": images,
-                }
-                compute = bound(
-                    predicted_class_scores, trained.model, split.sample(images, seed=seed), epsilon, run.device
-                )
-                key |= {"seed": seed, "epsilon": epsilon, "device": run.device.type}
-                frame = cache.table(f"setup3/{name}-{model}-{part}", key, compute)
-                frames.append(frame.assign(dataset=name, model=model, part=part))
-    return pd.concat(frames, ignore_index=True)
+    for network in networks(run):
+        trained = network.trained
+        for part, split in (("train", network.dataset.train), ("test", network.dataset.test)):
+            key: dict[str, object] = {"model": trained.key, "data": network.dataset.digest, "part": part}
+            key |= {"images": images, "seed": network.seed, "epsilon": epsilon, "device": run.device.type}
+            sample = split.sample(images, seed=network.seed)
+            compute = bound(predicted_class_scores, trained.model, sample, epsilon, run.device)
+            frame = cache.table(f"setup3/{network.name}-{part}", key, compute)
+            frames.append(frame.assign(part=part, **network.columns))
+    return {"scores": pd.concat(frames, ignore_index=True)}
 
 
 def gap(frame: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     """Training against test images through each measure: tests, and the size of the effect with its interval.
 
     Returns:
-        One row per data set, model and measure: accuracies and mean values of both parts, ks, ks_p, mw_p, effect
+        One row per data set, model, seed and measure: accuracies and mean values of both parts, ks, ks_p, mw_p, effect
         (probability that a test image's value exceeds a training image's, ties half) with its 95% interval.
     """
     rows = []
-    for (name, model), group in frame.groupby(["dataset", "model"], sort=False):
+    for (name, model, network), group in frame.groupby(["dataset", "model", "seed"], sort=False):
         parts = {str(part): rest for part, rest in group.groupby("part")}
         hits = {f"accuracy_{part}": float((rest["label"] == rest["predicted"]).mean()) for part, rest in parts.items()}
         for measure in MEASURES:
             values = {part: rest[measure].to_numpy() for part, rest in parts.items()}
             means = {f"mean_{part}": float(x.mean()) for part, x in values.items()}
             tests = two_sample(values["train"], values["test"], seed=seed)
-            row = {"dataset": name, "model": model, "measure": measure, "images": len(values["train"])}
+            row = {"dataset": name, "model": model, "seed": network, "measure": measure, "images": len(values["train"])}
             rows.append({**row, **hits, **means, **tests})
     return pd.DataFrame(rows)
 

@@ -96,7 +96,7 @@ def accuracies(networks: Sequence[str], values: Sequence[float]) -> pd.DataFrame
 
 def test_accuracy_table_and_its_figure() -> None:
     runs = accuracies(["smoke-resnet50-digits", "group-resnet32-mnist"], [0.8, 0.9, 1.0])
-    table = table_accuracy.summary(runs)
+    table = table_accuracy.summary({"networks": runs})
     assert len(table) == 6 and table["accuracy"].to_numpy() == pytest.approx(0.9)
     assert (table["high"] == 1).all() and table["low"].to_numpy() == pytest.approx(
         0.9 - 4.302652729911275 * 0.1 / 3**0.5
@@ -125,7 +125,7 @@ def drawn_intervals(axes: Axes) -> np.ndarray:
 
 
 def test_one_seed_is_drawn_without_an_interval() -> None:
-    figure = table_accuracy.draw(table_accuracy.summary(accuracies(["resnet20"], [0.9])))
+    figure = table_accuracy.draw(table_accuracy.summary({"networks": accuracies(["resnet20"], [0.9])}))
     accuracy, calibration = (drawn_intervals(axes) for axes in figure.axes)
     assert (accuracy == 0.9).all() and calibration == pytest.approx(0.05)
 

@@ -83,6 +83,7 @@ class Network:
 
     Attributes:
         model: in evaluation mode.
+        key: sha256 that it is known by.
         family: its name without the seed.
         seed: of its training; 0 for one that others trained.
         dataset: a name of `data.NAMES`.
@@ -91,6 +92,7 @@ class Network:
     """
 
     model: nn.Module
+    key: str
     family: str
     seed: int
     dataset: str
@@ -111,13 +113,13 @@ def named(run: Run, name: str) -> Network:
         source = pretrained.SOURCES[name]
         whole = dataset(run, source.data)
         parts = {"train": whole.train.with_(whole.valid), "test": whole.test}
-        return Network(model, name, 0, source.data, parts, {"test": source.test_accuracy - 0.0005})
+        return Network(model, digest, name, 0, source.data, parts, {"test": source.test_accuracy - 0.0005})
     recipe = recipes.named(name)
     found = recipe.dataset()
     run.add_input(recipe.data, found.digest)
     parts = {"train": found.train, "validation": found.valid, "test": found.test}
-    model = training.fit(recipe, found, device=run.device).model
-    return Network(model, name.rpartition("-")[0], recipe.seed, recipe.data, parts, recipe.gate)
+    made = training.fit(recipe, found, device=run.device)
+    return Network(made.model, made.key, name.rpartition("-")[0], recipe.seed, recipe.data, parts, recipe.gate)
 
 
 @cache

@@ -2,63 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import nn
 from torch.nn import functional as F
 
 from influence.progress import progress_bar
 
 from ... import style
 from ...images.data import Split
+from ...ledger import cache
 from ...ledger.results import Run
 from ...scores.evaluation import expected_calibration_error, mean_interval
 from ...zoo import recipes, training
-from ..common import named
+from ..common import bound, named
 
 
-def accuracy(run: Run, networks: Sequence[str], seeds: Sequence[int]) -> pd.DataFrame:
+def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Accuracy, mean loss and calibration error of each network on its training, validation and test images.
 
-    Args:
-        run: the artifact.
-        networks: names of `recipes.yaml`, with a seed or without, such as "paper-resnet50-mnist-0", and of
-            `pretrained.NAMES`. The latter were trained on all training images of their set and have no validation part.
-        seeds: of networks that are named without one.
+    Parameters of the run: networks (names of `recipes.yaml`, with a seed or without, such as "paper-resnet50-mnist-0",
+    and of `pretrained.NAMES`; the latter were trained on all training images of their set and have no validation part),
+    seeds (of networks that are named without one), images (of the training and of the validation part, drawn at random,
+    0 for all; every test image is taken).
 
     Returns:
-        One row per network and part: network, dataset, seed, part, n (images), accuracy, loss (mean -log P_y, nats),
-        calibration_error, gate (the accuracy below which no verdict rests on the network; NaN for none).
+        "networks", one row per network and part: network, dataset, seed, part, n (images), accuracy, loss
+        (mean -log P_y, nats), calibration_error, gate (the accuracy below which no verdict rests on the network; NaN
+        for none).
     """
+    names = recipes.with_seeds(run.parameters["networks"], run.parameters["seeds"])
     rows = []
-    for name in progress_bar(recipes.with_seeds(networks, seeds), desc="accuracies", unit="network", leave=False):
+    for name in progress_bar(names, desc="accuracies", unit="network", leave=False):
         chosen = named(run, name)
         for part, split in chosen.parts.items():
-            logits = training.predict(chosen.model, split.images, device=run.device).double()
+            sample = split if part == "test" else split.sample(run.parameters["images"] or None)
+            key: dict[str, object] = {
+                "network": chosen.key,
+                "part": part,
+                "images": len(sample),
+                "device": run.device.type,
+            }
+            measure = bound(_quality, chosen.model, sample, run.device)
+            found = cache.table(f"accuracy/{chosen.family}", key, measure)
             about = {"network": chosen.family, "dataset": chosen.dataset, "seed": chosen.seed, "part": part}
-            rows.append({**about, **_quality(logits, split), "gate": chosen.gate.get(part, float("nan"))})
-    return pd.DataFrame(rows)
+            rows.append({**about, **found.iloc[0].to_dict(), "gate": chosen.gate.get(part, float("nan"))})
+    return {"networks": pd.DataFrame(rows).astype({"n": int})}
 
 
-def _quality(logits: Tensor, split: Split) -> dict[str, float]:
+def claims(table: pd.DataFrame) -> dict[str, bool | float]:
+    """Whether every network meets its gate; beside it the test accuracy of each."""
+    tests = table[table["part"] == "test"]
+    columns = zip(tests["dataset"], tests["network"], tests["accuracy"], strict=True)
+    found: dict[str, bool | float] = {f"{data}_{network}_test": float(value) for data, network, value in columns}
+    return found | {"every_gate_is_met": bool(table["gate_met"].all())}
+
+
+def _quality(model: nn.Module, split: Split, device: torch.device) -> pd.DataFrame:
+    logits = training.predict(model, split.images, device=device).double()
     correct = logits.argmax(1) == split.labels
-    return {
+    row = {
         "n": len(split),
         "accuracy": float(correct.double().mean()),
         "loss": float(F.cross_entropy(logits, split.labels)),
         "calibration_error": expected_calibration_error(logits.softmax(1).amax(1).numpy(), correct.numpy()),
     }
+    return pd.DataFrame([row])
 
 
-def summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """Mean over seeds of `accuracy`'s rows, with the 95% t intervals over seeds, in fractions."""
+def summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Mean over seeds of the networks' rows, with the 95% t intervals over seeds, in fractions."""
     rows = []
-    for (name, network, part), group in runs.groupby(["dataset", "network", "part"], sort=False):
+    for (name, network, part), group in tables["networks"].groupby(["dataset", "network", "part"], sort=False):
         mean, low, high = mean_interval(group["accuracy"])
         error, error_low, error_high = mean_interval(group["calibration_error"])
         rows.append(

@@ -52,7 +52,8 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
             measure = bound(_quality, chosen.model, sample, run.device)
             found = cache.table(f"accuracy/{chosen.family}", key, measure)
             about = {"network": chosen.family, "dataset": chosen.dataset, "seed": chosen.seed, "part": part}
-            rows.append({**about, **found.iloc[0].to_dict(), "gate": chosen.gate.get(part, float("nan"))})
+            values = {str(column): found[column].iloc[0] for column in found}
+            rows.append({**about, **values, "gate": chosen.gate.get(part, float("nan"))})
     return {"networks": pd.DataFrame(rows).astype({"n": int})}
 
 

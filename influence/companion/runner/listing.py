@@ -24,12 +24,16 @@ def show(*, markdown: bool, claims: bool) -> str:
 
 
 def artifacts_markdown() -> str:
-    """The README's table: stem, title, and the verdict of the committed results where there is one."""
+    """The README's table: stem, title, and the verdict of the committed results where there is one.
+
+    A notebook that does not draw what is published, but what it computed at small scale, has a mark.
+    """
     rows = manifest.read(_COMMITTED, root=paths.ROOT / "results")
     lines = [f"| notebook | what it shows | verdict, profile `{_COMMITTED}` |", "|---|---|---|"]
     for stem, notebook in discover().items():
         title = notebook.title.replace("|", "\\|")
         outcome = rows.get(stem, {}).get("verdict", "not run")
+        outcome += "" if notebook.redraws else " †"
         lines.append(f"| [{stem}](notebooks/{stem}.ipynb) | {title} | {outcome} |")
     return "\n".join(lines)
 
@@ -37,7 +41,8 @@ def artifacts_markdown() -> str:
 def claims(profile: str, *, root: Path | None = None) -> pd.DataFrame:
     """What each claim and value came to, in the results folder `root`, or the one in use.
 
-    One row per compared reference: artifact, item, reference (a value, a margin or "true"), ours, outcome.
+    One row per compared reference: artifact, item, reference (a value, a margin or "true"), ours, outcome, and source
+    with the rule.
     """
     rows = manifest.read(profile, root=root)
     found = []
@@ -45,15 +50,16 @@ def claims(profile: str, *, root: Path | None = None) -> pd.DataFrame:
         if stem in rows and stem != LAST:
             for c in reference.compare(stem, rows[stem]["findings"]):
                 if c.reference is not None and c.outcome is not None:
-                    found.append((stem, c.item, c.reference.expected, c.shown, c.outcome))
-    return pd.DataFrame(found, columns=["artifact", "item", "reference", "ours", "outcome"])
+                    found.append((stem, c.item, c.reference.expected, c.shown, c.outcome, c.reference.source))
+    return pd.DataFrame(found, columns=["artifact", "item", "reference", "ours", "outcome", "source and rule"])
 
 
 def claims_markdown() -> str:
-    """The README's table of claims, from the committed results."""
+    """The table of claims in results/README.md, from the committed results."""
     table = claims(_COMMITTED, root=paths.ROOT / "results")
     lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in table.itertuples(index=False))])
+    cells = ([text.replace("|", "\\|") for text in row] for row in table.itertuples(index=False))
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in cells)])
 
 
 def problems() -> list[str]:

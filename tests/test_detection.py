@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from influence.companion.artifacts.sensitivity import fig_label_noise
 from influence.companion.scores import detection
 
 
@@ -62,3 +63,22 @@ def test_agreement_and_shares() -> None:
     assert share == low == 0 and high == pytest.approx(0.037, abs=1e-3)
     mean, low, high = detection.bootstrap_interval(np.random.default_rng(0).normal(2, 1, 400))
     assert low < mean < high and (high - low) / 2 == pytest.approx(1.96 / 20, rel=0.15)
+
+
+def test_difference_of_aurocs_is_paired() -> None:
+    generator = np.random.default_rng(0)
+    wrong = generator.random(400) < 0.3
+    score = wrong + generator.normal(size=400)
+    assert detection.auroc_difference(score, score, wrong) == (0, 0, 0)
+    noisy = score + 0.3 * generator.normal(size=400)
+    value, low, high = detection.auroc_difference(score, noisy, wrong)
+    one, other = (detection.detection(s, wrong) for s in (score, noisy))
+    assert value == pytest.approx(one["auroc"] - other["auroc"])
+    assert low < value < high and high - low < one["auroc_high"] - one["auroc_low"]
+
+
+def test_confident_learning_takes_the_mean_of_the_class() -> None:
+    # The mean probability of label 0 is .8, that of label 1 is .3: .7 is little for a 0, .4 much for a 1.
+    probs, labels = np.array([[0.9, 0.1], [0.7, 0.3], [0.6, 0.4], [0.8, 0.2]]), np.array([0, 0, 1, 1])
+    score = fig_label_noise.less_than_its_class(probs, labels)
+    assert score == pytest.approx([1 - 0.9 / 1.5, 1 - 0.7 / 1.5, 1 - 0.9 / 1.5, 1 - 0.7 / 1.5])

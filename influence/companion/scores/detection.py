@@ -74,14 +74,54 @@ def detection(
     Raises:
         ValueError: there are no positives or no negatives.
     """
-    hit, values = np.asarray(positive, dtype=bool), np.asarray(score, dtype=np.float64)
+    hit = np.asarray(positive, dtype=bool)
+    counts = _resampled(hit, repeats, seed)
+    auroc, ap = _curves(score, hit, counts, weight)
+    return _named("auroc", auroc[0], auroc[1:], level) | _named("ap", ap[0], ap[1:], level)
+
+
+def auroc_difference(
+    first: ArrayLike, second: ArrayLike, positive: ArrayLike, *, level: float = 0.95, repeats: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """AUROC of one score less that of another, with a percentile bootstrap interval paired by example.
+
+    Args:
+        first: (N,) larger for what is to be found.
+        second: (N,) likewise.
+        positive: (N,) bool.
+        level: of the interval.
+        repeats: bootstrap samples, which keep the numbers of positives and negatives.
+        seed: of the resampling.
+
+    Returns:
+        The difference, low, high.
+
+    Raises:
+        ValueError: there are no positives or no negatives.
+    """
+    hit = np.asarray(positive, dtype=bool)
+    counts = _resampled(hit, repeats, seed)
+    difference = _curves(first, hit, counts)[0] - _curves(second, hit, counts)[0]
+    return float(difference[0]), *_interval(difference[1:], level)
+
+
+def _resampled(hit: np.ndarray, repeats: int, seed: int) -> np.ndarray:
+    """How often each example is drawn, (repeats + 1, N); the first row is the data themselves."""
     groups = np.flatnonzero(hit), np.flatnonzero(~hit)
     if not (len(groups[0]) and len(groups[1])):
         raise ValueError(f"expected positives and negatives, got {len(groups[0])} and {len(groups[1])}")
     generator = np.random.default_rng(seed)
-    counts = np.ones((repeats + 1, len(hit)))  # how often each example is drawn; the first row is the data themselves
+    counts = np.ones((repeats + 1, len(hit)))
     for group in groups:
         counts[1:, group] = generator.multinomial(len(group), np.full(len(group), 1 / len(group)), size=repeats)
+    return counts
+
+
+def _curves(
+    score: ArrayLike, hit: np.ndarray, counts: np.ndarray, weight: ArrayLike | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """AUROC and average precision for each row of counts."""
+    values = np.asarray(score, dtype=np.float64)
     order = np.argsort(-values, kind="stable")
     falling = values[order]
     last = np.flatnonzero(np.append(falling[1:] != falling[:-1], True))  # the last example of each tie
@@ -89,8 +129,7 @@ def detection(
     auroc = _auroc(counts * hit, counts * ~hit, last)
     if weight is not None:
         counts = counts * np.asarray(weight, dtype=np.float64)[order]
-    ap = _average_precision(counts * hit, counts * ~hit, last)
-    return _named("auroc", auroc[0], auroc[1:], level) | _named("ap", ap[0], ap[1:], level)
+    return auroc, _average_precision(counts * hit, counts * ~hit, last)
 
 
 def _named(name: str, value: float, samples: np.ndarray, level: float) -> dict[str, float]:

@@ -185,13 +185,16 @@ def _given(run: Run, dataset_name: str, split: Split, kind: str, *, share: float
     return given[split.index]
 
 
-def detection_table(frame: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
-    """AUROC and average precision of each score for finding wrong labels, with 95% bootstrap intervals over images."""
+def detection_table(frame: pd.DataFrame, *, seed: int = 0, also: Sequence[str] = ()) -> pd.DataFrame:
+    """AUROC and average precision of each score for finding wrong labels, with 95% bootstrap intervals over images.
+
+    The scores are those of `imagewise.NAMES` and the columns in `also`, where they were computed.
+    """
     rows = []
     for (model, kind), group in frame.groupby(["model", "kind"], sort=False):
         hits = {"accuracy": float((group["predicted"] == group["label"])[~group["wrong"]].mean())}
         counts = {"images": len(group), "wrong": int(group["wrong"].sum())}
-        for score in (name for name in imagewise.NAMES if name in group):
+        for score in (name for name in (*imagewise.NAMES, *also) if name in group and group[name].notna().all()):
             found = detection(group[score], group["wrong"], seed=seed)
             rows.append({"model": model, "kind": kind, "score": score, **counts, **hits, **found})
     return pd.DataFrame(rows)

@@ -1,20 +1,114 @@
-"""Which score finds wrong labels: real ones (CIFAR-10N), or labels flipped at random where no download is allowed."""
+"""Which score finds wrong labels: those that people gave (CIFAR-10N), by networks that were trained on such labels."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 import pandas as pd
+import torch
+from torch import nn
+
+from ...images import outliers
+from ...images.data import Split
+from ...ledger import cache, paths
+from ...ledger.reference import Estimate
+from ...ledger.results import Run
+from ...scores import imagewise
+from ...scores.detection import auroc_difference
+from ...zoo import recipes, training
+from ..common import bound
+from .common import SYNTHETIC, detection_table, noisy_scores
+
+CONFIDENT = "confident"  # self-confidence less the class's mean: confident learning (Northcutt et al. 2021)
+_FOLDS = 4
 
 
-def claims(table: pd.DataFrame) -> dict[str, bool | float]:
-    """By rules fixed before the run, each for every network and kind of label.
+def compute(run: Run) -> dict[str, pd.DataFrame]:
+    """Every score of training images under the labels that they were given.
 
-    * fi_beats_jacobian_norm: the lower end of the interval of exact FI's AUROC lies above the upper end of that of the
-      Jacobian norm.
-    * nothing_beats_the_loss: no score's lower end lies above the loss's upper end.
+    Labels of CIFAR-10N are judged out of sample: by the network of `recipes.yaml` that was trained on the same kind of
+    labels of the other three quarters of the images. Flipped labels, for the data sets that come with a dependency, are
+    judged by networks that were trained on the right ones.
+
+    Parameters of the run: kinds ("flipped", or labels of CIFAR-10N), images (of each quarter, or of those held out of
+    training; drawn at random, 0 for all), seeds (the first is that of the choice), without (scores to leave out); for
+    flipped labels also dataset, models, share.
+
+    Returns:
+        "scores", one row per model, kind and image: wrong (bool: the given label is not the verified one), confident
+        (for CIFAR-10N) and the columns of `imagewise.all_scores`.
     """
-    found = table.set_index(["model", "kind", "score"])
-    low, high = found["auroc_low"].unstack(), found["auroc_high"].unstack()
-    return {
-        "fi_beats_jacobian_norm": bool((low["exact"] > high["jacobian_norm"]).all()),
-        "nothing_beats_the_loss": bool((low.max(axis=1) <= high["loss"]).all()),
+    p, frames = run.parameters, []
+    seed, images = p["seeds"][0], p["images"] or None
+    for kind in p["kinds"]:
+        if kind == SYNTHETIC:
+            options = {"seed": seed, "images": images, "share": p["share"], "without": p["without"]}
+            frames.append(noisy_scores(run, p["dataset"], p["models"], [kind], **options))
+        else:
+            frames.append(_out_of_sample(run, kind, seed=seed, images=images, without=p["without"]))
+    return {"scores": pd.concat(frames, ignore_index=True)}
+
+
+def _out_of_sample(run: Run, kind: str, *, seed: int, images: int | None, without: Sequence[str]) -> pd.DataFrame:
+    _, verified = outliers.human_labels(kind, paths.data_dir())
+    frames = []
+    for fold in range(_FOLDS):
+        recipe = recipes.named(f"noisy-{kind.removesuffix('_label')}-{fold}-0")
+        found = recipe.dataset()
+        run.add_input(f"cifar10 {kind} {fold}", found.digest)
+        trained, held_out = training.fit(recipe, found, device=run.device), found.valid.sample(images, seed=seed)
+        key = {"model": trained.key, "images": images, "seed": seed, "without": list(without)}
+        score = bound(_scores, trained.model, held_out, without, run.device)
+        frames.append(cache.table(f"labels/{kind}-{fold}", key | {"device": run.device.type}, score))
+    frame = pd.concat(frames, ignore_index=True)
+    wrong = frame["label"].to_numpy() != verified.numpy()[frame["image"]]
+    probs = frame.filter(like="probability_")
+    frame = frame.drop(columns=list(probs))
+    confident = less_than_its_class(probs.to_numpy(), frame["label"].to_numpy())
+    return frame.assign(kind=kind, model="noisy-resnet20", wrong=wrong, **{CONFIDENT: confident})
+
+
+def _scores(model: nn.Module, split: Split, without: Sequence[str], device: torch.device) -> pd.DataFrame:
+    """All scores, and the probabilities of all classes."""
+    frame = imagewise.all_scores(model, split, device=device, without=without)
+    probs = training.predict(model, split.images, device=device).double().softmax(1).numpy()
+    return frame.assign(**{f"probability_{k}": probs[:, k] for k in range(probs.shape[1])})
+
+
+def less_than_its_class(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """1 less the self-confidence adjusted as by confident learning (Northcutt et al. 2021), (N,).
+
+    From the probabilities (N, K) of each class its threshold is taken, the mean probability of the examples that have
+    its label; all are then moved above 0 and divided by their sum.
+    """
+    thresholds = np.array([probs[labels == k, k].mean() if (labels == k).any() else 0 for k in range(probs.shape[1])])
+    adjusted = probs - thresholds + thresholds.max()
+    adjusted /= adjusted.sum(axis=1, keepdims=True)
+    return np.asarray(1 - adjusted[np.arange(len(labels)), labels])
+
+
+def table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """AUROC and average precision of each score, with 95% bootstrap intervals over images."""
+    return detection_table(tables["scores"], also=[CONFIDENT])
+
+
+def claims(tables: Mapping[str, pd.DataFrame]) -> dict[str, list[Estimate]]:
+    """Differences of AUROC, paired by image, for every network and kind of label.
+
+    * fi_beats_jacobian_norm: exact FI less the Jacobian norm.
+    * released_fi_loses_to_the_loss: released FI (e = 1e-3) less the loss.
+    * confident_learning_against_the_loss: confident learning less the loss, where it was computed.
+    """
+    pairs = {
+        "fi_beats_jacobian_norm": ("exact", "jacobian_norm"),
+        "released_fi_loses_to_the_loss": ("released_1e-3", "loss"),
+        "confident_learning_against_the_loss": (CONFIDENT, "loss"),
     }
+    found: dict[str, list[Estimate]] = {}
+    for (model, kind), group in tables["scores"].groupby(["model", "kind"], sort=False):
+        for item, (first, second) in pairs.items():
+            if first in group and group[first].notna().all():
+                interval = auroc_difference(group[first], group[second], group["wrong"])
+                found.setdefault(item, []).append(Estimate(*interval, len(group), f"{model} {kind}"))
+    return found

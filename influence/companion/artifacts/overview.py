@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 import pandas as pd
 import torch
@@ -20,28 +19,24 @@ from ..zoo import training
 from .common import classifier, dataset
 
 
-def identities(
-    run: Run, dataset_name: str, model: str, *, seed: int, images: int, sigmas: Sequence[float], draws: int
-) -> pd.DataFrame:
+def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Both identities on test images of a trained network, in float64.
 
     FI of the whole image, straight from its definition, over its ceiling (1 - P_y) / P_y; and the KL between outputs
     on an image and on its noisy copy over (sigma^2 / 2) tr G. Noise is not clipped: the identity is about the function,
     not about pictures.
 
-    Args:
-        run: the artifact.
-        dataset_name: a name of `data.NAMES`.
-        model: a name of `models.NAMES`.
-        seed: of the network, of the choice of images and of the noise.
-        images: how many test images, drawn at random.
-        sigmas: standard deviations of the noise, in units of the pixel range (1 = 255 grey levels).
-        draws: noisy copies of each image.
+    Parameters of the run: dataset (of `data.NAMES`), model (of `models.NAMES`), seeds (the first is that of the
+    network, of the choice of images and of the noise), images (how many test images, drawn at random), sigmas (standard
+    deviations of the noise, in units of the pixel range), draws (noisy copies of each image).
 
     Returns:
-        One row per sigma: sigma, images, draws, ratio (KL over its small-noise limit, mean over images and draws),
-        standard_error (of the ratio, over draws), fi_over_ceiling_low and _high (smallest and largest over images).
+        "identities", one row per sigma: sigma, images, draws, ratio (KL over its small-noise limit, mean over images
+        and draws), standard_error (of the ratio, over draws), fi_over_ceiling_low and _high (smallest and largest over
+        images).
     """
+    p, seed = run.parameters, run.parameters["seeds"][0]
+    dataset_name, model, images, draws = p["dataset"], p["model"], p["images"], p["draws"]
     network = copy.deepcopy(classifier(run, dataset_name, model, seed=seed).model).double()
     split = dataset(run, dataset_name).test.sample(images, seed=seed)
     x, labels = training.pixels(split.images, run.device).double(), split.labels.to(run.device)
@@ -51,7 +46,7 @@ def identities(
     limit = metric.trace()[:, 0] / 2
     generator = torch.Generator(run.device).manual_seed(seed)
     rows = []
-    for sigma in sigmas:
+    for sigma in p["sigmas"]:
         scale = sigma * 255
         ratios = []
         for _ in range(draws):
@@ -71,7 +66,17 @@ def identities(
                 "fi_over_ceiling_high": float(share.max()),
             }
         )
-    return pd.DataFrame(rows)
+    return {"identities": pd.DataFrame(rows)}
+
+
+def claims(table: pd.DataFrame) -> dict[str, bool]:
+    """Whether FI is its ceiling to 1e-6 on every image, and the ratio at the smallest sigma 1 within 4 errors."""
+    smallest = table.nsmallest(1, "sigma").iloc[0]
+    ends = table[["fi_over_ceiling_low", "fi_over_ceiling_high"]]
+    return {
+        "fi_equals_ceiling": bool(((ends - 1).abs() <= 1e-6).all(axis=None)),
+        "stability_loss_is_trace": bool(abs(smallest["ratio"] - 1) <= 4 * smallest["standard_error"] < 0.4),
+    }
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -13,9 +15,12 @@ from influence.companion.artifacts.stability import (
     comparison,
     fig_alpha_sigma,
     fig_generalisation,
+    fig_jpeg_quality,
     table_classification,
 )
 from influence.companion.images import data
+from influence.companion.ledger import reference
+from influence.companion.ledger.reference import Estimate
 from influence.companion.zoo import finetuning, training
 from influence.companion.zoo.finetuning import Arm
 from influence.companion.zoo.recipes import Recipe
@@ -70,12 +75,60 @@ def test_augmentation_with_a_distortion(digits: data.Dataset) -> None:
 
 
 def test_standard_arms() -> None:
-    chosen = comparison.standard([0.01, 1.0], sigma=0.1, steps=5, learning_rate=1e-3, variants=True)
+    parameters = {"alphas": [0.01, 1.0], "sigma": 0.1, "steps": 5, "learning_rate": 1e-3}
+    chosen = comparison.standard({**parameters, "variants": True})
     assert list(chosen) == [
         "control", "augmentation", "stability 0.01", "stability 1", "stability 1 CE", "stability 1 stopped"
     ]  # fmt: skip
     assert {(a.steps, a.sigma, a.learning_rate) for a in chosen.values()} == {(5, 0.1, 1e-3)}
     assert chosen["stability 1 CE"].divergence == "ce" and chosen["stability 1 stopped"].stop_gradient
+    assert comparison.standard(parameters) == dict(list(chosen.items())[:4])
+    assert comparison.own_noise(parameters) == "noise-0.1"
+
+
+def test_rivals_are_augmentation_with_what_is_tested() -> None:
+    parameters = {"alpha": 1.0, "sigma": 0.1, "steps": 5, "learning_rate": 1e-3, "trained": ["blur-1"]}
+    chosen = fig_generalisation.arms(parameters)
+    assert list(chosen) == ["control", "augmentation", "stability 1", "augmentation blur-1"]
+    assert chosen["augmentation blur-1"] == Arm("augmentation", 5, 1e-3, sigma=0.1, perturbation="blur-1")
+
+
+def test_cells_of_the_grid_are_arms() -> None:
+    parameters = {"alphas": [0.1, 1.0], "sigmas": [0.04, 0.2], "steps": 5, "learning_rate": 1e-3}
+    chosen = fig_alpha_sigma._arms(parameters, "last")
+    assert list(chosen) == ["control", "0.1 0.04", "0.1 0.2", "1 0.04", "1 0.2"]
+    assert chosen["control"] == Arm("control", 5, 1e-3, layers="last")
+    assert chosen["1 0.2"] == Arm("stability", 5, 1e-3, sigma=0.2, alpha=1.0, layers="last")
+
+
+def test_every_arm_is_measured_under_every_distortion(digits: data.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "dataset", lambda run, name: digits)
+    monkeypatch.setattr(comparison.recipes, "recipe", lambda *names, seed: dataclasses.replace(TINY, seed=seed))
+    parameters = {
+        "dataset": "digits", "model": "resnet50", "seeds": [0, 1], "images": 0, "qualities": [10], "sigma": 0.04,
+        "alphas": [1.0], **ONE,
+    }  # fmt: skip
+    run = SimpleNamespace(parameters=parameters, profile="smoke", device=torch.device("cpu"), stem="")
+    tables = fig_jpeg_quality.compute(run)  # type: ignore[arg-type]
+    assert list(tables) == ["runs"] and isinstance(tables["runs"].index, pd.RangeIndex)
+    runs = tables["runs"]
+    assert list(runs["distortion"].unique()) == ["original", "jpeg-10", "noise-0.04"]
+    assert len(runs) == 2 * 3 * 3 and (runs["n"] == 20).all()
+    assert (runs["precision_at_5"] >= runs["precision_at_1"]).all()
+    claims = fig_jpeg_quality.claims(runs, parameters)
+    assert claims["improves_under_its_own_noise"].n == 2 and len(claims) == 6
+    figure = fig_jpeg_quality.draw(fig_jpeg_quality.summary(tables))
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["original", "10"]
+    both = table_classification.compute(
+        SimpleNamespace(**{**vars(run), "parameters": {**parameters, "datasets": ["digits"]}})  # type: ignore[arg-type]
+    )
+    pd.testing.assert_frame_equal(both["runs"].drop(columns="dataset"), runs)
+
+
+def outcome(stem: str, item: str, claims: Mapping[str, object]) -> str | None:
+    """What becomes of a claim by the committed rule."""
+    (comparison,) = reference.compare(stem, {item: claims[item]})
+    return comparison.outcome
 
 
 def runs_with(gain: dict[str, float], arm: str = "stability 1") -> pd.DataFrame:
@@ -87,29 +140,38 @@ def runs_with(gain: dict[str, float], arm: str = "stability 1") -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(
-    ("gain", "holds", "share"),
+    ("gain", "expected", "share"),
     [
-        ({"original": 0.0, "jpeg-10": 0.05, "blur-1": 0.02}, True, 1.0),
-        ({"original": 0.0, "jpeg-10": 0.05, "blur-1": -0.05}, False, 0.5),
-        ({"original": 0.5, "noise-0.1": 0.5, "jpeg-10": -0.01}, False, 0.0),
+        ({"original": 0.0, "jpeg-10": 0.05, "blur-1": 0.02}, "supported", 1.0),
+        ({"original": 0.0, "jpeg-10": 0.05, "blur-1": -0.05}, "undetermined", 0.5),
+        ({"original": 0.5, "noise-0.1": 0.5, "jpeg-10": -0.01}, "contradicted", 0.0),
     ],
 )
-def test_claim_vi_leaves_noise_and_originals_out(gain: dict[str, float], holds: bool, share: float) -> None:
-    claim = fig_generalisation.claims(runs_with(gain), "stability 1")
-    assert claim["gaussian_training_generalises"] is holds and claim["distortions_gained"] == pytest.approx(share)
+def test_claim_vi_leaves_noise_and_originals_out(gain: dict[str, float], expected: str, share: float) -> None:
+    runs = runs_with(gain | {"noise-0.04": 0.3})
+    runs = pd.concat([runs, runs[runs["arm"] != "control"].assign(arm="augmentation")], ignore_index=True)
+    claims = fig_generalisation.claims(runs, {"alpha": 1.0, "sigma": 0.04})
+    assert outcome("stability/fig_generalisation", "gaussian_training_generalises", claims) == expected
+    assert claims["distortions_gained"] == pytest.approx(share)
+    own, other = (claims[f"improves_under_its_own_noise{arm}"] for arm in ("", "_augmentation"))
+    assert isinstance(own, Estimate) and own.value == pytest.approx(0.3) and own == other
     figure = fig_generalisation.draw(comparison.summary(runs_with(gain)))
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == list(gain)
 
 
 def test_classification_claims_need_every_data_set() -> None:
-    good = runs_with({"original": 0.0, "jpeg-50": 0.01, "jpeg-10": 0.05}).assign(dataset="mnist")
-    bad = runs_with({"original": -0.05, "jpeg-50": 0.0, "jpeg-10": 0.0}).assign(dataset="cifar10")
-    assert table_classification.claims(good, "stability 1", lowest=10)["clean_accuracy_does_not_fall"] is True
+    noise = {"noise-0.04": 0.1}
+    good = runs_with({"original": 0.0, "jpeg-50": 0.01, "jpeg-10": 0.05} | noise).assign(dataset="mnist")
+    bad = runs_with({"original": -0.05, "jpeg-50": 0.0, "jpeg-10": 0.0} | noise).assign(dataset="cifar10")
     both = pd.concat([good, bad], ignore_index=True)
-    claims = table_classification.claims(both, "stability 1", lowest=10)
-    assert claims["clean_accuracy_does_not_fall"] is False and claims["gain_grows_as_quality_falls"] is True
-    table = table_classification.summary(both)
-    assert len(table) == 2 * 2 * 3 * 2 and set(table["at"]) == {1, 5}
+    parameters = {"alphas": [1.0], "qualities": [50, 10], "sigma": 0.04}
+    stem, clean, grows = "stability/table_classification", "clean_accuracy_does_not_fall", "gain_grows_as_quality_falls"
+    assert outcome(stem, clean, table_classification.claims(good, parameters)) == "supported"
+    claims = table_classification.claims(both, parameters)
+    assert outcome(stem, clean, claims) == "contradicted" and outcome(stem, grows, claims) == "supported"
+    assert [estimate.of for estimate in claims[clean]] == ["mnist", "cifar10"]
+    table = table_classification.summary({"runs": both})
+    assert len(table) == 2 * 2 * 4 * 2 and set(table["at"]) == {1, 5}
     assert len(table_classification.draw(table).axes) == 2
 
 
@@ -125,5 +187,8 @@ def test_the_grid_and_its_choice() -> None:
     )
     assert table["distorted_gain"].tolist()[:3] == pytest.approx([0.1, 0.2, 0.3])
     best = fig_alpha_sigma.best(table)
+    claims = fig_alpha_sigma.claims(best)
+    assert claims["all_alpha"] == 1 and claims["last_distorted_gain"] == pytest.approx(0.2)
+    assert claims["all_layers_gain_more_than_last"] is False
     assert best["alpha"].tolist() == [1.0, 1.0]  # the strongest costs too much clean accuracy
     assert len(fig_alpha_sigma.draw(table, best).axes) == 5

@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from torch import nn
 
 from influence.companion.artifacts.sensitivity import fig_outlier_ranking, table_accuracy
-from influence.companion.artifacts.stability import fig_jpeg_quality
+from influence.companion.artifacts.stability import comparison, fig_jpeg_quality
 from influence.companion.images import data
+from influence.companion.ledger import reference
 from influence.companion.scores.definition import influence_by_definition
 from truth import influence as brute_force
 from truth import input_jacobian
@@ -61,22 +62,31 @@ def runs_with(gain: dict[str, float]) -> pd.DataFrame:
 @pytest.mark.parametrize(
     ("gain", "clean", "grows"),
     [
-        ({"original": 0.0, "jpeg-50": 0.01, "jpeg-10": 0.05}, True, True),
-        ({"original": 0.0, "jpeg-50": 0.0, "jpeg-10": 0.0}, True, False),
-        ({"original": -0.05, "jpeg-50": 0.0, "jpeg-10": 0.05}, False, True),
-        ({"original": 0.02, "jpeg-50": 0.0, "jpeg-10": -0.02}, True, False),
+        ({"original": 0.0, "jpeg-50": 0.01, "jpeg-10": 0.05}, "supported", "supported"),
+        ({"original": 0.0, "jpeg-50": 0.0, "jpeg-10": 0.001}, "supported", "supported"),
+        ({"original": -0.05, "jpeg-50": 0.0, "jpeg-10": 0.05}, "contradicted", "supported"),
+        ({"original": -0.009, "jpeg-50": 0.0, "jpeg-10": -0.02}, "undetermined", "contradicted"),
     ],
 )
-def test_claims_follow_the_rules(gain: dict[str, float], clean: bool, grows: bool) -> None:
-    claims = fig_jpeg_quality.claims(runs_with(gain), "stability 1", lowest=10)
-    assert claims["clean_accuracy_does_not_fall"] is clean
-    assert claims["gain_grows_as_quality_falls"] is grows
-    assert claims["clean_change"] == pytest.approx(gain["original"], abs=1e-9)
-    assert claims["growth_of_gain"] == pytest.approx(gain["jpeg-10"] - gain["original"], abs=1e-9)
+def test_claims_follow_the_rules(gain: dict[str, float], clean: str, grows: str) -> None:
+    parameters = {"alphas": [1.0], "qualities": [50, 10], "sigma": 0.04}
+    claims = fig_jpeg_quality.claims(runs_with(gain | {"noise-0.04": 0.1}), parameters)
+    found = {c.item: c.outcome for c in reference.compare("stability/fig_jpeg_quality", claims)}
+    assert found["clean_accuracy_does_not_fall"] == clean and found["gain_grows_as_quality_falls"] == grows
+    assert found["improves_under_its_own_noise"] is None and found["clean_accuracy_does_not_fall_strong"] is None
+    assert claims["clean_accuracy_does_not_fall"].value == pytest.approx(gain["original"], abs=1e-9)
+    growth = gain["jpeg-10"] - gain["original"]
+    assert claims["gain_grows_as_quality_falls_strong"].value == pytest.approx(growth, abs=1e-9)
+    assert claims["improves_under_its_own_noise"].value == pytest.approx(0.1)
+
+
+def test_one_seed_decides_nothing() -> None:
+    estimate = comparison.over_seeds([0.5], "mnist")
+    assert (estimate.low, estimate.high, estimate.n, estimate.of) == (-2, 2, 1, "mnist")
 
 
 def test_jpeg_table_pairs_by_seed() -> None:
-    table = fig_jpeg_quality.summary(runs_with({"original": 0.0, "jpeg-10": 0.05}))
+    table = fig_jpeg_quality.summary({"runs": runs_with({"original": 0.0, "jpeg-10": 0.05})})
     row = table.set_index(["distortion", "arm"]).loc[("jpeg-10", "stability 1")]
     assert row["gain"] == pytest.approx(0.05) and row["gain_low"] < 0.05 < row["gain_high"] < 0.054
     control = table[table["arm"] == "control"]

@@ -101,11 +101,11 @@ def test_table_and_findings() -> None:
                     {"seed": seed, "arm": arm, "attack": attack, "epsilon": e, "accuracy": a, "n": 10}
                     for e, a in ((0.0, 0.9), (0.1, 0.1))
                 ]
-    certificates, attacked = pd.DataFrame(rows), pd.DataFrame(hits)
-    findings = table_certified.claims(certificates, attacked, "stability 1")
+    tables = {"certificates": pd.DataFrame(rows), "attacks": pd.DataFrame(hits)}
+    findings = table_certified.claims(tables, {"alphas": [0.01, 1.0]})
     assert findings["certified_radius_grows"] is True and findings["no_adversarial_robustness"] is True
     assert findings["gain_of_radius"] == pytest.approx(0.1)
-    table = table_certified.summary(certificates, attacked)
+    table = table_certified.summary(tables)
     assert set(table["quantity"]) == {"certified", "fgsm", "pgd"} and len(table) == 12
     assert len(table_certified.draw(table).axes) == 3
 
@@ -124,8 +124,8 @@ def test_trace_tables() -> None:
     assert table["ratio_error"].to_numpy() == pytest.approx(0.1 / 12**0.5, rel=0.05)
     halved = changes.set_index("measure").loc["trace"]
     assert halved["ratio"] == pytest.approx(math.exp(-np.mean(np.log([2, 2.01, 2.02])))) and halved["high"] < 0.51
-    claims = fig_trace.claims(table, changes, "stability 1")
+    claims = fig_trace.claims(table, changes)
     assert claims["loss_is_half_sigma_squared_trace"] is True and claims["training_shrinks_the_trace"] is True
-    worse = fig_trace.claims(table.assign(ratio=1.2), changes.assign(high=1.1), "stability 1")
+    worse = fig_trace.claims(table.assign(ratio=1.2), changes.assign(high=1.1))
     assert worse["loss_is_half_sigma_squared_trace"] is False and worse["training_shrinks_the_trace"] is False
     assert len(fig_trace.draw(table, changes).axes) == 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -20,61 +20,37 @@ from ...ledger import cache
 from ...ledger.results import Run
 from ...scores.evaluation import mean_interval
 from ...zoo import training
-from ...zoo.finetuning import Arm
-from ..common import dataset
+from ..common import bound, dataset
 from ..overview import divergence
 from ..stability import comparison
 from ..stability.comparison import colours, label
 
-AFTER = "stability"
-
-
 MEASURES = ("trace", "lambda_max", "ceiling", "fi")
 
 
-def measures(
-    run: Run,
-    dataset_name: str,
-    model: str,
-    chosen: Mapping[str, Arm],
-    *,
-    seeds: Sequence[int],
-    images: int,
-    sigmas: Sequence[float],
-    draws: int,
-) -> pd.DataFrame:
+def compute(run: Run) -> dict[str, pd.DataFrame]:
     """The metric tensor of each test image, and the stability loss on noisy copies of it, for every arm.
 
     Arithmetic is float64; the noise is not clipped, since the limit is about the function, not about pictures.
 
-    Args:
-        run: the artifact.
-        dataset_name: a name of `data.NAMES`.
-        model: a name of `models.NAMES`.
-        chosen: the arms by name.
-        seeds: one trained network each, continued by every arm.
-        images: test images, drawn at random.
-        sigmas: of the noise, pixels in [0, 1].
-        draws: noisy copies of each image and sigma.
+    Parameters of the run: dataset, model, seeds (of the networks), images (of the test part, drawn at random), sigmas
+    (of the noise, pixels in [0, 1]), draws (noisy copies of each image and sigma), and those of `comparison.standard`.
 
     Returns:
-        One row per seed, arm, image and sigma: trace and lambda_max (of G, per squared unit of the pixel range),
-        ceiling and fi (of the true label), loss (mean KL over draws), loss_variance (of that mean),
-        limit (sigma^2 / 2 tr G).
+        "measures", one row per seed, arm, image and sigma: trace and lambda_max (of G, per squared unit of the pixel
+        range), ceiling and fi (of the true label), loss (mean KL over draws), loss_variance (of that mean), limit
+        (sigma^2 / 2 tr G).
     """
-    split = dataset(run, dataset_name).test.sample(images)
+    chosen = run.parameters
+    name, images, sigmas, draws = (chosen[key] for key in ("dataset", "images", "sigmas", "draws"))
+    split = dataset(run, name).test.sample(images)
     frames = []
-    for seed, name, trained in comparison.networks(
-        run, dataset_name, model, chosen, seeds=seeds, task="metric tensors"
-    ):
-
-        def measure(trained: training.Trained = trained, seed: int = seed) -> pd.DataFrame:
-            return _measures(trained, split, sigmas, draws, run.device, seed)
-
+    for seed, arm, trained in comparison.networks(run, name, comparison.standard(chosen), task="metric tensors"):
         key = {"model": trained.key, "images": images, "sigmas": list(sigmas), "draws": draws, "seed": seed}
-        found = cache.table(f"trace/{dataset_name}-{model}", key | {"device": run.device.type}, measure)
-        frames.append(found.assign(seed=seed, arm=name))
-    return pd.concat(frames, ignore_index=True)
+        measure = bound(_measures, trained, split, sigmas, draws, run.device, seed)
+        found = cache.table(f"trace/{name}-{chosen['model']}", key | {"device": run.device.type}, measure)
+        frames.append(found.assign(seed=seed, arm=arm))
+    return {"measures": pd.concat(frames, ignore_index=True)}
 
 
 def _measures(
@@ -113,7 +89,7 @@ def _drawn(network: nn.Module, log_p: Tensor, x: Tensor, scale: float, generator
         return divergence(log_p, F.log_softmax(network(x + scale * noise), dim=1))
 
 
-def losses(found: pd.DataFrame) -> pd.DataFrame:
+def losses(measures: pd.DataFrame) -> pd.DataFrame:
     """Stability loss and its limit against sigma: means over images, with two kinds of uncertainty.
 
     Returns:
@@ -122,7 +98,7 @@ def losses(found: pd.DataFrame) -> pd.DataFrame:
         noise alone).
     """
     rows = []
-    for (arm, sigma), group in found.groupby(["arm", "sigma"], sort=False):
+    for (arm, sigma), group in measures.groupby(["arm", "sigma"], sort=False):
         by_seed = group.groupby("seed").agg(
             loss=("loss", "mean"), limit=("limit", "mean"), variance=("loss_variance", "sum"), images=("image", "size")
         )
@@ -145,13 +121,13 @@ def losses(found: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def effect(found: pd.DataFrame) -> pd.DataFrame:
+def effect(measures: pd.DataFrame) -> pd.DataFrame:
     """What training does to each measure: geometric mean over images of (arm / control), 95% t interval over seeds.
 
     Returns:
         One row per arm but the control and measure: seeds, ratio, low, high.
     """
-    once = found[found["sigma"] == found["sigma"].min()]
+    once = measures[measures["sigma"] == measures["sigma"].min()]
     rows = []
     for measure in MEASURES:
         wide = once.pivot(index=["seed", "image"], columns="arm", values=measure)
@@ -162,15 +138,15 @@ def effect(found: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def claims(table: pd.DataFrame, changes: pd.DataFrame, arm: str) -> dict[str, bool | float]:
-    """The limit, and the effect of the training on it.
+def claims(table: pd.DataFrame, changes: pd.DataFrame) -> dict[str, bool | float]:
+    """The limit, and the effect on it of the training at the last alpha.
 
     `loss_is_half_sigma_squared_trace` holds when at the smallest sigma the ratio of loss and limit is within 3
     Monte-Carlo standard errors of 1 for every arm, and these errors are below 10%; `training_shrinks_the_trace` when
     the interval of the ratio of traces lies below 1.
     """
     smallest = table[table["sigma"] == table["sigma"].min()]
-    trace = changes[(changes["measure"] == "trace") & (changes["arm"] == arm)].iloc[0]
+    trace = changes[changes["measure"] == "trace"].iloc[-1]
     gap, error = (smallest["ratio"] - 1).abs(), smallest["ratio_error"]
     return {
         "loss_is_half_sigma_squared_trace": bool((gap <= 3 * error).all() and error.max() < 0.1),

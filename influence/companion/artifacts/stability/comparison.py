@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache as remember
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike
 
 from influence.progress import progress_bar
 
@@ -15,6 +17,7 @@ from ... import style
 from ...images import distortions
 from ...images.data import Split
 from ...ledger import cache
+from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores.evaluation import mean_interval
 from ...zoo import finetuning, recipes, training
@@ -27,67 +30,65 @@ ORIGINAL = distortions.ORIGINAL
 CONTROL = "control"
 
 
-def standard(
-    alphas: Sequence[float], *, sigma: float, steps: int, learning_rate: float, variants: bool = False
-) -> dict[str, Arm]:
+def standard(parameters: Mapping[str, Any]) -> dict[str, Arm]:
     """The arms by name: control, augmentation at the same sigma, stability (KL, both branches) at each alpha.
 
-    With `variants` also, at the last alpha, the cross-entropy in the place of the KL, and a stop-gradient on the clean
-    branch; under that one the two have the same gradient, so that one network stands for both.
+    Parameters of the run: alphas, sigma, steps, learning_rate; with `variants` also, at the last alpha, the
+    cross-entropy in the place of the KL, and a stop-gradient on the clean branch; under that one the two have the same
+    gradient, so that one network stands for both.
     """
-    common: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate, "sigma": sigma}
+    common: dict[str, Any] = {name: parameters[name] for name in ("steps", "learning_rate", "sigma")}
     chosen = {CONTROL: Arm("control", **common), "augmentation": Arm("augmentation", **common)}
-    chosen |= {f"stability {alpha:g}": Arm("stability", alpha=alpha, **common) for alpha in alphas}
-    if variants:
-        last = alphas[-1]
-        chosen[f"stability {last:g} CE"] = Arm("stability", alpha=last, divergence="ce", **common)
-        chosen[f"stability {last:g} stopped"] = Arm("stability", alpha=last, stop_gradient=True, **common)
+    chosen |= {stability(alpha): Arm("stability", alpha=alpha, **common) for alpha in parameters["alphas"]}
+    if parameters.get("variants"):
+        last = parameters["alphas"][-1]
+        chosen[f"{stability(last)} CE"] = Arm("stability", alpha=last, divergence="ce", **common)
+        chosen[f"{stability(last)} stopped"] = Arm("stability", alpha=last, stop_gradient=True, **common)
     return chosen
 
 
-def network(run: Run, dataset_name: str, model: str, arm: Arm, *, seed: int) -> training.Trained:
-    """The classifier of a seed, continued by an arm."""
-    recipe = recipes.recipe(run.profile, dataset_name, model, seed=seed)
-    return finetuning.finetune(recipe, arm, dataset(run, dataset_name), device=run.device)
+def stability(alpha: float) -> str:
+    """Name of the arm with this weight of the stability loss."""
+    return f"stability {alpha:g}"
+
+
+def own_noise(parameters: Mapping[str, Any]) -> str:
+    """The distortion that the arms are trained on: Gaussian noise of the parameter sigma."""
+    return f"noise-{parameters['sigma']:g}"
 
 
 def networks(
-    run: Run, dataset_name: str, model: str, chosen: Mapping[str, Arm], *, seeds: Sequence[int], task: str
+    run: Run, dataset_name: str, chosen: Mapping[str, Arm], *, task: str
 ) -> Iterator[tuple[int, str, training.Trained]]:
-    """The classifiers of a comparison, one after the other: seed, name of the arm, network; `task` names the bar."""
-    pairs = [(seed, name) for seed in seeds for name in chosen]
+    """The classifiers of a comparison, one after the other: seed, name of the arm, network; `task` names the bar.
+
+    Parameters of the run: model (of `models.NAMES`) and seeds, one trained network each, continued by every arm.
+    """
+    pairs = [(seed, name) for seed in run.parameters["seeds"] for name in chosen]
+    images = dataset(run, dataset_name)
     for seed, name in progress_bar(pairs, desc=task, unit="network", leave=False):
-        yield seed, name, network(run, dataset_name, model, chosen[name], seed=seed)
+        recipe = recipes.recipe(run.profile, dataset_name, run.parameters["model"], seed=seed)
+        yield seed, name, finetuning.finetune(recipe, chosen[name], images, device=run.device)
 
 
 def measure(
-    run: Run,
-    dataset_name: str,
-    model: str,
-    chosen: Mapping[str, Arm],
-    *,
-    seeds: Sequence[int],
-    versions: Sequence[str],
-    images: int | None,
-    part: str = "test",
+    run: Run, dataset_name: str, chosen: Mapping[str, Arm], versions: Sequence[str], *, part: str = "test"
 ) -> pd.DataFrame:
     """Precision@1 and @5 of every arm on every distortion of some images.
 
     For one seed every arm starts from the same trained network and takes the same number of steps on the same images.
 
     Args:
-        run: the artifact.
+        run: the artifact, with the parameters model, seeds and images (how many, drawn at random; 0 for all).
         dataset_name: a name of `data.NAMES`.
-        model: a name of `models.NAMES`.
         chosen: the arms by name.
-        seeds: one trained network each, continued by every arm.
         versions: names of `distortions.apply`, "original" among them where a change is asked for.
-        images: how many images, drawn at random; None for all.
         part: "test" or "valid".
 
     Returns:
         One row per seed, arm and distortion: seed, arm, distortion, n (images), precision_at_1, precision_at_5.
     """
+    model, images = run.parameters["model"], run.parameters["images"] or None
     everything = dataset(run, dataset_name)
     split = (everything.test if part == "test" else everything.valid).sample(images)
 
@@ -96,8 +97,7 @@ def measure(
         return distortions.apply(version, split.images)
 
     rows = []
-    compared = networks(run, dataset_name, model, chosen, seeds=seeds, task=f"arms on {dataset_name}")
-    for seed, name, trained in compared:
+    for seed, name, trained in networks(run, dataset_name, chosen, task=f"arms on {dataset_name}"):
         for version in versions:
             key = {"model": trained.key, "version": version, "images": images, "part": part, "device": run.device.type}
 
@@ -155,6 +155,12 @@ def gains(runs: pd.DataFrame, arm: str, *, value: str = "precision_at_1") -> pd.
     """Gain of an arm over the control: one row for each distortion, one column for each seed."""
     wide = runs.pivot(index=["distortion", "seed"], columns="arm", values=value)
     return (wide[arm] - wide[CONTROL]).unstack("seed").loc[list(runs["distortion"].unique())]
+
+
+def over_seeds(gains: ArrayLike, of: str = "") -> Estimate:
+    """Mean of a gain, or a difference of two, of each seed with its 95% t interval; one seed leaves [-2, 2] open."""
+    value, low, high = mean_interval(gains)
+    return Estimate(value, max(low, -2.0), min(high, 2.0), np.size(gains), of)
 
 
 def label(arm: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -19,58 +19,34 @@ from .comparison import ORIGINAL
 Layers = Literal["all", "last"]
 
 
-def alpha_sigma(
-    run: Run,
-    dataset_name: str,
-    model: str,
-    *,
-    seeds: Sequence[int],
-    alphas: Sequence[float],
-    sigmas: Sequence[float],
-    steps: int,
-    learning_rate: float,
-    versions: Sequence[str],
-    images: int | None,
-) -> pd.DataFrame:
+def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Clean and distorted validation accuracy of stability training over a grid, all layers and the last one.
 
-    Args:
-        run: the artifact.
-        dataset_name: a name of `data.NAMES`.
-        model: a name of `models.NAMES`.
-        seeds: one trained network each.
-        alphas: weights of the stability loss.
-        sigmas: of the noise, pixels in [0, 1].
-        steps: of SGD, for every arm.
-        learning_rate: its peak.
-        versions: distortions over which the distorted accuracy is averaged.
-        images: validation images, drawn at random; None for all.
+    Parameters of the run: dataset, model, seeds (of the networks), images (of the validation part, drawn at random; 0
+    for all), alphas and sigmas (of the grid), steps, learning_rate, versions (distortions over which the distorted
+    accuracy is averaged).
 
     Returns:
-        One row per layers, alpha, sigma and seed: clean and distorted accuracy, and their gains over the control of
-        the same layers and seed (clean_gain, distorted_gain).
+        "grid", one row per layers, alpha, sigma and seed: clean and distorted accuracy, and their gains over the
+        control of the same layers and seed (clean_gain, distorted_gain).
     """
-    common: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate}
-    frames = []
+    chosen = run.parameters
+    versions, frames = [ORIGINAL, *chosen["versions"]], []
     for layers in get_args(Layers):
-        grid = {
-            f"{alpha:g} {sigma:g}": Arm("stability", alpha=alpha, sigma=sigma, layers=layers, **common)
-            for alpha in alphas
-            for sigma in sigmas
-        }
-        chosen = {comparison.CONTROL: Arm("control", layers=layers, **common), **grid}
-        runs = comparison.measure(
-            run,
-            dataset_name,
-            model,
-            chosen,
-            seeds=seeds,
-            versions=[ORIGINAL, *versions],
-            images=images,
-            part="valid",
-        )
+        runs = comparison.measure(run, chosen["dataset"], _arms(chosen, layers), versions, part="valid")
         frames.append(_grid(runs).assign(layers=layers))
-    return pd.concat(frames, ignore_index=True)
+    return {"grid": pd.concat(frames, ignore_index=True)}
+
+
+def _arms(parameters: Mapping[str, Any], layers: Layers) -> dict[str, Arm]:
+    """The control and each cell of the grid, by name."""
+    common: dict[str, Any] = {name: parameters[name] for name in ("steps", "learning_rate")} | {"layers": layers}
+    grid = {
+        f"{alpha:g} {sigma:g}": Arm("stability", alpha=alpha, sigma=sigma, **common)
+        for alpha in parameters["alphas"]
+        for sigma in parameters["sigmas"]
+    }
+    return {comparison.CONTROL: Arm("control", **common), **grid}
 
 
 def _grid(runs: pd.DataFrame) -> pd.DataFrame:
@@ -100,6 +76,16 @@ def best(table: pd.DataFrame, *, margin: float = 0.01) -> pd.DataFrame:
         chosen = (kept if len(kept) else cells).sort_values("distorted", ascending=False).iloc[0]
         rows.append({"layers": layers, **chosen.to_dict(), "seeds": group["seed"].nunique()})
     return pd.DataFrame(rows)
+
+
+def claims(best: pd.DataFrame) -> dict[str, bool | float]:
+    """The chosen cell of each choice of layers with its gains, and whether tuning all layers gains more."""
+    found: dict[str, bool | float] = {}
+    for cell in best.to_dict("records"):
+        columns = ("alpha", "sigma", "clean_gain", "distorted_gain")
+        found |= {f"{cell['layers']}_{name}": float(cell[name]) for name in columns}
+    more = found["all_distorted_gain"] - found["last_distorted_gain"]
+    return found | {"all_layers_gain_more_than_last": more > 1e-9}  # equal counts may differ by a rounding error
 
 
 _DIVERGING = "PuOr"

@@ -2,77 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from ... import style
+from ...ledger.reference import Estimate
 from ...ledger.results import Run
-from ...scores.evaluation import mean_interval
-from ...zoo.finetuning import Arm
 from . import comparison
-from .comparison import ORIGINAL, colours, label
+from .comparison import ORIGINAL, colours, label, over_seeds, own_noise, stability, standard
 
 
-def jpeg_quality(
-    run: Run,
-    dataset_name: str,
-    model: str,
-    chosen: Mapping[str, Arm],
-    *,
-    seeds: Sequence[int],
-    qualities: Sequence[int],
-    images: int | None,
-) -> pd.DataFrame:
+def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Precision@1 on test images compressed at each JPEG quality, for networks continued by each arm.
 
-    For one seed every arm starts from the same trained network and takes the same number of steps on the same images.
-
-    Args:
-        run: the artifact.
-        dataset_name: a name of `data.NAMES`.
-        model: a name of `models.NAMES`.
-        chosen: the arms by name.
-        seeds: one trained network each, continued by every arm.
-        qualities: of JPEG, 1..100.
-        images: how many test images, drawn at random; None for all.
+    Parameters of the run: dataset, model, seeds (of the networks), images (of the test part, drawn at random; 0 for
+    all), qualities (of JPEG, 1..100), and those of `comparison.standard`.
 
     Returns:
-        One row per seed, arm and distortion ("original" or "jpeg-q"): n (images), precision_at_1, precision_at_5.
+        "runs", one row per seed, arm and distortion ("original", "jpeg-q", and the noise that the arms are trained on):
+        n (images), precision_at_1, precision_at_5.
     """
-    versions = [ORIGINAL, *(f"jpeg-{quality}" for quality in qualities)]
-    return comparison.measure(run, dataset_name, model, chosen, seeds=seeds, versions=versions, images=images)
+    chosen = run.parameters
+    versions = [ORIGINAL, *(f"jpeg-{quality}" for quality in chosen["qualities"]), own_noise(chosen)]
+    return {"runs": comparison.measure(run, chosen["dataset"], standard(chosen), versions)}
 
 
-def summary(runs: pd.DataFrame) -> pd.DataFrame:
+def summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Mean precision@1 of each arm and its paired gain over the control, with 95% t intervals over seeds."""
-    return comparison.summary(runs)
+    return comparison.summary(tables["runs"])
 
 
-def claims(runs: pd.DataFrame, arm: str, *, lowest: int, margin: float = 0.01) -> dict[str, bool | float]:
-    """Claims (i) and (ii) of the paper for one arm, by rules that do not depend on the outcome.
+def claims(runs: pd.DataFrame, parameters: Mapping[str, Any], *, of: str = "") -> dict[str, Estimate]:
+    """Claims (i) and (ii) of the paper for the first alpha, and with the suffix _strong for the last one.
 
-    (i) Clean accuracy does not fall: the 95% interval of its paired change lies above -`margin`.
-    (ii) The gain grows as JPEG quality falls: the 95% interval of (gain at `lowest` - gain on originals) lies above 0.
+    * clean_accuracy_does_not_fall: the paired change of precision@1 on originals, the mean over seeds.
+    * gain_grows_as_quality_falls: gain over the control at the lowest quality less gain on originals.
+    * improves_under_its_own_noise: gain under the noise of the training, without which the loss did not take effect.
     """
-    gain = comparison.gains(runs, arm)
-    clean, clean_low, _ = mean_interval(gain.loc[ORIGINAL])
-    growth, growth_low, _ = mean_interval(np.asarray(gain.loc[f"jpeg-{lowest}"] - gain.loc[ORIGINAL]))
-    return {
-        "clean_accuracy_does_not_fall": bool(clean_low > -margin),
-        "gain_grows_as_quality_falls": bool(growth_low > 0),
-        "clean_change": clean,
-        "growth_of_gain": growth,
-    }
+    found: dict[str, Estimate] = {}
+    for alpha, suffix in ((parameters["alphas"][0], ""), (parameters["alphas"][-1], "_strong")):
+        gain = comparison.gains(runs, stability(alpha))
+        lowest, clean = gain.loc[f"jpeg-{min(parameters['qualities'])}"], gain.loc[ORIGINAL]
+        found |= {
+            f"clean_accuracy_does_not_fall{suffix}": over_seeds(clean, of),
+            f"gain_grows_as_quality_falls{suffix}": over_seeds(lowest - clean, of),
+            f"improves_under_its_own_noise{suffix}": over_seeds(gain.loc[own_noise(parameters)], of),
+        }
+    return found
 
 
 def draw(table: pd.DataFrame) -> Figure:
     """Precision@1 against JPEG quality for each arm, and its paired gain over the control with 95% intervals."""
     figure = Figure(figsize=(style.WIDTH, 3.2))
     left, right = figure.subplots(1, 2)
-    distortions = list(table["distortion"].unique())
+    distortions = [name for name in table["distortion"].unique() if name == ORIGINAL or name.startswith("jpeg-")]
     x = np.arange(len(distortions))
     arms = list(table["arm"].unique())
     tint = colours(arms)

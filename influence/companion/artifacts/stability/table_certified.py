@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,8 +17,7 @@ from ...ledger.results import Run
 from ...scores import attacks, smoothing
 from ...scores.evaluation import mean_interval
 from ...zoo import training
-from ...zoo.finetuning import Arm
-from ..common import dataset
+from ..common import bound, dataset
 from . import comparison
 from .comparison import colours, label
 
@@ -27,101 +27,65 @@ _ATTACKED_AT_ONCE = 250
 PGD_STEPS = 10
 
 
-def certified(
-    run: Run,
-    dataset_name: str,
-    model: str,
-    chosen: Mapping[str, Arm],
-    *,
-    seeds: Sequence[int],
-    images: int,
-    sigma: float,
-    select: int,
-    estimate: int,
-    level: float,
-    radii: Sequence[float],
-) -> pd.DataFrame:
-    """Certified accuracy of every arm under smoothing at one sigma.
+def compute(run: Run) -> dict[str, pd.DataFrame]:
+    """Certified accuracy of every arm under smoothing at one sigma, and its accuracy under FGSM and PGD.
 
-    Args:
-        run: the artifact.
-        dataset_name: a name of `data.NAMES`.
-        model: a name of `models.NAMES`.
-        chosen: the arms by name.
-        seeds: one trained network each.
-        images: test images, drawn at random.
-        sigma: of the smoothing noise, pixels in [0, 1].
-        select: noisy copies that choose the class.
-        estimate: noisy copies that bound its probability.
-        level: probability of a wrong certificate.
-        radii: l2, pixels in [0, 1].
+    Parameters of the run: dataset, model, seeds (of the networks), images (of the test part, drawn at random) and those
+    of `comparison.standard`; smoothing_sigma, select (noisy copies that choose the class), estimate (those that bound
+    its probability), level (probability of a wrong certificate), radii (l2, pixels in [0, 1]); epsilons (l_inf, pixels
+    in [0, 1]; 0 is no attack).
 
     Returns:
-        One row per seed, arm and radius: certified (share of images with the right class and at least that radius),
-        abstained (share), mean_radius (average certified radius, 0 where the class is wrong), n (images).
+        "certificates", one row per seed, arm and radius: certified (share of images with the right class and at least
+        that radius), abstained (share), mean_radius (average certified radius, 0 where the class is wrong), n (images).
+        "attacks", one row per seed, arm, attack ("fgsm" or "pgd": 10 steps of epsilon / 4, random start) and epsilon:
+        accuracy, n (images).
     """
-    split = dataset(run, dataset_name).test.sample(images)
-    setting = {"sigma": sigma, "select": select, "estimate": estimate, "level": level, "images": images}
-    rows = []
-    for seed, name, trained in comparison.networks(run, dataset_name, model, chosen, seeds=seeds, task="certificates"):
-
-        def measure(trained: training.Trained = trained, seed: int = seed) -> pd.DataFrame:
-            generator = torch.Generator(run.device).manual_seed(training.mixed_seed(seed, 30_000))
-            found = [
-                smoothing.certify(
-                    trained.model,
-                    image,
-                    sigma=sigma,
-                    select=select,
-                    estimate=estimate,
-                    level=level,
-                    generator=generator,
-                )
-                for image in split.images
-            ]
-            return pd.DataFrame({"predicted": [c.predicted for c in found], "radius": [c.radius for c in found]})
-
-        key = {"model": trained.key, "seed": seed, "device": run.device.type, **setting}
-        found = cache.table(f"certified/{dataset_name}-{model}", key, measure)
-        right = found["predicted"].to_numpy() == split.labels.numpy()
-        radius = found["radius"].to_numpy()
-        common = {
-            "seed": seed,
-            "arm": name,
-            "abstained": float((found["predicted"] == smoothing.ABSTAIN).mean()),
-            "mean_radius": float(np.where(right, radius, 0.0).mean()),
-            "n": len(split),
-        }
-        rows += [{**common, "radius": r, "certified": float((right & (radius >= r)).mean())} for r in radii]
-    return pd.DataFrame(rows)
+    name, images = run.parameters["dataset"], run.parameters["images"]
+    split = dataset(run, name).test.sample(images)
+    certificates, attacked = [], []
+    arms = comparison.standard(run.parameters)
+    for seed, arm, trained in comparison.networks(run, name, arms, task="certificates and attacks"):
+        of: dict[str, Any] = {"seed": seed, "arm": arm, "n": len(split)}
+        certificates.append(_certificates(run, trained, split, seed).assign(**of))
+        attacked.append(_attacks(run, trained, split, seed).assign(**of))
+    return {
+        "certificates": pd.concat(certificates, ignore_index=True),
+        "attacks": pd.concat(attacked, ignore_index=True),
+    }
 
 
-def attacked(
-    run: Run,
-    dataset_name: str,
-    model: str,
-    chosen: Mapping[str, Arm],
-    *,
-    seeds: Sequence[int],
-    images: int,
-    epsilons: Sequence[float],
+def _certificates(run: Run, trained: training.Trained, split: Split, seed: int) -> pd.DataFrame:
+    """One row per radius: radius, certified, abstained, mean_radius."""
+    chosen = run.parameters
+    setting = {"sigma": chosen["smoothing_sigma"], **{name: chosen[name] for name in ("select", "estimate", "level")}}
+    key = {"model": trained.key, "seed": seed, "device": run.device.type, **setting, "images": chosen["images"]}
+    make = bound(_certified, trained, split, run.device, seed, **setting)
+    found = cache.table(f"certified/{chosen['dataset']}-{chosen['model']}", key, make)
+    right, radius = found["predicted"].to_numpy() == split.labels.numpy(), found["radius"].to_numpy()
+    shares = [float((right & (radius >= r)).mean()) for r in chosen["radii"]]
+    return pd.DataFrame({"radius": chosen["radii"], "certified": shares}).assign(
+        abstained=float((found["predicted"] == smoothing.ABSTAIN).mean()),
+        mean_radius=float(np.where(right, radius, 0.0).mean()),
+    )
+
+
+def _certified(
+    trained: training.Trained, split: Split, device: torch.device, seed: int, **setting: Any
 ) -> pd.DataFrame:
-    """Accuracy of every arm under FGSM and PGD (10 steps of epsilon / 4, random start), l_inf radius epsilon.
+    """One row per image: predicted, radius."""
+    generator = torch.Generator(device).manual_seed(training.mixed_seed(seed, 30_000))
+    found = [smoothing.certify(trained.model, image, generator=generator, **setting) for image in split.images]
+    return pd.DataFrame({"predicted": [c.predicted for c in found], "radius": [c.radius for c in found]})
 
-    Returns:
-        One row per seed, arm, attack ("fgsm" or "pgd") and epsilon: accuracy, n (images). Epsilon 0 is no attack.
-    """
-    split = dataset(run, dataset_name).test.sample(images)
-    frames = []
-    for seed, name, trained in comparison.networks(run, dataset_name, model, chosen, seeds=seeds, task="attacks"):
 
-        def measure(trained: training.Trained = trained, seed: int = seed) -> pd.DataFrame:
-            return _attacked(trained, split, epsilons, run.device, seed)
-
-        key = {"model": trained.key, "seed": seed, "images": images, "epsilons": list(epsilons)}
-        found = cache.table(f"attacked/{dataset_name}-{model}", key | {"device": run.device.type}, measure)
-        frames.append(found.assign(seed=seed, arm=name, n=len(split)))
-    return pd.concat(frames, ignore_index=True)
+def _attacks(run: Run, trained: training.Trained, split: Split, seed: int) -> pd.DataFrame:
+    """One row per attack and epsilon: attack, epsilon, accuracy."""
+    chosen = run.parameters
+    key = {"model": trained.key, "seed": seed, "images": chosen["images"], "epsilons": list(chosen["epsilons"])}
+    make = bound(_attacked, trained, split, chosen["epsilons"], run.device, seed)
+    name = f"attacked/{chosen['dataset']}-{chosen['model']}"
+    return cache.table(name, key | {"device": run.device.type}, make)
 
 
 def _attacked(
@@ -148,27 +112,27 @@ def _attacked(
     return pd.DataFrame(rows)
 
 
-def summary(certificates: pd.DataFrame, attacks_found: pd.DataFrame) -> pd.DataFrame:
+def summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Both, long form: quantity, strength, arm, mean over seeds with its 95% interval, paired gain over the control."""
+    certificates, attacked = tables["certificates"], tables["attacks"]
     parts = [
         certificates.assign(quantity="certified", strength=certificates["radius"], value=certificates["certified"]),
-        attacks_found.assign(
-            quantity=attacks_found["attack"], strength=attacks_found["epsilon"], value=attacks_found["accuracy"]
-        ),
+        attacked.assign(quantity=attacked["attack"], strength=attacked["epsilon"], value=attacked["accuracy"]),
     ]
     runs = pd.concat([part[["quantity", "strength", "seed", "arm", "value"]] for part in parts], ignore_index=True)
     return comparison.summary(runs, value="value", within=("quantity", "strength"))
 
 
-def claims(certificates: pd.DataFrame, attacks_found: pd.DataFrame, arm: str) -> dict[str, bool | float]:
-    """Average certified radius of the control and of an arm, and whether any accuracy is left under the strongest PGD.
+def claims(tables: Mapping[str, pd.DataFrame], parameters: Mapping[str, Any]) -> dict[str, bool | float]:
+    """Average certified radius of control and last alpha, and whether any accuracy is left under the strongest PGD.
 
     `no_adversarial_robustness` holds when the arm's mean accuracy under PGD at the largest epsilon is below half of its
     clean accuracy.
     """
-    radius = certificates.groupby(["seed", "arm"])["mean_radius"].first().unstack("arm")
+    arm, attacked = comparison.stability(parameters["alphas"][-1]), tables["attacks"]
+    radius = tables["certificates"].groupby(["seed", "arm"])["mean_radius"].first().unstack("arm")
     gain, gain_low, _ = mean_interval(radius[arm] - radius[comparison.CONTROL])
-    of_arm = attacks_found[attacks_found["arm"] == arm]
+    of_arm = attacked[attacked["arm"] == arm]
     pgd = of_arm[of_arm["attack"] == "pgd"].groupby("epsilon")["accuracy"].mean()
     clean = float(pgd.loc[0.0])
     return {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,69 +11,46 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ... import style
+from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from . import comparison, fig_jpeg_quality
-from .comparison import colours, label, standard
+from .comparison import ORIGINAL, colours, label, own_noise, standard
 
 
-def classification(
-    run: Run,
-    model: str,
-    *,
-    seeds: Mapping[str, Sequence[int]],
-    steps: Mapping[str, int],
-    alphas: Sequence[float],
-    sigma: float,
-    learning_rate: float,
-    versions: Sequence[str],
-    images: int | None,
-) -> pd.DataFrame:
-    """The rows of `arms.measure` for several data sets, each with seeds and steps of its own.
+def compute(run: Run) -> dict[str, pd.DataFrame]:
+    """Precision@1 and @5 on original and compressed test images of several data sets, for each arm.
 
-    Args:
-        run: the artifact.
-        model: a name of `models.NAMES`.
-        seeds: data set -> seeds.
-        steps: data set -> steps of every arm.
-        alphas: of the stability arms.
-        sigma: of the noise, pixels in [0, 1].
-        learning_rate: its peak.
-        versions: names of `distortions.apply`.
-        images: test images of each data set, drawn at random; None for all.
+    Parameters of the run: datasets, model, seeds (of the networks), images (of each test part, drawn at random; 0 for
+    all), qualities (of JPEG, 1..100), and those of `comparison.standard`.
+
+    Returns:
+        "runs", one row per data set, seed, arm and distortion ("original", "jpeg-q", and the noise that the arms are
+        trained on): n (images), precision_at_1, precision_at_5.
     """
-    frames = []
-    for name, chosen_seeds in seeds.items():
-        chosen = standard(alphas, sigma=sigma, steps=steps[name], learning_rate=learning_rate)
-        frame = comparison.measure(run, name, model, chosen, seeds=chosen_seeds, versions=versions, images=images)
-        frames.append(frame.assign(dataset=name))
-    return pd.concat(frames, ignore_index=True)
+    chosen = run.parameters
+    versions = [ORIGINAL, *(f"jpeg-{quality}" for quality in chosen["qualities"]), own_noise(chosen)]
+    arms = standard(chosen)
+    frames = [comparison.measure(run, name, arms, versions).assign(dataset=name) for name in chosen["datasets"]]
+    return {"runs": pd.concat(frames, ignore_index=True)}
 
 
-def summary(runs: pd.DataFrame) -> pd.DataFrame:
+def summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Both precisions of each arm, long form, with paired gains over the control."""
     frames = []
     for k in (1, 5):
         value = f"precision_at_{k}"
-        table = comparison.summary(runs, value=value, within=("dataset", "distortion"))
+        table = comparison.summary(tables["runs"], value=value, within=("dataset", "distortion"))
         frames.append(table.rename(columns={value: "precision"}).assign(at=k))
     columns = ["dataset", "distortion", "at", "arm", "seeds", "precision"]
     columns += ["low", "high", "gain", "gain_low", "gain_high"]
     return pd.concat(frames, ignore_index=True)[columns]
 
 
-def claims(runs: pd.DataFrame, arm: str, *, lowest: int) -> dict[str, bool | float]:
-    """Claims (i) and (ii) for one arm on every data set: each holds when it holds on all of them."""
-    found = {
-        str(name): fig_jpeg_quality.claims(group, arm, lowest=lowest)
-        for name, group in runs.groupby("dataset", sort=False)
-    }
-    claims: dict[str, bool | float] = {
-        item: all(bool(values[item]) for values in found.values())
-        for item in ("clean_accuracy_does_not_fall", "gain_grows_as_quality_falls")
-    }
-    for name, values in found.items():
-        claims |= {f"{name}_{item}": values[item] for item in ("clean_change", "growth_of_gain")}
-    return claims
+def claims(runs: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, list[Estimate]]:
+    """The claims of `fig_jpeg_quality`, for each data set."""
+    groups = runs.groupby("dataset", sort=False)
+    found = [fig_jpeg_quality.claims(group, parameters, of=str(name)) for name, group in groups]
+    return {item: [of_one[item] for of_one in found] for item in found[0]}
 
 
 def draw(table: pd.DataFrame) -> Figure:

@@ -9,11 +9,15 @@ import torch
 from matplotlib.axes import Axes
 from torch import nn
 
+from influence.companion.artifacts.common import Subject
 from influence.companion.artifacts.sensitivity import fig_outlier_ranking, table_accuracy
 from influence.companion.artifacts.stability import comparison, fig_jpeg_quality
 from influence.companion.images import data
+from influence.companion.images.pictures import unpacked
 from influence.companion.ledger import reference
+from influence.companion.ledger.reference import Estimate
 from influence.companion.scores.definition import influence_by_definition
+from influence.companion.zoo import training
 from truth import influence as brute_force
 from truth import input_jacobian
 
@@ -145,9 +149,9 @@ def test_outlier_figures_draw_every_image() -> None:
     loss = generator.exponential(size=200)
     scores = pd.DataFrame(
         {
-            "dataset": "digits", "model": "resnet50", "image": range(200), "label": np.arange(200) % 10, "predicted": 0,
-            "position": generator.uniform(0, 10, 200), "loss": loss, "ceiling": np.expm1(loss), "exact": np.expm1(loss),
-            "released": np.where(loss > 0.1, np.expm1(loss), 0), "rank": 9, "classes": 10,
+            "dataset": "digits", "model": "resnet50", "seed": 0, "image": range(200), "label": np.arange(200) % 10,
+            "predicted": 0, "position": generator.uniform(0, 10, 200), "loss": loss, "ceiling": np.expm1(loss),
+            "exact": np.expm1(loss), "released": np.where(loss > 0.1, np.expm1(loss), 0), "rank": 9, "classes": 10,
         }
     )  # fmt: skip
     figure = fig_outlier_ranking.draw(scores)
@@ -158,7 +162,28 @@ def test_outlier_figures_draw_every_image() -> None:
     zeros = f"released = 0 ({(loss <= 0.1).mean():.0%})"
     assert zeros in [text.get_text() for text in right.get_legend().get_texts()]
     check = scores.assign(by_definition=scores["ceiling"] * 1.5)
-    summary = fig_outlier_ranking.outlier_summary(scores, check).iloc[0]
+    table = fig_outlier_ranking.summary({"scores": scores, "check": check})
+    summary = table.iloc[0]
     assert summary["largest_gap_of_definition_to_ceiling"] == pytest.approx(0.5)
     assert summary["released_zero_share"] == pytest.approx((loss <= 0.1).mean())
     assert summary["full_rank_share"] == 1 and summary["top100_exact_in_loss"] == 100
+    rankings = fig_outlier_ranking.rankings(scores)
+    claims = fig_outlier_ranking.claims(table, rankings)
+    assert claims["digits_resnet50_largest_released"] == scores["released"].max()
+    assert not claims["exact_fi_is_the_ceiling"]
+    tau = claims["digits_resnet50_kendall_released_loss"]
+    assert isinstance(tau, Estimate) and tau.low <= tau.value <= tau.high < 1 and tau.n == 200
+
+
+def test_the_images_of_largest_fi() -> None:
+    whole = data.load("digits")
+    network = Subject(training.Trained(nn.Identity(), "", [], 0.0), whole, "resnet50", 0)
+    score = np.arange(len(whole.train), dtype=float)
+    scores = pd.DataFrame({"image": whole.train.index, "label": whole.train.labels, "predicted": 0, "seed": 0})
+    scores = scores.assign(dataset="digits", model="resnet50", released=score, exact=-score)
+    found = fig_outlier_ranking.largest(network, scores, count=3)
+    assert found["place"].tolist() == [1, 2, 3] * 2
+    assert found["image"].tolist() == whole.train.index[[-1, -2, -3, 0, 1, 2]].tolist()
+    np.testing.assert_array_equal(unpacked(found.iloc[0]), whole.train.images[-1].permute(1, 2, 0))
+    figure = fig_outlier_ranking.draw_images(found)
+    assert len(figure.axes) == 6 and figure.axes[0].get_title().endswith(f"FI {score[-1]:.3g}")

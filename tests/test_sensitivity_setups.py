@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import influence
 from influence.companion import style
-from influence.companion.artifacts.common import bound
-from influence.companion.artifacts.sensitivity import fig_layers, fig_vulnerable_areas, fig_what_fi_measures
+from influence.companion.artifacts.common import Subject, bound
+from influence.companion.artifacts.sensitivity import (
+    fig_layers,
+    fig_outlier_simulation,
+    fig_vulnerable_areas,
+    fig_what_fi_measures,
+)
 from influence.companion.images import data
-from influence.companion.scores import imagewise, layerwise, pixelwise
-from influence.companion.zoo import pretrained
+from influence.companion.scores import detection, imagewise, layerwise, pixelwise
+from influence.companion.zoo import pretrained, training
 from truth import influence as brute_force
 from truth import input_jacobian
 
@@ -52,8 +59,25 @@ def test_full_rank_layers_agree_per_image(digits: data.Split) -> None:
     assert (full["exact"] / full["image"].map(whole) - 1).abs().max() <= 1e-6
     assert (full["exact"] / full["ceiling"] - 1).abs().max() <= 1e-6
     assert full["effective_rank"].between(1, 9).all()
-    table = fig_layers.summary(frame.assign(dataset="digits", model="resnet50"))
+    table = fig_layers.summary(frame)
     assert table["number"].tolist() == [0, 1, 2, 3] and (table["gap_to_all"] <= 1e-6).all()
+
+
+def test_layers_from_the_definition_and_the_claims(digits: data.Split) -> None:
+    whole = data.Dataset("digits", tuple("0123456789"), digits, digits, digits)
+    subject = Subject(training.Trained(network(), "", [], 0.0), whole, "resnet50", 0)
+    definition = fig_layers.by_definition(subject, images=2, layers=3, device=torch.device("cpu"))
+    assert definition["layer"].unique().tolist() == ["0", "3", "5"] and len(definition) == 6
+    np.testing.assert_allclose(definition["by_definition"], definition["exact"], rtol=1e-6)
+    frame = layerwise.score_layers(network(), digits, epsilon=1e-3)
+    tables = {"layers": fig_layers.summary(frame).assign(**subject.columns), "definition": definition}
+    claims = fig_layers.claims(tables)
+    assert claims["full_rank_layers_agree"] and not claims["layers_differ_in_exact_fi"]
+    assert claims["digits_resnet50_largest_released_all"] == frame.loc[frame["number"] == 0, "released"].max()
+    released = frame.loc[frame["number"] > 0, ["number", "layer", "image", "released"]].assign(**subject.columns)
+    full, zoomed = fig_layers.draw_by_layer(released).axes
+    assert len(full.collections[0].get_offsets()) == 3 * len(digits)
+    assert zoomed.get_ylim()[1] <= full.get_ylim()[1]
 
 
 def test_patches_of_nine_values_are_flat_by_definition_too(digits: data.Split) -> None:
@@ -139,11 +163,81 @@ def test_intervention_favours_what_moves_the_output(digits: data.Split) -> None:
         model[1].weight[0, 5] = 0.05
         model[1].bias.copy_(5.0 * (torch.arange(10) == 1))
     frame = pixelwise.intervene(model, digits, (1,), 3, 1e-3, 0, torch.device("cpu"))
-    table = fig_vulnerable_areas.intervention_table(frame.assign(dataset="digits", model="resnet50"))
+    table = fig_vulnerable_areas.intervention_table(frame.assign(dataset="digits", model="resnet50", seed=0))
     rows = table[(table["target"] == "entries") & (table["change"] == "farther")].set_index("ranking")
     assert rows.loc["saliency", "drop"] == rows.loc["trace", "drop"] > rows.loc["random", "drop"]
     assert (table["images"] == 6).all() and rows.loc["random", "beyond_random"] == 0
     assert len(fig_vulnerable_areas.draw_intervention(table).axes) == 2
+    flat = pd.DataFrame({"size": [1, 3], "spread": [np.nan, 1e-9]})
+    claims = fig_vulnerable_areas.claims(table, flat)
+    (found,) = claims["fi_finds_vulnerable_pixels"]
+    columns = ["beyond_random", "beyond_random_low", "beyond_random_high"]
+    assert [found.value, found.low, found.high] == rows.loc["released", columns].tolist()
+    assert found.of == "digits resnet50, 1 value" and found.n == 6 and found.low > 0
+    assert claims["patches_of_full_rank_are_flat"] and not claims["saliency_finds_more_than_fi"]
+
+
+def test_images_of_vulnerable_areas(digits: data.Split) -> None:
+    model, whole = network(), data.Dataset("digits", tuple("0123456789"), digits, digits, digits)
+    subject = Subject(training.Trained(model, "", [], 0.0), whole, "resnet50", 0)
+    chosen = pd.DataFrame({"kind": ["correct", "wrong"], "row": [4, 1], "label": 3, "predicted": [3, 8]})
+    frame = pixelwise.patch_maps(model, digits.take([4, 1]), 1e-3, torch.device("cpu"))
+    frame = frame.assign(kind=frame["place"].map({0: "correct", 1: "wrong"})).drop(columns="place")
+    shown = fig_vulnerable_areas.pictures(SimpleNamespace(device="cpu"), subject, chosen.assign(p_predicted=1), frame)
+    for i, (row, place) in enumerate(((4, "correct"), (1, "wrong"))):
+        image, found = digits.images[row], shown.iloc[i]
+        single = frame[(frame["kind"] == place) & (frame["size"] == 1)].set_index(["row", "column"])["exact"]
+        assert (found["pixel_row"], found["pixel_column"]) == single.idxmax() and found["pixel_fi"] == single.max()
+        changed = image.clone()
+        changed[:, found["pixel_row"], found["pixel_column"]] = int(found["pixel_value"])
+        p = model(changed[None].float()).softmax(1)[0, chosen["predicted"][i]]
+        assert found["p_changed"] == pytest.approx(float(p.detach()), rel=1e-5)
+    tables = {"pictures": shown.assign(**subject.columns), "maps": frame.assign(**subject.columns)}
+    figures = fig_vulnerable_areas.draw_shown(tables)
+    assert list(figures) == ["correct_exact", "correct_alignment", "wrong_exact", "wrong_alignment"]
+    titles = [axes.get_title() for axes in figures["wrong_exact"].axes]
+    assert titles[:4] == ["1x1", "3x3", "5x5", "7x7"] and titles[4].startswith("true 3, predicted 8")
+    before, after = (figures["wrong_exact"].axes[k].images[0].get_array() for k in (4, 5))
+    np.testing.assert_array_equal(before, digits.images[1, 0])
+    assert (before != after).sum() <= 1
+
+
+def test_the_advantage_of_a_score_is_paired() -> None:
+    generator = np.random.default_rng(0)
+    hit = pd.Series(generator.uniform(size=300) < 0.3)
+    score = pd.Series(np.round(generator.normal(size=300) + hit, 1))  # with ties
+    other = pd.Series(np.where(generator.uniform(size=300) < 0.1, np.inf, score))
+    value, low, high = fig_outlier_simulation.advantage(score, other, hit)
+    pair = [roc_auc_score(hit, x.rank()) for x in (score, other)]
+    assert value == pytest.approx(pair[0] - pair[1], abs=1e-12) and low < value < high
+    single = detection.detection(score, hit)
+    assert high - low < single["auroc_high"] - single["auroc_low"]  # the two scores go up and down together
+    assert fig_outlier_simulation.advantage(score, 2 * score, hit) == (0, 0, 0)
+
+
+def test_the_simulation_and_its_claims(digits: data.Split) -> None:
+    frames = [
+        imagewise.all_scores(network(), digits, device="cpu").assign(outlier=o, weight=1.0) for o in (True, False)
+    ]
+    scores = pd.concat(frames, ignore_index=True).assign(model="resnet50", state="before", seed=0)
+    generator = np.random.default_rng(0)
+    scores["loss"] = scores["exact"] = generator.normal(size=len(scores))
+    scores["jacobian_norm"], scores["released_1e-8"] = generator.normal(size=len(scores)), scores["outlier"] + 0.0
+    claims = fig_outlier_simulation.claims(scores)
+    (found,) = claims["fi_beats_jacobian_norm"]
+    assert found.of == "resnet50" and found.n == len(scores) and 0 < found.low < found.value
+    assert claims["auroc_of_exact_fi_is_that_of_the_loss"]
+    assert not fig_outlier_simulation.claims(scores.assign(loss=-scores["exact"]))[
+        "auroc_of_exact_fi_is_that_of_the_loss"
+    ]
+    table = fig_outlier_simulation.detection_table(scores)
+    assert table["score"].tolist() == list(imagewise.NAMES) and (table["outliers"] == len(digits)).all()
+    curves = fig_outlier_simulation.curves(scores)
+    assert len(fig_outlier_simulation.draw_curves(curves, table, "before").axes) == 2
+    shown = fig_outlier_simulation.examples(digits, "0123456789", count=3).assign(seed=0)
+    assert shown["label"].tolist() == [str(int(digits.labels[i])) for i in (0, 2, 5)]
+    drawn = fig_outlier_simulation.draw_examples(shown).axes[2].images[0].get_array()
+    np.testing.assert_array_equal(drawn, digits.images[5, 0])
 
 
 def test_exact_fi_does_not_know_the_unit_and_the_jacobian_does(digits: data.Split) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -20,96 +20,99 @@ from ...ledger.results import Run
 from ...scores.detection import bootstrap_interval
 from ...scores.layerwise import score_layers
 from ...zoo import training
-from ..common import bound, classifier, dataset
+from ..common import Subject, bound, networks
 from .common import manhattan
 
 
-def layer_influence(
-    run: Run, datasets: Sequence[str], models: Sequence[str], *, seed: int, images: int | None, epsilon: float
-) -> pd.DataFrame:
+def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Setup 2: FI of all parameters and of each layer, f = -log P(y_true), for training images of each network.
 
-    Args:
-        run: the artifact.
-        datasets: names of `data.NAMES`.
-        models: names of `models.NAMES`.
-        seed: of the networks and of the choice of images.
-        images: training images to score, drawn at random; None for all.
-        epsilon: e of the released code.
+    Parameters of the run: datasets (of `data.NAMES`), models (of `models.NAMES`), seeds (of the networks and of the
+    choice of images), images (training images, drawn at random; 0 for all), epsilon (e of the released code).
 
     Returns:
-        One row per data set, model, image and layer (number 0 and name `ALL` for all parameters, then from 1 in
-        `named_modules()` order): image, label, position, loss, ceiling, number, layer, size (parameters), exact,
-        released, rank, kept (singular values above the released cut), trace, effective_rank
-        (tr(G)^2 / tr(G^2)), departs.
+        "whole", one row per data set, model, seed and image, for all parameters: image, label, position (of a Manhattan
+        plot), loss, ceiling, exact, released, rank, kept (singular values above the released cut), trace,
+        effective_rank (tr(G)^2 / tr(G^2)), departs; "layers", of `summary` for each network; "released", one row per
+        image and layer: number, layer, image, released; "definition", of `by_definition` for 2 images and 6 layers of
+        the first network.
     """
-    frames = []
-    for name in datasets:
-        for model in models:
-            trained = classifier(run, name, model, seed=seed)
-            split = dataset(run, name).train.sample(images, seed=seed)
-            key = {"model": trained.key, "data": dataset(run, name).digest, "seed": seed, "images": images}
-            key |= {"epsilon": epsilon, "device": run.device.type}
-            compute = bound(score_layers, trained.model, split, epsilon=epsilon, device=run.device)
-            frames.append(cache.table(f"setup2/{name}-{model}", key, compute).assign(dataset=name, model=model))
-    return pd.concat(frames, ignore_index=True)
+    images, epsilon = run.parameters["images"] or None, run.parameters["epsilon"]
+    found: dict[str, list[pd.DataFrame]] = {"whole": [], "layers": [], "released": [], "definition": []}
+    for network in networks(run):
+        trained = network.trained
+        split = network.dataset.train.sample(images, seed=network.seed)
+        key = {"model": trained.key, "data": network.dataset.digest, "seed": network.seed, "images": images}
+        key |= {"epsilon": epsilon, "device": run.device.type}
+        scoring = bound(score_layers, trained.model, split, epsilon=epsilon, device=run.device)
+        scores = cache.table(f"setup2/{network.name}", key, scoring)
+        parts = {
+            "whole": scores[scores["number"] == 0].drop(columns=["number", "layer"]),
+            "layers": summary(scores),
+            "released": scores.loc[scores["number"] > 0, ["number", "layer", "image", "released"]],
+        }
+        if not found["definition"]:
+            parts["definition"] = by_definition(network, images=2, layers=6, device=run.device)
+        for name, frame in parts.items():
+            found[name].append(frame.assign(**network.columns))
+    return {name: pd.concat(frames, ignore_index=True) for name, frames in found.items()}
 
 
-def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per data set, model and layer: means over the images, the trace with its 95% bootstrap interval.
+def summary(scores: pd.DataFrame) -> pd.DataFrame:
+    """One row per layer of one network: means over the images, the trace with its 95% bootstrap interval.
 
     `gap_at_full_rank` is the largest relative difference of exact FI and ceiling over the images where the layer has
     rank K - 1 (by definition of the estimator no more than rounding), `gap_to_all` that of a layer's exact FI and that
     of all parameters over the same images; `kept` the mean number of singular values above the released cut,
     `cut` the share of images that lost a direction to it, `zero` of those whose released FI is 0, and `constant` of
     those that lost none and yet differ from exact FI by more than 1%, through the constant e.
+
+    Args:
+        scores: of `score_layers`; number 0 stands for all parameters.
     """
+    whole = scores[scores["number"] == 0].set_index("image")["exact"]
+    full_rank = scores["rank"].max()
     rows = []
-    for (name, model), network in frame.groupby(["dataset", "model"], sort=False):
-        whole = network[network["number"] == 0].set_index("image")["exact"]
-        full_rank = network["rank"].max()
-        for (number, layer), group in network.groupby(["number", "layer"], sort=True):
-            full = group[group["rank"] == full_rank]
-            trace, low, high = bootstrap_interval(group["trace"], repeats=200)
-            rows.append(
-                {
-                    "dataset": name,
-                    "model": model,
-                    "number": number,
-                    "layer": layer,
-                    "size": int(group["size"].iloc[0]),
-                    "images": len(group),
-                    "rank": group["rank"].mean(),
-                    "full_rank_share": len(full) / len(group),
-                    "gap_at_full_rank": float((full["exact"] / full["ceiling"] - 1).abs().max()),
-                    "gap_to_all": float((full["exact"] / full["image"].map(whole) - 1).abs().max()),
-                    "alignment": (group["exact"] / group["ceiling"]).mean(),
-                    "trace": trace,
-                    "trace_low": low,
-                    "trace_high": high,
-                    "effective_rank": group["effective_rank"].mean(),
-                    "kept": group["kept"].mean(),
-                    "cut": float((group["kept"] < group["rank"]).mean()),
-                    "zero": float((group["released"] == 0).mean()),
-                    "constant": float((group["departs"] & (group["kept"] >= group["rank"])).mean()),
-                    "largest_released": group["released"].max(),
-                    "largest_exact": group["exact"].max(),
-                }
-            )
+    for (number, layer), group in scores.groupby(["number", "layer"], sort=True):
+        full = group[group["rank"] == full_rank]
+        trace, low, high = bootstrap_interval(group["trace"], repeats=200)
+        rows.append(
+            {
+                "number": number,
+                "layer": layer,
+                "size": int(group["size"].iloc[0]),
+                "images": len(group),
+                "rank": group["rank"].mean(),
+                "full_rank_share": len(full) / len(group),
+                "gap_at_full_rank": float((full["exact"] / full["ceiling"] - 1).abs().max()),
+                "gap_to_all": float((full["exact"] / full["image"].map(whole) - 1).abs().max()),
+                "alignment": (group["exact"] / group["ceiling"]).mean(),
+                "trace": trace,
+                "trace_low": low,
+                "trace_high": high,
+                "effective_rank": group["effective_rank"].mean(),
+                "kept": group["kept"].mean(),
+                "cut": float((group["kept"] < group["rank"]).mean()),
+                "zero": float((group["released"] == 0).mean()),
+                "constant": float((group["departs"] & (group["kept"] >= group["rank"])).mean()),
+                "largest_released": group["released"].max(),
+                "largest_exact": group["exact"].max(),
+            }
+        )
     return pd.DataFrame(rows)
 
 
-def by_definition(run: Run, dataset_name: str, model: str, *, seed: int, images: int, layers: int) -> pd.DataFrame:
+def by_definition(subject: Subject, *, images: int, layers: int, device: torch.device) -> pd.DataFrame:
     """FI of single layers straight from the definition (float64, thin SVD of L0), for some images and layers.
 
     Returns:
         One row per image and layer: layer, image, by_definition, ceiling, exact, rank.
     """
-    network = copy.deepcopy(classifier(run, dataset_name, model, seed=seed).model).double()
-    split = dataset(run, dataset_name).train.sample(images, seed=seed)
-    x = training.pixels(split.images, run.device).double()
+    network = copy.deepcopy(subject.trained.model).double()
+    split = subject.dataset.train.sample(images, seed=subject.seed)
+    x = training.pixels(split.images, device).double()
     metric = influence.metric_tensor(network, x, wrt="layers")
-    result = influence.first_order_influence(metric, split.labels.to(run.device))
+    result = influence.first_order_influence(metric, split.labels.to(device))
     modules, rows = dict(network.named_modules()), []
     for number in np.linspace(0, len(metric.blocks) - 1, layers).round().astype(int):
         weights = list(modules[metric.blocks[number]].parameters(recurse=False))
@@ -148,30 +151,42 @@ def _definition(network: nn.Module, x: Tensor, label: int, weights: Sequence[nn.
     return float(((left[:, kept].T @ -scores[label]) / singular[kept]).square().sum())
 
 
-def claims(table: pd.DataFrame, definition: pd.DataFrame) -> dict[str, bool | float]:
+def claims(tables: Mapping[str, pd.DataFrame]) -> dict[str, bool | float]:
     """Setup 2 by rules fixed before the run.
 
+    * DATASET_MODEL_largest_released_all, _layers: the largest released FI of any seed for all parameters, and for one
+      layer, beside the paper's printed axes.
     * layers_differ_in_exact_fi (what the paper reads off the columns): for at least one network, at least half of the
       layers have a mean alignment below .99.
     * full_rank_layers_agree: at rank K - 1 every layer agrees per image with all parameters and the ceiling to 1e-6,
       and so does FI from its definition.
     * traces_differ: the largest trace of a layer is over ten times the smallest, for every network.
     """
+    table, definition = tables["layers"], tables["definition"]
     layers = table[table["number"] > 0]
-    networks = layers.groupby(["dataset", "model"])
+    networks = layers.groupby(["dataset", "model", "seed"])
     full = definition[definition["rank"] == definition["rank"].max()]
     gaps = max(table["gap_at_full_rank"].max(), layers["gap_to_all"].max())
     by_definition_gap = float((full["by_definition"] / full["ceiling"] - 1).abs().max())
     return {
+        **_largest(table[table["number"] == 0], "all"),
+        **_largest(layers, "layers"),
         "layers_differ_in_exact_fi": bool((networks["alignment"].agg(lambda a: (a < 0.99).mean()) >= 0.5).any()),
         "full_rank_layers_agree": bool(max(gaps, by_definition_gap) <= 1e-6),
         "traces_differ": bool((networks["trace"].max() / networks["trace"].min() > 10).all()),
     }
 
 
-def draw_by_class(scores: pd.DataFrame) -> Figure:
-    """Manhattan plots by class for all parameters: released FI in full, zoomed, and exact FI."""
-    whole = scores[scores["number"] == 0]
+def _largest(table: pd.DataFrame, of: str) -> dict[str, float]:
+    return {
+        f"{name}_{model}_largest_released_{of}": float(group["largest_released"].max())
+        for (name, model), group in table.groupby(["dataset", "model"], sort=False)
+    }
+
+
+def draw_by_class(whole: pd.DataFrame) -> Figure:
+    """Manhattan plots by class for all parameters: released FI in full, zoomed, and exact FI; first seed."""
+    whole = whole[whole["seed"] == whole["seed"].min()]
     groups = list(whole.groupby(["dataset", "model"], sort=False))
     figure = Figure(figsize=(style.WIDTH * 1.2, 2.1 * len(groups)))
     for row, ((name, model), group) in zip(figure.subplots(len(groups), 3, squeeze=False), groups, strict=True):
@@ -188,9 +203,10 @@ def draw_by_class(scores: pd.DataFrame) -> Figure:
     return figure
 
 
-def draw_by_layer(scores: pd.DataFrame) -> Figure:
-    """The paper's figure: every image in each layer's column, released FI in full and zoomed, blocks on the axis."""
-    groups = list(scores[scores["number"] > 0].groupby(["dataset", "model"], sort=False))
+def draw_by_layer(released: pd.DataFrame) -> Figure:
+    """The paper's figure: every image in each layer's column, in full and zoomed, blocks on the axis; first seed."""
+    first = released[released["seed"] == released["seed"].min()]
+    groups = list(first.groupby(["dataset", "model"], sort=False))
     figure = Figure(figsize=(style.WIDTH * 1.2, 3.4 * len(groups)))
     grid = figure.subplots(2 * len(groups), 1, squeeze=False)[:, 0]
     for row, ((name, model), group) in enumerate(groups):
@@ -214,8 +230,9 @@ def draw_by_layer(scores: pd.DataFrame) -> Figure:
 
 
 def draw_per_layer(table: pd.DataFrame) -> Figure:
-    """What does differ between layers: trace, effective rank; and where released FI departs from exact FI."""
-    groups = list(table[table["number"] > 0].groupby(["dataset", "model"], sort=False))
+    """What does differ between layers: trace, effective rank; where released FI departs from exact FI; first seed."""
+    layers = table[(table["number"] > 0) & (table["seed"] == table["seed"].min())]
+    groups = list(layers.groupby(["dataset", "model"], sort=False))
     figure = Figure(figsize=(style.WIDTH * 1.2, 4.6 * len(groups)))
     grid = figure.subplots(3 * len(groups), 1, squeeze=False)[:, 0]
     for row, ((name, model), group) in enumerate(groups):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -15,50 +15,48 @@ from influence.progress import progress_bar
 
 from ... import style
 from ...images.data import Split
+from ...images.pictures import packed, unpacked
 from ...ledger import cache
+from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores.detection import agreement
 from ...scores.evaluation import rank_agreement
 from ...scores.imagewise import positions
 from ...zoo import training
-from ..common import bound, classifier, dataset
-from .common import manhattan
+from ..common import Subject, bound, networks, over_seeds
+from .common import ceiling_check, manhattan
 
 _CHUNK = 64
 
 
-def outlier_ranking(
-    run: Run, datasets: Sequence[str], models: Sequence[str], *, seed: int, images: int | None, epsilon: float
-) -> pd.DataFrame:
+def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Setup 1: FI of the whole image, f = -log P(y_true), for the training images of each network.
 
-    Args:
-        run: the artifact.
-        datasets: names of `data.NAMES`.
-        models: names of `models.NAMES`.
-        seed: of the networks and of the choice of images.
-        images: how many training images to score, drawn at random; None for all.
-        epsilon: e of the released code.
+    Parameters of the run: datasets (of `data.NAMES`), models (of `models.NAMES`), seeds (of the networks and of the
+    choice of images), images (training images, drawn at random; 0 for all), epsilon (e of the released code).
 
     Returns:
-        One row per data set, model and image: image (position in the set's published order), label, predicted, p_label,
-        loss (nats), position (the x of a Manhattan plot: images of class i spread over [i, i+1)), ceiling
-        (1 - P_y) / P_y, exact and released (FI), rank (of the metric tensor), classes (K).
+        "scores", one row per data set, model, seed and image: image (position in the set's published order), label,
+        predicted, p_label, loss (nats), position (the x of a Manhattan plot: images of class i spread over [i, i+1)),
+        ceiling (1 - P_y) / P_y, exact and released (FI), rank (of the metric tensor), classes (K); "check", of
+        `ceiling_check` for 16 images of each network; "pictures", of `largest` for each network.
     """
-    frames = []
-    for name in datasets:
-        for model in models:
-            trained = classifier(run, name, model, seed=seed)
-            split = dataset(run, name).train.sample(images, seed=seed)
-            key = {"model": trained.key, "data": dataset(run, name).digest, "seed": seed, "images": images}
-            frames.append(
-                cache.table(
-                    f"setup1/{name}-{model}",
-                    key | {"epsilon": epsilon, "device": run.device.type},
-                    bound(score_images, trained.model, split, epsilon=epsilon, device=run.device),
-                ).assign(dataset=name, model=model)
-            )
-    return pd.concat(frames, ignore_index=True)
+    images, epsilon = run.parameters["images"] or None, run.parameters["epsilon"]
+    found: dict[str, list[pd.DataFrame]] = {"scores": [], "check": [], "pictures": []}
+    for network in networks(run):
+        trained, seed = network.trained, network.seed
+        split = network.dataset.train.sample(images, seed=seed)
+        key = {"model": trained.key, "data": network.dataset.digest, "seed": seed, "images": images}
+        scores = cache.table(
+            f"setup1/{network.name}",
+            key | {"epsilon": epsilon, "device": run.device.type},
+            bound(score_images, trained.model, split, epsilon=epsilon, device=run.device),
+        ).assign(**network.columns)
+        check = ceiling_check(run, [network.dataset.name], [network.model], seed=seed, images=16)
+        parts = {"scores": scores, "check": check.assign(seed=seed), "pictures": largest(network, scores)}
+        for name, frame in parts.items():
+            found[name].append(frame)
+    return {name: pd.concat(frames, ignore_index=True) for name, frames in found.items()}
 
 
 def score_images(
@@ -95,22 +93,19 @@ def score_images(
     return frame
 
 
-def outlier_summary(scores: pd.DataFrame, check: pd.DataFrame) -> pd.DataFrame:
-    """What the Manhattan plots of `outlier_ranking` show, in numbers, for each data set and network.
-
-    Args:
-        scores: of `outlier_ranking`.
-        check: of `ceiling_check`, for the same data sets and networks.
-    """
+def summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """What the Manhattan plots of `draw` show, in numbers, for each data set, model and seed."""
+    check = tables["check"]
     gap = (check["by_definition"] / check["ceiling"] - 1).abs()
     rows = []
-    for (name, model), group in scores.groupby(["dataset", "model"], sort=False):
-        checked = (check["dataset"] == name) & (check["model"] == model)
+    for (name, model, seed), group in tables["scores"].groupby(["dataset", "model", "seed"], sort=False):
+        checked = (check["dataset"] == name) & (check["model"] == model) & (check["seed"] == seed)
         top = {kind: set(group.nlargest(100, kind)["image"]) for kind in ("exact", "released", "loss")}
         rows.append(
             {
                 "dataset": name,
                 "model": model,
+                "seed": seed,
                 "images": len(group),
                 "wrong": int((group["label"] != group["predicted"]).sum()),
                 "full_rank_share": float((group["rank"] == group["classes"] - 1).mean()),
@@ -127,46 +122,65 @@ def outlier_summary(scores: pd.DataFrame, check: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def outlier_agreement(scores: pd.DataFrame) -> pd.DataFrame:
+def rankings(scores: pd.DataFrame) -> pd.DataFrame:
     """How far the rankings agree: released FI with exact FI and with the loss, exact FI with the loss.
 
     Returns:
-        One row per data set, model and pair: images, Spearman's rho and Kendall's tau-b with 95% bootstrap intervals
-        over the images, for one network of each kind.
+        One row per data set, model, seed and pair: images, Spearman's rho and Kendall's tau-b with 95% bootstrap
+        intervals over the images.
     """
     rows = []
     pairs = (("released", "exact"), ("released", "loss"), ("exact", "loss"))
-    for (name, model), group in scores.groupby(["dataset", "model"], sort=False):
+    for (name, model, seed), group in scores.groupby(["dataset", "model", "seed"], sort=False):
         for first, second in pairs:
-            row = {"dataset": name, "model": model, "first": first, "second": second, "images": len(group)}
-            rows.append({**row, **agreement(group[first], group[second], repeats=100)})
+            row = {"dataset": name, "model": model, "seed": seed, "first": first, "second": second}
+            found = agreement(group[first], group[second], repeats=100)
+            rows.append({**row, "images": len(group), **found})
     return pd.DataFrame(rows)
 
 
-def outlier_images(run: Run, scores: pd.DataFrame, *, count: int = 5) -> pd.DataFrame:
-    """The `count` images of largest FI, released and exact, for each data set and network.
+def claims(summary: pd.DataFrame, rankings: pd.DataFrame) -> dict[str, bool | float | Estimate]:
+    """What is set beside the paper, which states no rule for Setup 1.
+
+    * DATASET_MODEL_largest_released: the largest released FI of any seed, beside the paper's printed axes.
+    * DATASET_MODEL_kendall_released_exact, _loss: Kendall's tau of released FI with these, the mean over seeds.
+    * exact_fi_is_the_ceiling: FI from its definition agrees with (1 - P_y) / P_y to 1e-6, for every network.
+    """
+    found: dict[str, bool | float | Estimate] = {
+        f"{name}_{model}_largest_released": float(group["largest_released"].max())
+        for (name, model), group in summary.groupby(["dataset", "model"], sort=False)
+    }
+    found["exact_fi_is_the_ceiling"] = bool((summary["largest_gap_of_definition_to_ceiling"] < 1e-6).all())
+    released = rankings[rankings["first"] == "released"].groupby(["dataset", "model", "second"], sort=False)
+    for (name, model, second), g in released:
+        tau = over_seeds(g["kendall"], g["kendall_low"], g["kendall_high"], n=int(g["images"].iloc[0]))
+        found[f"{name}_{model}_kendall_released_{second}"] = tau
+    return found
+
+
+def largest(network: Subject, scores: pd.DataFrame, *, count: int = 5) -> pd.DataFrame:
+    """The `count` training images of largest FI of one network, released and exact.
 
     Returns:
-        The rows of `scores` with estimator ("released" or "exact"), place (1 = largest), fi, class names and pixels
-        (an (H, W, C) uint8 array).
+        The rows of `scores` with estimator ("released" or "exact"), place (1 = largest), fi, class names and the image
+        as `pictures.packed` has it.
     """
+    train, names = network.dataset.train, network.dataset.classes
+    where = {int(image): row for row, image in enumerate(train.index)}
     frames = []
-    for (name, _model), group in scores.groupby(["dataset", "model"], sort=False):
-        everything = dataset(run, str(name))
-        where = {int(image): row for row, image in enumerate(everything.train.index)}
-        for estimator in ("released", "exact"):
-            top = group.nlargest(count, estimator).assign(estimator=estimator, place=range(1, count + 1))
-            top["fi"] = top[estimator]
-            pixels = [everything.train.images[where[int(i)]].permute(1, 2, 0).numpy() for i in top["image"]]
-            top["pixels"] = pd.Series(pixels, index=top.index, dtype=object)
-            for column in ("label", "predicted"):
-                top[f"{column}_name"] = [everything.classes[k] for k in top[column]]
-            frames.append(top)
+    for estimator in ("released", "exact"):
+        top = scores.nlargest(count, estimator).reset_index(drop=True)
+        top = top.assign(estimator=estimator, place=top.index + 1, fi=top[estimator])
+        for column in ("label", "predicted"):
+            top[f"{column}_name"] = [names[k] for k in top[column]]
+        images = train.images[[where[int(i)] for i in top["image"]]]
+        frames.append(pd.concat([top, packed(images)], axis=1))
     return pd.concat(frames, ignore_index=True)
 
 
 def draw(scores: pd.DataFrame) -> Figure:
-    """Setup 1: Manhattan plots of released FI (full, zoomed) and exact FI, and both against their ceiling."""
+    """Manhattan plots of released FI (full, zoomed) and exact FI, and both against their ceiling; first seed."""
+    scores = scores[scores["seed"] == scores["seed"].min()]
     groups = list(scores.groupby(["dataset", "model"], sort=False))
     figure = Figure(figsize=(style.WIDTH * 1.4, 2.3 * len(groups)))
     grid = figure.subplots(len(groups), 4, squeeze=False)
@@ -214,14 +228,15 @@ def _against_ceiling(axes: Axes, group: pd.DataFrame) -> None:
 
 
 def draw_images(images: pd.DataFrame) -> Figure:
-    """Setup 1: the images of largest FI, released and exact, with true and predicted label."""
+    """The images of largest FI, released and exact, with true and predicted label; first seed."""
+    images = images[images["seed"] == images["seed"].min()]
     groups = list(images.groupby(["dataset", "model", "estimator"], sort=False))
     count = int(images["place"].max())
     figure = Figure(figsize=(style.WIDTH, 1.62 * len(groups)))
     grid = figure.subplots(len(groups), count, squeeze=False)
     for row, ((name, model, estimator), group) in zip(grid, groups, strict=True):
         for axes, (_, image) in zip(row, group.iterrows(), strict=True):
-            axes.imshow(image["pixels"].squeeze(), cmap="gray", vmin=0, vmax=255)
+            axes.imshow(unpacked(image).squeeze(), cmap="gray", vmin=0, vmax=255)
             axes.set_title(
                 f"true {image['label_name']}\npredicted {image['predicted_name']}\nFI {image['fi']:.3g}", fontsize=7
             )

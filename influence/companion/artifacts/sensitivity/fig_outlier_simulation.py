@@ -12,12 +12,16 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from ... import style
 from ...images import outliers
+from ...images.data import Split
+from ...images.pictures import packed, unpacked
 from ...ledger import cache
+from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores import imagewise
 from ...scores.detection import detection
 from ...zoo import recipes, training
-from ..common import bound, classifier, dataset
+from ..common import bound, classifier, dataset, over_seeds
+from .common import draw_auroc
 
 STATES = ("before", "middle", "after")
 
@@ -25,91 +29,103 @@ STATES = ("before", "middle", "after")
 _PAPER = 54_000, 2_700  # training images and made outliers in the paper
 
 
-def simulation(
-    run: Run,
-    dataset_name: str,
-    models: Sequence[str],
-    *,
-    seed: int,
-    per_class: int,
-    shift: int,
-    phases: Sequence[tuple[int, float]],
-    images: int | None,
-    made: int | None,
-) -> pd.DataFrame:
+_REPEATS = 1000
+
+
+def compute(run: Run) -> dict[str, pd.DataFrame]:
+    """Setup 0: every score of training images and made outliers, for each network in each state.
+
+    Parameters of the run: dataset (images on a background of 0: "digits" or "mnist"), models (of `models.NAMES`; all of
+    them have to classify an image correctly for it to give a label), seeds (of networks, outliers and choice of
+    images), per_class (made outliers, a tenth of them held out as in the released code), shift (the largest, in
+    pixels), epochs and rates (of the phases of learning training images and outliers together), images and made
+    (training images and outliers to score, drawn at random; 0 for all).
+
+    Returns:
+        "scores", of `simulation`, and "pictures", of `examples`, both with the column seed.
+    """
+    scores, shown = [], []
+    for seed in run.parameters["seeds"]:
+        made = made_outliers(run, seed=seed)
+        scores.append(simulation(run, made, seed=seed).assign(seed=seed))
+        shown.append(examples(made, dataset(run, run.parameters["dataset"]).classes, count=10).assign(seed=seed))
+    return {"scores": pd.concat(scores, ignore_index=True), "pictures": pd.concat(shown, ignore_index=True)}
+
+
+def made_outliers(run: Run, *, seed: int) -> Split:
+    """Overlaid images to be learnt, from those training images that every network classifies correctly."""
+    chosen = run.parameters
+    train = dataset(run, chosen["dataset"]).train
+    right = torch.ones(len(train), dtype=torch.bool)
+    for model in chosen["models"]:
+        network = classifier(run, chosen["dataset"], model, seed=seed).model
+        right &= training.predict(network, train.images, device=run.device).argmax(1) == train.labels
+    return outliers.overlay(train, right, per_class=chosen["per_class"], shift=chosen["shift"], seed=seed).train
+
+
+def simulation(run: Run, learnt: Split, *, seed: int) -> pd.DataFrame:
     """Every score of training images and made outliers, for each network before, during and after learning the latter.
 
     Args:
         run: the artifact.
-        dataset_name: images on a background of 0 ("digits" or "mnist").
-        models: names of `models.NAMES`; all of them have to classify an image correctly for it to give a label.
-        seed: of networks, outliers and choice of images.
-        per_class: made outliers of each class, a tenth of them held out as in the released code.
-        shift: largest shift in pixels.
-        phases: (epochs, learning rate) of the two phases of learning training images and outliers together.
-        images: training images to score, drawn at random; None for all.
-        made: outliers to score, drawn at random from those to be learnt; None for all.
+        learnt: of `made_outliers`.
+        seed: of networks and choice of images.
 
     Returns:
         One row per model, state (`STATES`) and image: outlier (bool), weight (of the example, so that outliers have the
         paper's share of 1 in 21) and the columns of `scores.all_scores`.
     """
-    train = dataset(run, dataset_name).train
-    simulated = made_outliers(run, dataset_name, models, seed=seed, per_class=per_class, shift=shift)
-    chosen = {False: train.sample(images, seed=seed), True: simulated.train.sample(made, seed=seed)}
-    notes = {"models": list(models), "seed": seed, "per_class": per_class, "shift": shift}
-    schedule = tuple((int(epochs), float(rate)) for epochs, rate in phases)
+    chosen = run.parameters
+    whole, images, made = dataset(run, chosen["dataset"]), chosen["images"] or None, chosen["made"] or None
+    splits = {False: whole.train.sample(images, seed=seed), True: learnt.sample(made, seed=seed)}
+    notes = {"models": list(chosen["models"]), "seed": seed}
+    notes |= {"per_class": chosen["per_class"], "shift": chosen["shift"]}
+    phases = tuple((int(epochs), float(rate)) for epochs, rate in zip(chosen["epochs"], chosen["rates"], strict=True))
     frames = []
-    for model in models:
-        before = classifier(run, dataset_name, model, seed=seed)
-        recipe = recipes.recipe(run.profile, dataset_name, model, seed=seed)
-        whole = dataset(run, dataset_name)
-        later = training.learn(recipe, whole, simulated.train, phases=schedule, device=run.device)
+    for model in chosen["models"]:
+        before = classifier(run, whole.name, model, seed=seed)
+        recipe = recipes.recipe(run.profile, whole.name, model, seed=seed)
+        later = training.learn(recipe, whole, learnt, phases=phases, device=run.device)
         for state, trained in zip(STATES, [before, *later], strict=True):
             key = {"model": trained.key, "notes": notes, "images": images, "made": made, "device": run.device.type}
-            for outlier, split in chosen.items():
-                compute = bound(imagewise.all_scores, trained.model, split, device=run.device)
-                name = f"setup0/{dataset_name}-{model}-{state}-{'made' if outlier else 'train'}"
-                frame = cache.table(name, key, compute)
+            for outlier, split in splits.items():
+                scoring = bound(imagewise.all_scores, trained.model, split, device=run.device)
+                name = f"setup0/{whole.name}-{model}-{state}-{'made' if outlier else 'train'}"
+                frame = cache.table(name, key, scoring)
                 weight = _PAPER[outlier] / len(split)
                 frames.append(frame.assign(model=model, state=state, outlier=outlier, weight=weight))
     return pd.concat(frames, ignore_index=True)
 
 
-def made_outliers(
-    run: Run, dataset_name: str, models: Sequence[str], *, seed: int, per_class: int, shift: int
-) -> outliers.Outliers:
-    """Overlaid images from those training images that every network classifies correctly."""
-    train = dataset(run, dataset_name).train
-    right = torch.ones(len(train), dtype=torch.bool)
-    for model in models:
-        network = classifier(run, dataset_name, model, seed=seed).model
-        right &= training.predict(network, train.images, device=run.device).argmax(1) == train.labels
-    return outliers.overlay(train, right, per_class=per_class, shift=shift, seed=seed)
+def examples(made: Split, classes: Sequence[str], *, count: int) -> pd.DataFrame:
+    """Some made outliers spread over the classes: label, and the image as `pictures.packed` has it."""
+    rows = np.linspace(0, len(made) - 1, count).round().astype(int)
+    labels = pd.DataFrame({"label": [classes[int(made.labels[i])] for i in rows]})
+    return pd.concat([labels, packed(made.images[rows])], axis=1)
 
 
-def detection_table(frame: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
+def detection_table(frame: pd.DataFrame) -> pd.DataFrame:
     """AUROC and average precision of each score in each state, with 95% bootstrap intervals over the images.
 
     Average precision is weighted to the paper's share of outliers, 2,700 among 56,700.
     """
     rows = []
-    for (model, state), group in frame.groupby(["model", "state"], sort=False):
+    for (seed, model, state), group in frame.groupby(["seed", "model", "state"], sort=False):
         for score in imagewise.NAMES:
-            found = detection(group[score], group["outlier"], weight=group["weight"], seed=seed)
+            found = detection(group[score], group["outlier"], weight=group["weight"])
             counts = {"images": int((~group["outlier"]).sum()), "outliers": int(group["outlier"].sum())}
-            rows.append({"model": model, "state": state, "score": score, **counts, **found})
+            rows.append({"seed": seed, "model": model, "state": state, "score": score, **counts, **found})
     return pd.DataFrame(rows)
 
 
 def curves(frame: pd.DataFrame) -> pd.DataFrame:
-    """ROC and precision-recall curves of each score in each state, thinned to at most 400 points each.
+    """ROC and precision-recall curves of each score in each state, thinned to at most 400 points each; first seed.
 
     Returns:
         One row per model, state, score, curve ("roc" or "pr") and point: x, y.
     """
     frames = []
-    for (model, state), group in frame.groupby(["model", "state"], sort=False):
+    for (model, state), group in _first_seed(frame).groupby(["model", "state"], sort=False):
         for score in imagewise.NAMES:
             ranks = group[score].rank(method="dense")
             false, true, _ = roc_curve(group["outlier"], ranks)
@@ -121,46 +137,68 @@ def curves(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def examples(
-    run: Run, dataset_name: str, models: Sequence[str], *, seed: int, per_class: int, shift: int, count: int
-) -> pd.DataFrame:
-    """Some made outliers as pictures: label and pixels (an (H, W) uint8 array), one of each class first."""
-    made = made_outliers(run, dataset_name, models, seed=seed, per_class=per_class, shift=shift).train
-    rows = np.linspace(0, len(made) - 1, count).round().astype(int)
-    names = dataset(run, dataset_name).classes
-    return pd.DataFrame(
-        {"label": [names[int(made.labels[i])] for i in rows], "pixels": [made.images[i][0].numpy() for i in rows]}
-    )
-
-
-def claims(frame: pd.DataFrame, table: pd.DataFrame) -> dict[str, bool | float]:
+def claims(frame: pd.DataFrame) -> dict[str, bool | list[Estimate]]:
     """What Setup 0 is about, by rules fixed before the run.
 
-    * fi_beats_jacobian_norm (the paper's claim): before fine-tuning, the lower end of the interval of released FI's
-      AUROC (e = 1e-8, as there) lies above the upper end of that of the Jacobian norm, for every network.
-    * auroc_of_exact_fi_is_that_of_the_loss: their AUROCs differ by at most 1e-12 in every state where all images have
-      full rank.
+    * fi_beats_jacobian_norm (the paper's claim): the AUROC of released FI (e = 1e-8, as there) less that of the
+      Jacobian norm before fine-tuning, over the same images, the mean over seeds, for every network.
+    * auroc_of_exact_fi_is_that_of_the_loss: their AUROCs over the images of full rank differ by at most 1e-12 in every
+      state.
     """
-    found = table.set_index(["model", "state", "score"])
-    full = frame["rank"] == frame["rank"].max()
-    gaps = []
-    for (model, state), group in frame[full].groupby(["model", "state"], sort=False):
-        pair = [detection(group[name], group["outlier"], repeats=2)["auroc"] for name in ("exact", "loss")]
-        gaps.append(abs(pair[0] - pair[1]))
-        assert len(group) > 0.9 * len(frame[(frame["model"] == model) & (frame["state"] == state)])
-    better = [
-        found.loc[(model, "before", "released_1e-8"), "auroc_low"]
-        > found.loc[(model, "before", "jacobian_norm"), "auroc_high"]
-        for model in table["model"].unique()
+    estimates = []
+    for model, group in frame[frame["state"] == "before"].groupby("model", sort=False):
+        pairs = [one[["released_1e-8", "jacobian_norm", "outlier"]] for _, one in group.groupby("seed", sort=False)]
+        found = [advantage(pair["released_1e-8"], pair["jacobian_norm"], pair["outlier"]) for pair in pairs]
+        estimates.append(over_seeds(*map(pd.Series, zip(*found, strict=True)), n=len(pairs[0]), of=str(model)))
+    full = frame[frame["rank"] == frame["rank"].max()]
+    gaps = [
+        advantage(group["exact"], group["loss"], group["outlier"], repeats=1)[0]
+        for _, group in full.groupby(["seed", "model", "state"], sort=False)
     ]
     return {
-        "fi_beats_jacobian_norm": bool(all(better)),
-        "auroc_of_exact_fi_is_that_of_the_loss": bool(max(gaps) <= 1e-12),
+        "fi_beats_jacobian_norm": estimates,
+        "auroc_of_exact_fi_is_that_of_the_loss": bool(max(map(abs, gaps)) <= 1e-12),
     }
 
 
+def advantage(
+    first: pd.Series, second: pd.Series, positive: pd.Series, *, repeats: int = _REPEATS
+) -> tuple[float, float, float]:
+    """AUROC of one score less that of another, with its 95% percentile bootstrap interval: (difference, low, high).
+
+    The images are drawn anew for both scores together, as many positives and negatives as there are.
+
+    Args:
+        first: (N,) larger for what is to be found; infinities allowed.
+        second: the other score of the same examples.
+        positive: (N,) bool.
+        repeats: bootstrap samples.
+    """
+    hit, generator = positive.to_numpy(dtype=bool), np.random.default_rng(0)
+    ranks = [score.rank(method="dense").to_numpy(dtype=np.int64) for score in (first, second)]
+    weight, found = np.ones(len(hit)), []  # how often each example is drawn; first the data themselves
+    for _ in range(repeats + 1):
+        found.append(_auroc(ranks[0], hit, weight) - _auroc(ranks[1], hit, weight))
+        for part in (hit, ~hit):
+            weight[part] = generator.multinomial(part.sum(), np.full(part.sum(), 1 / part.sum()))
+    value, *drawn = found
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return value, float(low), float(high)
+
+
+def _auroc(ranks: np.ndarray, hit: np.ndarray, weight: np.ndarray) -> float:
+    """Area under the ROC of weighted examples, ties half."""
+    true, false = (np.bincount(ranks[part], weight[part], ranks.max() + 1) for part in (hit, ~hit))
+    return float(true @ (false.cumsum() - false / 2) / (true.sum() * false.sum()))
+
+
+def _first_seed(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame[frame["seed"] == frame["seed"].min()]
+
+
 def draw_curves(points: pd.DataFrame, table: pd.DataFrame, state: str) -> Figure:
-    """ROC and precision-recall curves of every score in one state, a row for each network."""
+    """ROC and precision-recall curves of every score in one state, a row for each network; first seed."""
+    table = _first_seed(table)
     models = list(points["model"].unique())
     figure = Figure(figsize=(style.WIDTH, 2.9 * len(models)))
     grid = figure.subplots(len(models), 2, squeeze=False)
@@ -184,11 +222,17 @@ def draw_curves(points: pd.DataFrame, table: pd.DataFrame, state: str) -> Figure
     return figure
 
 
+def draw_intervals(table: pd.DataFrame) -> Figure:
+    """AUROC and average precision of each score in the three states, with their intervals; first seed."""
+    return draw_auroc(_first_seed(table), by="state")
+
+
 def draw_examples(images: pd.DataFrame) -> Figure:
-    """Some made outliers with the label that they are given."""
+    """Some made outliers with the label that they are given; first seed."""
+    images = _first_seed(images)
     figure = Figure(figsize=(style.WIDTH, 1.0))
     for axes, (_, image) in zip(figure.subplots(1, len(images)), images.iterrows(), strict=True):
-        axes.imshow(image["pixels"], cmap="gray", vmin=0, vmax=255)
+        axes.imshow(unpacked(image).squeeze(), cmap="gray", vmin=0, vmax=255)
         axes.set_title(f"label {image['label']}", fontsize=7)
         axes.set_xticks([])
         axes.set_yticks([])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,12 +13,14 @@ from matplotlib.figure import Figure
 import influence
 
 from ... import style
+from ...images.pictures import packed, unpacked
 from ...ledger import cache
+from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores.detection import bootstrap_interval, share_interval
 from ...scores.pixelwise import intervene, patch_maps
 from ...zoo import training
-from ..common import bound, classifier, dataset
+from ..common import Subject, bound, classifier, dataset, networks, over_seeds
 
 # How pixels are ranked -> what it needs.
 RANKINGS = {
@@ -30,28 +32,43 @@ RANKINGS = {
 }
 
 
-def study(
-    run: Run, datasets: Sequence[str], models: Sequence[str], *, seed: int, images: int | None, epsilon: float
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """The images that the paper would show, for each network.
+def compute(run: Run) -> dict[str, pd.DataFrame]:
+    """Setup 4: the images that the paper would show, their maps, and what changing pixels does, for each network.
+
+    Parameters of the run: datasets (of `data.NAMES`), models (of `models.NAMES`), seeds (of networks, images and the
+    random ranking), images (test images among which those shown are sought; 0 for all), changed (test images whose
+    entries are changed), counts (how many at once), epsilon (e of the released code).
 
     Returns:
-        `pictures`, `maps` and `flatness` of all of them, with the columns dataset and model.
+        "pictures", "maps" and "flatness", of the functions of these names; "changes", of `intervention` with 3x3
+        patches. All with the columns dataset, model, seed.
     """
-    found: tuple[list[pd.DataFrame], ...] = ([], [], [])
-    for name in datasets:
-        for model in models:
-            chosen = chosen_images(run, name, model, seed=seed, images=images)
-            frame = maps(run, name, model, chosen, seed=seed, epsilon=epsilon)
-            shown = pictures(run, name, model, chosen, frame, seed=seed)
-            flat = flatness(frame, len(dataset(run, name).classes))
-            for frames, part in zip(found, (shown, frame, flat), strict=True):
-                frames.append(part.assign(dataset=name, model=model))
-    shown, frame, flat = (pd.concat(frames, ignore_index=True) for frames in found)
-    return shown, frame, flat
+    chosen = run.parameters
+    found: dict[str, list[pd.DataFrame]] = {"pictures": [], "maps": [], "flatness": [], "changes": []}
+    for network in networks(run):
+        shown = chosen_images(run, network, images=chosen["images"] or None)
+        frame = maps(run, network, shown, epsilon=chosen["epsilon"])
+        parts = {
+            "pictures": pictures(run, network, shown, frame),
+            "maps": frame,
+            "flatness": flatness(frame, len(network.dataset.classes)),
+            "changes": intervention(
+                run,
+                network.dataset.name,
+                network.model,
+                seed=network.seed,
+                images=chosen["changed"],
+                counts=chosen["counts"],
+                patch=3,
+                epsilon=chosen["epsilon"],
+            ),
+        }
+        for name, part in parts.items():
+            found[name].append(part.assign(**network.columns))
+    return {name: pd.concat(frames, ignore_index=True) for name, frames in found.items()}
 
 
-def chosen_images(run: Run, dataset_name: str, model: str, *, seed: int, images: int | None) -> pd.DataFrame:
+def chosen_images(run: Run, subject: Subject, *, images: int | None) -> pd.DataFrame:
     """The images the paper shows: correct with P_pred > .5 and the largest FI, and wrong with the largest FI.
 
     Whole image, f = -log P(y_pred), among `images` test images drawn at random (None for all).
@@ -60,9 +77,8 @@ def chosen_images(run: Run, dataset_name: str, model: str, *, seed: int, images:
         One row per kind ("correct", "wrong"; without a row where there is no such image): row (position in the test
         set), image (0-based, standard order), label, predicted, p_predicted, fi.
     """
-    test = dataset(run, dataset_name).test
-    split = test.sample(images, seed=seed)
-    network = classifier(run, dataset_name, model, seed=seed).model
+    test, network = subject.dataset.test, subject.trained.model
+    split = test.sample(images, seed=subject.seed)
     log_p = training.predict(network, split.images, device=run.device).double().log_softmax(1)
     top, predicted = log_p.max(1)
     # FI of the whole image is (1 - P) / P at full rank; the two that are shown are computed in full below.
@@ -88,18 +104,17 @@ def chosen_images(run: Run, dataset_name: str, model: str, *, seed: int, images:
     return pd.DataFrame(rows)
 
 
-def maps(run: Run, dataset_name: str, model: str, chosen: pd.DataFrame, *, seed: int, epsilon: float) -> pd.DataFrame:
+def maps(run: Run, network: Subject, chosen: pd.DataFrame, *, epsilon: float) -> pd.DataFrame:
     """FI of every k x k patch of the chosen images, per colour channel, k = 1, 3, 5, 7, f = -log P(y_pred).
 
     Returns:
         One row per kind, size, channel and pixel: row, column, exact, released, alignment, rank.
     """
-    trained = classifier(run, dataset_name, model, seed=seed)
-    key = {"model": trained.key, "data": dataset(run, dataset_name).digest, "epsilon": epsilon}
+    key = {"model": network.trained.key, "data": network.dataset.digest, "epsilon": epsilon}
     key |= {"rows": chosen["row"].tolist(), "device": run.device.type}
-    split = dataset(run, dataset_name).test.take(chosen["row"].tolist())
-    compute = bound(patch_maps, trained.model, split, epsilon, run.device)
-    frame = cache.table(f"setup4/maps-{dataset_name}-{model}", key, compute)
+    split = network.dataset.test.take(chosen["row"].tolist())
+    mapping = bound(patch_maps, network.trained.model, split, epsilon, run.device)
+    frame = cache.table(f"setup4/maps-{network.name}", key, mapping)
     return frame.assign(kind=frame["place"].map(dict(enumerate(chosen["kind"])))).drop(columns="place")
 
 
@@ -128,64 +143,38 @@ def flatness(frame: pd.DataFrame, classes: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def pictures(
-    run: Run, dataset_name: str, model: str, chosen: pd.DataFrame, frame: pd.DataFrame, *, seed: int
-) -> pd.DataFrame:
-    """The chosen images, and beside each the same with its pixel of largest FI (all channels) changed.
+def pictures(run: Run, subject: Subject, chosen: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
+    """The chosen images, and what changing the pixel of largest FI (mean and change over all channels) does to each.
 
     The pixel goes to 0 or to 255, whichever lowers P of the predicted class more.
 
     Returns:
-        The rows of `chosen` with pixels and changed ((H, W, C) uint8 arrays), pixel_row, pixel_column, p_changed,
-        predicted_changed, and class names.
+        The rows of `chosen` with class names, pixel_row, pixel_column, pixel_fi, pixel_value (what it is changed to),
+        p_changed, predicted_changed, and the image as `pictures.packed` has it.
     """
-    everything = dataset(run, dataset_name)
-    network = classifier(run, dataset_name, model, seed=seed).model
-    rows = []
+    rows, everything = [], subject.dataset
     for record in chosen.to_dict("records"):
         item = {str(name): value for name, value in record.items()}
         single = frame[(frame["kind"] == item["kind"]) & (frame["size"] == 1)]
         mean = single.groupby(["row", "column"])["exact"].mean()
         r, c = mean.idxmax()
-        image = everything.test.images[item["row"]]
-        versions = torch.stack([image, image, image])
-        versions[1, :, r, c], versions[2, :, r, c] = 0, 255
-        p = training.predict(network, versions, device=run.device).double().softmax(1)
-        worse = 1 + int(p[1:, item["predicted"]].argmin())
+        versions = everything.test.images[[item["row"]] * 2]
+        versions[0, :, r, c], versions[1, :, r, c] = 0, 255
+        p = training.predict(subject.trained.model, versions, device=run.device).double().softmax(1)
+        worse = int(p[:, item["predicted"]].argmin())
         rows.append(
             {
                 **item,
-                "pixels": image.permute(1, 2, 0).numpy(),
-                "changed": versions[worse].permute(1, 2, 0).numpy(),
+                **{f"{name}_name": everything.classes[item[name]] for name in ("label", "predicted")},
                 "pixel_row": int(r),
                 "pixel_column": int(c),
                 "pixel_fi": float(mean.max()),
+                "pixel_value": 255 * worse,
                 "p_changed": float(p[worse, item["predicted"]]),
                 "predicted_changed": int(p[worse].argmax()),
-                **{f"{name}_name": everything.classes[item[name]] for name in ("label", "predicted")},
             }
         )
-    return pd.DataFrame(rows)
-
-
-def interventions(
-    run: Run,
-    datasets: Sequence[str],
-    models: Sequence[str],
-    *,
-    seed: int,
-    images: int,
-    counts: Sequence[int],
-    patch: int,
-    epsilon: float,
-) -> pd.DataFrame:
-    """`intervention` for every network."""
-    frames = [
-        intervention(run, name, model, seed=seed, images=images, counts=counts, patch=patch, epsilon=epsilon)
-        for name in datasets
-        for model in models
-    ]
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat([pd.DataFrame(rows), packed(everything.test.images[chosen["row"].tolist()])], axis=1)
 
 
 def intervention(
@@ -216,7 +205,7 @@ def intervention(
         epsilon: e of the released code.
 
     Returns:
-        One row per image (with data set and model), ranking, target ("entries" or "patch"), count and change
+        One row per image (with data set, model and seed), ranking, target ("entries" or "patch"), count and change
         ("farther", "towards"): image, p_before, p_after, drop (p_before - p_after), flipped.
     """
     trained = classifier(run, dataset_name, model, seed=seed)
@@ -225,7 +214,7 @@ def intervention(
     key |= {"counts": list(counts), "patch": patch, "epsilon": epsilon, "device": run.device.type}
     compute = bound(intervene, trained.model, split, tuple(counts), patch, epsilon, seed, run.device)
     frame = cache.table(f"setup4/intervention-{dataset_name}-{model}", key, compute)
-    return frame.assign(dataset=dataset_name, model=model)
+    return frame.assign(dataset=dataset_name, model=model, seed=seed)
 
 
 def intervention_table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -234,7 +223,7 @@ def intervention_table(frame: pd.DataFrame) -> pd.DataFrame:
     Bootstrap over images for the means (paired by image for `beyond_random` and `beyond_saliency`), Wilson for flips.
     """
     rows = []
-    keys = ["dataset", "model", "target", "count", "change"]
+    keys = ["dataset", "model", "seed", "target", "count", "change"]
     for key, group in frame.groupby(keys, sort=False):
         drops = group.pivot(index="image", columns="ranking", values="drop")
         for ranking in RANKINGS:
@@ -251,22 +240,48 @@ def intervention_table(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def claims(table: pd.DataFrame, flat: pd.DataFrame) -> dict[str, bool | float]:
+def claims(table: pd.DataFrame, flat: pd.DataFrame) -> dict[str, bool | list[Estimate]]:
     """Setup 4 by rules fixed before the run, on single entries moved to their farther end.
 
-    * fi_finds_vulnerable_pixels (the paper's claim): for every network and number of entries, the 95% interval of the
-      fall of P under released FI beyond that under random entries lies above 0.
+    * fi_finds_vulnerable_pixels (the paper's claim): the fall of P under released FI beyond that under random entries,
+      the mean over seeds, for every network and number of entries.
     * saliency_finds_more_than_fi: for every network and number of entries, the interval of exact FI's fall beyond that
       under gradient saliency lies below 0.
     * patches_of_full_rank_are_flat: exact FI of the patches of rank K - 1 of one image differs by at most 1e-6.
     """
-    entries = table[(table["target"] == "entries") & (table["change"] == "farther")].set_index("ranking")
     large = flat[(flat["size"] >= 3) & flat["spread"].notna()]
     return {
-        "fi_finds_vulnerable_pixels": bool((entries.loc[["released"], "beyond_random_low"] > 0).all()),
-        "saliency_finds_more_than_fi": bool((entries.loc[["exact"], "beyond_saliency_high"] < 0).all()),
+        "fi_finds_vulnerable_pixels": _beyond(table, "released", "random"),
+        "saliency_finds_more_than_fi": all(e.high < 0 for e in _beyond(table, "exact", "saliency")),
         "patches_of_full_rank_are_flat": bool(len(large) > 0 and (large["spread"] <= 1e-6).all()),
     }
+
+
+def _beyond(table: pd.DataFrame, ranking: str, other: str) -> list[Estimate]:
+    """The fall of P under one ranking beyond that under another, for each network and number of entries."""
+    entries = table[(table["target"] == "entries") & (table["change"] == "farther") & (table["ranking"] == ranking)]
+    column = f"beyond_{other}"
+    return [
+        over_seeds(
+            *(group[f"{column}{end}"] for end in ("", "_low", "_high")),
+            n=int(group["images"].iloc[0]),
+            of=f"{name} {model}, {_target('entries', int(group['count'].iloc[0]))}",
+        )
+        for (name, model, _), group in entries.groupby(["dataset", "model", "count"], sort=False)
+    ]
+
+
+def draw_shown(tables: Mapping[str, pd.DataFrame]) -> dict[str, Figure]:
+    """Exact FI and alignment of the images of one network, the first of the last data set: KIND_COLUMN -> figure."""
+    shown = tables["pictures"]
+    network = ["dataset", "model", "seed"]
+    first = shown[shown["dataset"] == shown["dataset"].iloc[-1]].iloc[0]
+    figures = {}
+    for _, image in shown[shown[network].eq(first[network]).all(axis=1)].iterrows():
+        of_image = tables["maps"][[*network, "kind"]].eq(image[[*network, "kind"]]).all(axis=1)
+        for column in ("exact", "alignment"):
+            figures[f"{image['kind']}_{column}"] = draw_areas(tables["maps"][of_image], image, column=column)
+    return figures
 
 
 _MAP = "nipy_spectral"  # the paper's
@@ -290,19 +305,21 @@ def draw_areas(maps: pd.DataFrame, image: pd.Series, *, column: str = "exact") -
             axes.set_title(f"{size}x{size}", fontsize=8)
         grid[row, 0].set_ylabel("grey" if channels == 1 else ("red", "green", "blue")[row])
     figure.colorbar(drawn, ax=grid[:channels, -1], label="alignment" if column == "alignment" else f"{column} FI")
-    last = grid[-1]
+    last, pixels = grid[-1], unpacked(image)
+    changed = pixels.copy()
+    changed[image["pixel_row"], image["pixel_column"]] = image["pixel_value"]
     _picture(
         last[0],
-        image["pixels"],
+        pixels,
         f"true {image['label_name']}, predicted {image['predicted_name']}\nP = {image['p_predicted']:.3f}",
     )
     _picture(
         last[1],
-        image["changed"],
+        changed,
         f"pixel ({image['pixel_row']}, {image['pixel_column']}) changed\nP = {image['p_changed']:.3f}",
     )
     for axes, size in zip(last[2:], sizes[:2], strict=False):
-        _picture(axes, image["pixels"], f"overlay {size}x{size}, mean of channels")
+        _picture(axes, pixels, f"overlay {size}x{size}, mean of channels")
         mean = np.mean([_map(maps, size, channel, column) for channel in range(channels)], axis=0)
         axes.imshow(mean, cmap=_MAP, vmin=0, vmax=top, alpha=0.5)
     for axes in grid.ravel():
@@ -322,8 +339,8 @@ def _picture(axes: Axes, pixels: np.ndarray, title: str) -> None:
 
 
 def draw_intervention(table: pd.DataFrame) -> Figure:
-    """Fall of P and share of flips when each ranking's first entries go to their farther end, with 95% intervals."""
-    chosen = table[table["change"] == "farther"]
+    """Fall of P and flips when each ranking's first entries go to their farther end, 95% intervals; first seed."""
+    chosen = table[(table["change"] == "farther") & (table["seed"] == table["seed"].min())]
     groups = list(chosen.groupby(["dataset", "model"], sort=False))
     figure = Figure(figsize=(style.WIDTH * 1.15, 2.3 * len(groups)))
     grid = figure.subplots(len(groups), 2, squeeze=False)

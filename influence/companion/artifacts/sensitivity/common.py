@@ -231,7 +231,7 @@ def draw_auroc(table: pd.DataFrame, by: str) -> Figure:
         axes.set_title(style.name(value) if by == "kind" else f"{_WHEN[str(value)]} fine-tuning", fontsize=9)
     grid[0, 0].invert_yaxis()
     grid[0, -1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.suptitle("one network each, 95% bootstrap intervals over the images", fontsize=8)
+    figure.suptitle("95% bootstrap intervals over the images", fontsize=8)
     return figure
 
 

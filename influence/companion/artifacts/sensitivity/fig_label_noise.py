@@ -99,11 +99,13 @@ def claims(tables: Mapping[str, pd.DataFrame]) -> dict[str, list[Estimate]]:
     * fi_beats_jacobian_norm: exact FI less the Jacobian norm.
     * released_fi_loses_to_the_loss: released FI (e = 1e-3) less the loss.
     * confident_learning_against_the_loss: confident learning less the loss, where it was computed.
+    * el2n_against_the_loss: EL2N less the loss.
     """
     pairs = {
         "fi_beats_jacobian_norm": ("exact", "jacobian_norm"),
         "released_fi_loses_to_the_loss": ("released_1e-3", "loss"),
         "confident_learning_against_the_loss": (CONFIDENT, "loss"),
+        "el2n_against_the_loss": ("el2n", "loss"),
     }
     found: dict[str, list[Estimate]] = {}
     for (model, kind), group in tables["scores"].groupby(["model", "kind"], sort=False):

@@ -188,9 +188,9 @@ def draw(scores: pd.DataFrame) -> Figure:
         for axes in (left, zoomed):
             manhattan(axes, group["position"], group["released"], group["label"])
             axes.set_ylim(0)
-        top = float(np.quantile(group["released"], 0.95))
-        zoomed.set_ylim(0, top if top > 0 else 1.0)
-        zoomed.set_title("as released, lower 95%")
+        above = group["released"][group["released"] > 0]
+        zoomed.set_ylim(0, float(np.quantile(above, 0.95)) if len(above) else 1.0)
+        zoomed.set_title("as released, lower 95% above 0")
         left.set_ylabel(f"{style.name(name)}\n{style.name(model)}\nFI (dimensionless)")
         left.set_title("as released")
         manhattan(middle, group["position"], group["exact"], group["label"])

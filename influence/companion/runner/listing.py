@@ -33,7 +33,7 @@ def artifacts_markdown() -> str:
     for stem, notebook in discover().items():
         title = notebook.title.replace("|", "\\|")
         outcome = rows.get(stem, {}).get("verdict", "not run")
-        outcome += "" if notebook.redraws else " †"
+        outcome += "" if notebook.parameters["profile"].default == _COMMITTED else " †"
         lines.append(f"| [{stem}](notebooks/{stem}.ipynb) | {title} | {outcome} |")
     return "\n".join(lines)
 

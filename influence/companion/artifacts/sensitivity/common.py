@@ -23,7 +23,7 @@ from ...scores.definition import influence_by_definition
 from ...scores.detection import detection, two_sample
 from ...scores.imagewise import predicted_class_scores
 from ...zoo import pretrained, training
-from ..common import bound, classifier, dataset, networks
+from ..common import Subject, bound, classifier, dataset, networks
 
 
 def ceiling_check(run: Run, datasets: Sequence[str], models: Sequence[str], *, seed: int, images: int) -> pd.DataFrame:
@@ -72,18 +72,22 @@ def predicted_influence(run: Run) -> dict[str, pd.DataFrame]:
         p_predicted, loss (nats, true class), margin (nats, predicted class), ceiling, exact, released, rank, position
         (of a Manhattan plot by true class).
     """
-    images, epsilon = run.parameters["images"] or None, run.parameters["epsilon"]
-    frames = []
-    for network in networks(run):
-        trained = network.trained
-        for part, split in (("train", network.dataset.train), ("test", network.dataset.test)):
-            key: dict[str, object] = {"model": trained.key, "data": network.dataset.digest, "part": part}
-            key |= {"images": images, "seed": network.seed, "epsilon": epsilon, "device": run.device.type}
-            sample = split.sample(images, seed=network.seed)
-            compute = bound(predicted_class_scores, trained.model, sample, epsilon, run.device)
-            frame = cache.table(f"setup3/{network.name}-{part}", key, compute)
-            frames.append(frame.assign(part=part, **network.columns))
+    images, epsilon = run.parameters["images"], run.parameters["epsilon"]
+    frames = [both_parts(run, network, images=images or None, epsilon=epsilon) for network in networks(run)]
     return {"scores": pd.concat(frames, ignore_index=True)}
+
+
+def both_parts(run: Run, network: Subject, *, images: int | None, epsilon: float) -> pd.DataFrame:
+    """The scores of `predicted_influence` of one network."""
+    trained, frames = network.trained, []
+    for part, split in (("train", network.dataset.train), ("test", network.dataset.test)):
+        key: dict[str, object] = {"model": trained.key, "data": network.dataset.digest, "part": part}
+        key |= {"images": images, "seed": network.seed, "epsilon": epsilon, "device": run.device.type}
+        sample = split.sample(images, seed=network.seed)
+        compute = bound(predicted_class_scores, trained.model, sample, epsilon, run.device)
+        frame = cache.table(f"setup3/{network.name}-{part}", key, compute)
+        frames.append(frame.assign(part=part, **network.columns))
+    return pd.concat(frames, ignore_index=True)
 
 
 def gap(frame: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,8 +21,12 @@ from ...scores import imagewise
 from ...scores.detection import agreement
 from ...scores.layerwise import layer_noise_scores
 from ...zoo import training
-from ..common import bound, classifier, dataset
+from ..common import Subject, bound, classifier, dataset
 from . import fig_vulnerable_areas
+from .common import both_parts, ceiling_check, detection_table, gap, noisy_scores
+
+_CHECKED, _EPSILON, _SHARE = 16, 1e-3, 0.2  # images of the checks; e of the four tasks; flipped labels
+_LAYER_IMAGES, _CLASSES = 64, 10
 
 
 def released_curve(epsilons: Sequence[float], *, classes: int) -> pd.DataFrame:
@@ -53,6 +58,46 @@ def peak(epsilon: float, *, classes: int) -> tuple[float, float]:
         np.column_stack([p, 1 - p, np.zeros((len(p), classes - 2))]), 0, epsilon=epsilon
     )
     return float(values.max()), float(p[values.argmax()])
+
+
+def compute(run: Run) -> dict[str, pd.DataFrame]:
+    """What the constants, the cut and the unit do, and every score on each of the paper's four tasks.
+
+    Parameters of the run: dataset, model, seeds (the first), images (training images to score, 0 for all), epsilons;
+    sigma and draws (of the noise on a layer's parameters); labels, detectors, label_images, without (wrong labels, as
+    in `noisy_scores`); part_images (as in Setup 3); changed, counts (as in Setup 4).
+
+    Returns:
+        "scores" (of `sensitivity`), "definition" (of `ceiling_check`), "units" (`change`: one number, of `unit_check`),
+        "layers" (of `layer_noise`), "labels" (of `noisy_scores`: the first network and kind), "parts" (of
+        `both_parts`), "pixels" (of `fig_vulnerable_areas.intervention_table`).
+    """
+    p, seed = run.parameters, run.parameters["seeds"][0]
+    name, model = p["dataset"], p["model"]
+    network = Subject(classifier(run, name, model, seed=seed), dataset(run, name), model, seed)
+    labels: dict[str, Any] = {"images": p["label_images"] or None, "share": _SHARE, "without": p["without"]}
+    noise: dict[str, Any] = {"images": _LAYER_IMAGES, "sigma": p["sigma"], "draws": p["draws"], "epsilon": _EPSILON}
+    pixels: dict[str, Any] = {"images": p["changed"], "counts": p["counts"], "epsilon": _EPSILON}
+    return {
+        "scores": sensitivity(run, name, model, seed=seed, images=p["images"] or None, epsilons=p["epsilons"]),
+        "definition": ceiling_check(run, [name], [model], seed=seed, images=_CHECKED),
+        "units": pd.DataFrame({"change": [unit_check(run, name, model, seed=seed, images=_CHECKED)]}),
+        "layers": layer_noise(run, name, model, seed=seed, **noise),
+        "labels": noisy_scores(run, name, p["detectors"][:1], p["labels"][:1], seed=seed, **labels),
+        "parts": both_parts(run, network, images=p["part_images"] or None, epsilon=_EPSILON),
+        "pixels": pixel_table(run, name, model, seed=seed, **pixels),
+    }
+
+
+def tasks(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Which score for which of the four tasks, see `practice`."""
+    return practice(
+        outlier=detection_table(tables["labels"]),
+        layer=tables["layers"],
+        generalisation=gap(tables["parts"]),
+        pixels=tables["pixels"],
+        classes=_CLASSES,
+    )
 
 
 def sensitivity(

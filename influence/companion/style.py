@@ -117,7 +117,7 @@ def network(key: str) -> str:
     """How readers know a network of the zoo, "family-model-dataset", or one that others trained."""
     family, _, rest = key.partition("-")
     if rest.startswith(("resnet", "densenet121", "inception")) and family != "group":
-        return f"{name(rest.partition('-')[0])}, {family}"
+        return f"{name(rest.partition('-')[0]).removesuffix(' (He)')}, {family}"
     return name(key)
 
 

@@ -11,9 +11,8 @@ from torch.nn import functional as F
 
 import influence
 
-from ..ledger import manifest
 from ..ledger.notebook import LAST, discover
-from ..ledger.results import Run
+from ..ledger.results import Run, published
 from ..scores.definition import influence_by_definition
 from ..zoo import training
 from .common import classifier, dataset
@@ -87,11 +86,9 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def artifacts(run: Run) -> pd.DataFrame:
     """One row per artifact: artifact (stem), title, verdict ("not run" where this profile has no results yet)."""
-    rows = manifest.read(run.profile)
-    return pd.DataFrame(
-        [
-            {"artifact": stem, "title": notebook.title, "verdict": rows.get(stem, {}).get("verdict", "not run")}
-            for stem, notebook in discover().items()
-            if stem != LAST
-        ]
-    )
+    rows = []
+    for stem, notebook in discover().items():
+        if stem != LAST:
+            row = published(stem, run.profile)[1] or {"verdict": "not run"}
+            rows.append({"artifact": stem, "title": notebook.title, "verdict": row["verdict"]})
+    return pd.DataFrame(rows)

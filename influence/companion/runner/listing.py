@@ -8,6 +8,7 @@ import pandas as pd
 
 from ..ledger import manifest, paths, reference
 from ..ledger.notebook import LAST, discover
+from ..ledger.results import published
 
 _COMMITTED = "cpu"
 
@@ -39,16 +40,16 @@ def artifacts_markdown() -> str:
 
 
 def claims(profile: str, *, root: Path | None = None) -> pd.DataFrame:
-    """What each claim and value came to, in the results folder `root`, or the one in use.
+    """What each claim and value came to, in the results folder `root`, or what is published.
 
     One row per compared reference: artifact, item, reference (a value, a margin or "true"), ours, outcome, and source
     with the rule.
     """
-    rows = manifest.read(profile, root=root)
     found = []
     for stem in discover():
-        if stem in rows and stem != LAST:
-            for c in reference.compare(stem, rows[stem]["findings"]):
+        row = manifest.read(profile, root=root).get(stem) if root else published(stem, profile)[1]
+        if row is not None and stem != LAST:
+            for c in reference.compare(stem, row["findings"]):
                 if c.reference is not None and c.outcome is not None:
                     found.append((stem, c.item, c.reference.expected, c.shown, c.outcome, c.reference.source))
     return pd.DataFrame(found, columns=["artifact", "item", "reference", "ours", "outcome", "source and rule"])

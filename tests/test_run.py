@@ -318,7 +318,7 @@ def test_list(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     ledger.parent.mkdir(parents=True)
     ledger.write_text(json.dumps({"sensitivity/good": {"verdict": "partly"}}))
     assert cli.main(["list", "--markdown"]) == 0
-    row = "| [sensitivity/good](notebooks/sensitivity/good.ipynb) | Title of sensitivity/good | partly |"
+    row = "| [sensitivity/good](notebooks/sensitivity/good.ipynb) | Title of sensitivity/good | partly † |"
     assert capsys.readouterr().out.splitlines()[2] == row
 
 

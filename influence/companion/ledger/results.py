@@ -302,11 +302,15 @@ def _deterministic_device(seeds: object) -> torch.device:
     return torch.device(name)
 
 
-def _parquet(frame: pd.DataFrame) -> bytes:
+def _require_plain_index(frame: pd.DataFrame) -> None:
     import pandas as pd
 
     if not isinstance(frame.index, pd.RangeIndex):
         raise ValueError(f"the index {frame.index.names} would be lost: use reset_index()")
+
+
+def _parquet(frame: pd.DataFrame) -> bytes:
+    _require_plain_index(frame)
     buffer = io.BytesIO()
     frame.to_parquet(buffer, index=False, compression="zstd")
     return buffer.getvalue()
@@ -314,10 +318,7 @@ def _parquet(frame: pd.DataFrame) -> bytes:
 
 def _csv(frame: pd.DataFrame) -> bytes:
     """Every float with the digits that give it back."""
-    import pandas as pd
-
-    if not isinstance(frame.index, pd.RangeIndex):
-        raise ValueError(f"the index {frame.index.names} would be lost: use reset_index()")
+    _require_plain_index(frame)
     text: str = frame.to_csv(index=False, lineterminator="\n")
     return text.encode()
 

@@ -207,12 +207,12 @@ def test_the_advantage_of_a_score_is_paired() -> None:
     hit = pd.Series(generator.uniform(size=300) < 0.3)
     score = pd.Series(np.round(generator.normal(size=300) + hit, 1))  # with ties
     other = pd.Series(np.where(generator.uniform(size=300) < 0.1, np.inf, score))
-    value, low, high = fig_outlier_simulation.advantage(score, other, hit)
+    value, low, high = detection.auroc_difference(score, other, hit, repeats=1000)
     pair = [roc_auc_score(hit, x.rank()) for x in (score, other)]
     assert value == pytest.approx(pair[0] - pair[1], abs=1e-12) and low < value < high
     single = detection.detection(score, hit)
     assert high - low < single["auroc_high"] - single["auroc_low"]  # the two scores go up and down together
-    assert fig_outlier_simulation.advantage(score, 2 * score, hit) == (0, 0, 0)
+    assert detection.auroc_difference(score, 2 * score, hit) == (0, 0, 0)
 
 
 def test_the_simulation_and_its_claims(digits: data.Split) -> None:

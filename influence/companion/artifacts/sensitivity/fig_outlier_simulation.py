@@ -18,7 +18,7 @@ from ...ledger import cache
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores import imagewise
-from ...scores.detection import detection
+from ...scores.detection import auroc_difference, detection
 from ...zoo import recipes, training
 from ..common import bound, classifier, dataset, over_seeds
 from .common import draw_auroc
@@ -148,48 +148,17 @@ def claims(frame: pd.DataFrame) -> dict[str, bool | list[Estimate]]:
     estimates = []
     for model, group in frame[frame["state"] == "before"].groupby("model", sort=False):
         pairs = [one[["released_1e-8", "jacobian_norm", "outlier"]] for _, one in group.groupby("seed", sort=False)]
-        found = [advantage(pair["released_1e-8"], pair["jacobian_norm"], pair["outlier"]) for pair in pairs]
+        found = [auroc_difference(*(pair[c] for c in pair), repeats=_REPEATS) for pair in pairs]
         estimates.append(over_seeds(*map(pd.Series, zip(*found, strict=True)), n=len(pairs[0]), of=str(model)))
     full = frame[frame["rank"] == frame["rank"].max()]
     gaps = [
-        advantage(group["exact"], group["loss"], group["outlier"], repeats=1)[0]
+        auroc_difference(group["exact"], group["loss"], group["outlier"], repeats=1)[0]
         for _, group in full.groupby(["seed", "model", "state"], sort=False)
     ]
     return {
         "fi_beats_jacobian_norm": estimates,
         "auroc_of_exact_fi_is_that_of_the_loss": bool(max(map(abs, gaps)) <= 1e-12),
     }
-
-
-def advantage(
-    first: pd.Series, second: pd.Series, positive: pd.Series, *, repeats: int = _REPEATS
-) -> tuple[float, float, float]:
-    """AUROC of one score less that of another, with its 95% percentile bootstrap interval: (difference, low, high).
-
-    The images are drawn anew for both scores together, as many positives and negatives as there are.
-
-    Args:
-        first: (N,) larger for what is to be found; infinities allowed.
-        second: the other score of the same examples.
-        positive: (N,) bool.
-        repeats: bootstrap samples.
-    """
-    hit, generator = positive.to_numpy(dtype=bool), np.random.default_rng(0)
-    ranks = [score.rank(method="dense").to_numpy(dtype=np.int64) for score in (first, second)]
-    weight, found = np.ones(len(hit)), []  # how often each example is drawn; first the data themselves
-    for _ in range(repeats + 1):
-        found.append(_auroc(ranks[0], hit, weight) - _auroc(ranks[1], hit, weight))
-        for part in (hit, ~hit):
-            weight[part] = generator.multinomial(part.sum(), np.full(part.sum(), 1 / part.sum()))
-    value, *drawn = found
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return value, float(low), float(high)
-
-
-def _auroc(ranks: np.ndarray, hit: np.ndarray, weight: np.ndarray) -> float:
-    """Area under the ROC of weighted examples, ties half."""
-    true, false = (np.bincount(ranks[part], weight[part], ranks.max() + 1) for part in (hit, ~hit))
-    return float(true @ (false.cumsum() - false / 2) / (true.sum() * false.sum()))
 
 
 def _first_seed(frame: pd.DataFrame) -> pd.DataFrame:

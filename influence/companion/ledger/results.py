@@ -129,6 +129,17 @@ class Run:
             before = json.loads((root / f"provenance/{self.stem}.json").read_text(encoding="utf-8"))
             self._compute = before.get("compute", {})
 
+    def print_claims(self, claims: Mapping[str, Any]) -> None:
+        """Print what the claims found, with the numbers where these are the published ones.
+
+        A network trained on another processor is another network: numbers computed here are left to tables and figures,
+        so that a check cell prints the same everywhere.
+        """
+        for item, found in claims.items():
+            for one in found if isinstance(found, list | tuple) else (found,):
+                of = f" for {one.of}" if isinstance(one, reference.Estimate) and one.of else ""
+                print(f"{item}: " + (f"computed{of}, not published" if self.recompute else str(one)))
+
     def _row_parameters(self) -> dict[str, Any]:
         return {name: value for name, value in self.parameters.items() if name not in ("profile", "recompute")}
 

@@ -114,7 +114,8 @@ def test_trace_tables() -> None:
     rows = [
         {"seed": seed, "arm": arm, "image": image, "sigma": sigma, "trace": trace, "lambda_max": trace / 2,
          "ceiling": 1.0, "fi": 1.0, "loss": sigma**2 / 2 * trace * 1.01,
-         "loss_variance": (0.1 * sigma**2 / 2 * trace) ** 2, "limit": sigma**2 / 2 * trace}
+         "loss_variance": (0.1 * sigma**2 / 2 * trace) ** 2, "limit": sigma**2 / 2 * trace,
+         "quadratic": sigma**2 / 2 * trace * (1.01 if sigma < 0.01 else 1.01 / (1 + image)), "p_top": 1 - image / 10}
         for seed in range(3) for image in range(4) for sigma in (0.001, 0.1)
         for arm, trace in (("control", 8.0 + image), ("stability 1", (8.0 + image) / (2 + 0.01 * seed)))
     ]  # fmt: skip
@@ -124,8 +125,27 @@ def test_trace_tables() -> None:
     assert table["ratio_error"].to_numpy() == pytest.approx(0.1 / 12**0.5, rel=0.05)
     halved = changes.set_index("measure").loc["trace"]
     assert halved["ratio"] == pytest.approx(math.exp(-np.mean(np.log([2, 2.01, 2.02])))) and halved["high"] < 0.51
-    claims = fig_trace.claims(table, changes)
+    reached = fig_trace.law({"measures": found})
+    claims = fig_trace.claims(table, changes, reached, sigma=0.1)
+    assert claims["loss_is_the_quadratic_form"] is True
+    assert [e.value for e in claims["departure_at_the_training_noise"]] == pytest.approx([2.5, 2.5])
+    far = reached[(reached["sigma"] == 0.1) & (reached["network"] == "control")].set_index("third")["median"]
+    assert far["least sure third"] > far["surest third"] == pytest.approx(1)
     assert claims["loss_is_half_sigma_squared_trace"] is True and claims["training_shrinks_the_trace"] is True
-    worse = fig_trace.claims(table.assign(ratio=1.2), changes.assign(high=1.1))
+    off = reached.assign(median=1.02)
+    worse = fig_trace.claims(table.assign(ratio=1.2), changes.assign(high=1.1), off, sigma=0.1)
+    assert worse["loss_is_the_quadratic_form"] is False
     assert worse["loss_is_half_sigma_squared_trace"] is False and worse["training_shrinks_the_trace"] is False
-    assert len(fig_trace.draw(table, changes).axes) == 2
+    assert len(fig_trace.draw(table, changes).axes) == 2 and len(fig_trace.draw_law(reached).axes) == 2
+
+
+def test_the_quadratic_form_is_that_of_the_metric_tensor() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+    x, noise = torch.randn(3, 3, 2, 2).double(), torch.randn(3, 3, 2, 2).double()
+    log_p = network(x).detach().log_softmax(1)
+    for image in range(3):
+        jacobian = torch.autograd.functional.jacobian(lambda z: network(z)[0].log_softmax(0), x[image : image + 1])
+        slopes = jacobian.flatten(1) @ noise[image].flatten()
+        expected = float((log_p[image].exp() * slopes.square()).sum() / 2)
+        assert float(fig_trace._quadratic(network, x, noise)[image]) == pytest.approx(expected)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,46 +18,58 @@ import influence
 from ... import style
 from ...images.data import Split
 from ...ledger import cache
+from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores.evaluation import mean_interval
 from ...zoo import training
-from ..common import bound, dataset
+from ..common import bound, dataset, named
 from ..overview import divergence
 from ..stability import comparison
 from ..stability.comparison import colours, label
 
 MEASURES = ("trace", "lambda_max", "ceiling", "fi")
+CONFIDENCE = ("least sure third", "middle third", "surest third")
 
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
-    """The metric tensor of each test image, and the stability loss on noisy copies of it, for every arm.
+    """The metric tensor of each test image, and the stability loss on noisy copies of it, for networks and arms.
 
     Arithmetic is float64; the noise is not clipped, since the limit is about the function, not about pictures.
 
     Parameters of the run: dataset, model, seeds (of the networks), images (of the test part, drawn at random), sigmas
-    (of the noise, pixels in [0, 1]), draws (noisy copies of each image and sigma), and those of `comparison.standard`.
+    (of the noise, pixels in [0, 1]), draws (noisy copies of each image and sigma), those of `comparison.standard`, and
+    networks (others with the same data, measured as they are: names of `common.named`).
 
     Returns:
         "measures", one row per seed, arm, image and sigma: trace and lambda_max (of G, per squared unit of the pixel
-        range), ceiling and fi (of the true label), loss (mean KL over draws), loss_variance (of that mean), limit
-        (sigma^2 / 2 tr G).
+        range), p_top (the largest probability), ceiling and fi (of the true label), loss (mean KL over draws),
+        loss_variance (of that mean), quadratic (mean of 1/2 eps^T G eps over the same draws), limit (sigma^2 / 2 tr G,
+        the mean of that over all draws). "networks", the same for each of `networks`, in the place of seed and arm.
     """
     chosen = run.parameters
-    name, images, sigmas, draws = (chosen[key] for key in ("dataset", "images", "sigmas", "draws"))
-    split = dataset(run, name).test.sample(images)
-    frames = []
-    for seed, arm, trained in comparison.networks(run, name, comparison.standard(chosen), task="metric tensors"):
-        key = {"model": trained.key, "images": images, "sigmas": list(sigmas), "draws": draws, "seed": seed}
-        measure = bound(_measures, trained, split, sigmas, draws, run.device, seed)
-        found = cache.table(f"trace/{name}-{chosen['model']}", key | {"device": run.device.type}, measure)
-        frames.append(found.assign(seed=seed, arm=arm))
-    return {"measures": pd.concat(frames, ignore_index=True)}
+    split = dataset(run, chosen["dataset"]).test.sample(chosen["images"])
+    measured, others = [], []
+    arms = comparison.standard(chosen)
+    for seed, arm, trained in comparison.networks(run, chosen["dataset"], arms, task="metric tensors"):
+        measured.append(_cached(run, trained.model, trained.key, split, seed).assign(seed=seed, arm=arm))
+    for name in chosen["networks"]:
+        network = named(run, name)
+        others.append(_cached(run, network.model, network.key, split, network.seed).assign(network=name))
+    found = {"measures": pd.concat(measured, ignore_index=True)}
+    return found | ({"networks": pd.concat(others, ignore_index=True)} if others else {})
+
+
+def _cached(run: Run, model: nn.Module, key: str, split: Split, seed: int) -> pd.DataFrame:
+    chosen = {name: run.parameters[name] for name in ("images", "sigmas", "draws")}
+    make = bound(_measures, model, split, chosen["sigmas"], chosen["draws"], run.device, seed)
+    known = {"model": key, "seed": seed, "device": run.device.type, **chosen}
+    return cache.table(f"trace/{run.parameters['dataset']}", known, make)
 
 
 def _measures(
-    trained: training.Trained, split: Split, sigmas: Sequence[float], draws: int, device: torch.device, seed: int
+    model: nn.Module, split: Split, sigmas: Sequence[float], draws: int, device: torch.device, seed: int
 ) -> pd.DataFrame:
-    network = copy.deepcopy(trained.model).double()
+    network = copy.deepcopy(model).double()
     x, labels = training.pixels(split.images, device).double(), split.labels.to(device)
     metric = influence.metric_tensor(network, x, wrt="input")
     result = influence.first_order_influence(metric, labels)
@@ -64,29 +77,71 @@ def _measures(
         "image": split.index.numpy(),
         "trace": 255.0**2 * metric.trace()[:, 0].cpu().numpy(),
         "lambda_max": 255.0**2 * metric.lambda_max()[:, 0].cpu().numpy(),
+        "p_top": metric.log_probs.amax(1).exp().cpu().numpy(),
         "ceiling": result.ceiling.cpu().numpy(),
         "fi": result.fi[:, 0].cpu().numpy(),
     }
+    # The same noise for every arm and, up to its scale, for every sigma.
+    generator = torch.Generator(device).manual_seed(training.mixed_seed(seed, 50_000))
+    losses, forms = [], []
+    for _ in range(draws):
+        noise = 255 * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        forms.append(_quadratic(network, x, noise))
+        with torch.no_grad():
+            noisy = (F.log_softmax(network(x + sigma * noise), dim=1) for sigma in sigmas)
+            losses.append(torch.stack([divergence(metric.log_probs, log_q) for log_q in noisy]))
+    loss, form = torch.stack(losses).cpu(), torch.stack(forms).mean(dim=0).cpu().numpy()
     frames = []
-    for sigma in sigmas:
-        # The same noise for every arm and, up to its scale, for every sigma.
-        generator = torch.Generator(device).manual_seed(training.mixed_seed(seed, 50_000))
-        drawn = torch.stack([_drawn(network, metric.log_probs, x, 255 * sigma, generator) for _ in range(draws)])
+    for place, sigma in enumerate(sigmas):
         columns = {
             "sigma": sigma,
-            "loss": drawn.mean(dim=0).cpu().numpy(),
-            "loss_variance": (drawn.var(dim=0) / draws).cpu().numpy(),
+            "loss": loss[:, place].mean(dim=0).numpy(),
+            "loss_variance": (loss[:, place].var(dim=0) / draws).numpy(),
+            "quadratic": sigma**2 * form,
             "limit": sigma**2 / 2 * of_image["trace"],
         }
         frames.append(pd.DataFrame({**of_image, **columns}))
     return pd.concat(frames, ignore_index=True)
 
 
-def _drawn(network: nn.Module, log_p: Tensor, x: Tensor, scale: float, generator: torch.Generator) -> Tensor:
-    """KL between the outputs on each image and on one noisy copy of it."""
-    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+def _quadratic(network: nn.Module, x: Tensor, noise: Tensor) -> Tensor:
+    """1/2 eps^T G eps = 1/2 sum_k P_k (d log P_k(x + t eps) / dt)^2 of each image at t = 0, by a JVP."""
     with torch.no_grad():
-        return divergence(log_p, F.log_softmax(network(x + scale * noise), dim=1))
+        log_p, slope = torch.func.jvp(lambda z: F.log_softmax(network(z), dim=1), (x,), (noise,))
+    return (log_p.exp() * slope.square()).sum(dim=1) / 2
+
+
+def reach(frame: pd.DataFrame) -> pd.DataFrame:
+    """How far the law carries: loss over the quadratic form of the same draws, without Monte-Carlo error.
+
+    Args:
+        frame: rows of `compute` for one network, or for those of several seeds: sigma, p_top, loss, quadratic.
+
+    Returns:
+        One row per sigma and third of the images by p_top, and for all of them ("all"): images, the median of the ratio
+        with its exact 95% interval (low, high), and the quantiles .1 and .9 of the ratio (q10, q90).
+    """
+    rows = []
+    for sigma, group in frame.groupby("sigma"):
+        ratio = group["loss"] / group["quadratic"]
+        thirds = pd.qcut(group["p_top"].rank(method="first"), 3, labels=list(CONFIDENCE))
+        parts = {"all": ratio} | {name: ratio[thirds == name] for name in CONFIDENCE}
+        for name, part in parts.items():
+            interval = stats.quantile_test(part, p=0.5).confidence_interval(0.95)
+            q10, median, q90 = np.quantile(part, [0.1, 0.5, 0.9])
+            rows.append((name, sigma, len(part), median, interval.low, interval.high, q10, q90))
+    return pd.DataFrame(rows, columns=["third", "sigma", "images", "median", "low", "high", "q10", "q90"])
+
+
+def law(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """`reach` of the networks that were measured as they are, and of control and last alpha over all seeds."""
+    measures = tables["measures"]
+    arms = list(measures["arm"].unique())
+    parts = [reach(measures[measures["arm"] == arm]).assign(network=arm) for arm in (arms[0], arms[-1])]
+    if "networks" in tables:
+        groups = tables["networks"].groupby("network", sort=False)
+        parts += [reach(group).assign(network=name) for name, group in groups]
+    return pd.concat(parts, ignore_index=True)
 
 
 def losses(measures: pd.DataFrame) -> pd.DataFrame:
@@ -138,23 +193,67 @@ def effect(measures: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def claims(table: pd.DataFrame, changes: pd.DataFrame) -> dict[str, bool | float]:
-    """The limit, and the effect on it of the training at the last alpha.
+def claims(
+    table: pd.DataFrame, changes: pd.DataFrame, reached: pd.DataFrame, *, sigma: float
+) -> dict[str, bool | float | list[Estimate]]:
+    """The limit, how far it reaches, and the effect of the training at the last alpha.
 
-    `loss_is_half_sigma_squared_trace` holds when at the smallest sigma the ratio of loss and limit is within 3
-    Monte-Carlo standard errors of 1 for every arm, and these errors are below 10%; `training_shrinks_the_trace` when
-    the interval of the ratio of traces lies below 1.
+    * loss_is_half_sigma_squared_trace: at the smallest sigma the ratio of loss and limit is within 3 Monte-Carlo
+      standard errors of 1 for every arm, and these errors are below 10%.
+    * loss_is_the_quadratic_form: at the smallest sigma the median of loss over 1/2 eps^T G eps of the same draws is
+      within .01 of 1 for every network.
+    * departure_at_the_training_noise: that median at `sigma` for each network; the law holds where it is 1.
+    * training_shrinks_the_trace: the interval of the ratio of traces lies below 1.
     """
     smallest = table[table["sigma"] == table["sigma"].min()]
     trace = changes[changes["measure"] == "trace"].iloc[-1]
     gap, error = (smallest["ratio"] - 1).abs(), smallest["ratio_error"]
+    whole = reached[reached["third"] == "all"]
+    there = whole[whole["sigma"] == sigma].to_dict("records")
+    least = whole.loc[whole["sigma"] == whole["sigma"].min(), "median"]
     return {
         "loss_is_half_sigma_squared_trace": bool((gap <= 3 * error).all() and error.max() < 0.1),
-        "largest_gap_at_smallest_sigma": float(gap.max()),
-        "largest_error_at_smallest_sigma": float(error.max()),
+        "loss_is_the_quadratic_form": bool(((least - 1).abs() <= 0.01).all()),
+        "departure_at_the_training_noise": [
+            Estimate(row["median"], row["low"], row["high"], row["images"], row["network"]) for row in there
+        ],
         "training_shrinks_the_trace": bool(trace["high"] < 1),
         "ratio_of_traces": float(trace["ratio"]),
     }
+
+
+def draw_law(reached: pd.DataFrame) -> Figure:
+    """Loss over the quadratic form of the same draws against sigma: medians by confidence, band .1 to .9 of all."""
+    names = list(reached["network"].unique())
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(style.WIDTH, 0.6 + 2.1 * rows))
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    colours = ("#D55E00", "#E69F00", "#0072B2")
+    for axes, name in zip(grid.flat, names, strict=False):
+        group = reached[reached["network"] == name]
+        whole = group[group["third"] == "all"]
+        axes.fill_between(whole["sigma"], whole["q10"], whole["q90"], color="0.88", linewidth=0, label="80% of images")
+        for third, colour in zip(CONFIDENCE, colours, strict=True):
+            part = group[group["third"] == third]
+            errors = np.abs(part[["low", "high"]].to_numpy().T - part["median"].to_numpy())
+            axes.errorbar(part["sigma"], part["median"], errors, fmt="o-", color=colour, markersize=3, label=third)
+        axes.axhline(1, color="black", linewidth=1)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        arm = name in ("control", "augmentation") or name.startswith("stability")
+        title = label(name) if arm else style.network(name)
+        axes.set_title(f"{title}, n = {whole['images'].iloc[0]}", fontsize=8)
+    for axes in grid.flat[len(names) :]:
+        axes.set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(r"KL / $\frac{1}{2}\varepsilon^\top G\,\varepsilon$")
+    for column in range(columns):
+        last = max(row for row in range(rows) if row * columns + column < len(names))
+        grid[last, column].set_xlabel(r"$\sigma$ (pixels in [0, 1])")
+        grid[last, column].tick_params(labelbottom=True)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
+    return figure
 
 
 def draw(table: pd.DataFrame, changes: pd.DataFrame) -> Figure:

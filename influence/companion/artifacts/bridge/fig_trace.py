@@ -107,7 +107,7 @@ def _measures(
 def _quadratic(network: nn.Module, x: Tensor, noise: Tensor) -> Tensor:
     """1/2 eps^T G eps = 1/2 sum_k P_k (d log P_k(x + t eps) / dt)^2 of each image at t = 0, by a JVP."""
     with torch.no_grad():
-        log_p, slope = torch.func.jvp(lambda z: F.log_softmax(network(z), dim=1), (x,), (noise,))
+        log_p, slope = torch.func.jvp(lambda z: F.log_softmax(network(z), dim=1), (x,), (noise,))[:2]
     return (log_p.exp() * slope.square()).sum(dim=1) / 2
 
 

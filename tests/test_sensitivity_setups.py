@@ -72,7 +72,12 @@ def test_layers_from_the_definition_and_the_claims(digits: data.Split) -> None:
     frame = layerwise.score_layers(network(), digits, epsilon=1e-3)
     tables = {"layers": fig_layers.summary(frame).assign(**subject.columns), "definition": definition}
     claims = fig_layers.claims(tables)
-    assert claims["full_rank_layers_agree"] and not claims["layers_differ_in_exact_fi"]
+    assert claims["full_rank_layers_agree"] and claims["layers_differ_in_exact_fi"].high == 0
+    lower = tables["layers"].assign(
+        released_share=0.9, released_share_low=0.8, released_share_high=[1.0, 1.0, 0.95, 0.95]
+    )
+    (share,) = [fig_layers.claims(tables | {"layers": lower})["layers_differ_in_released_fi"]]
+    assert (share.value, share.low, share.high) == (1, pytest.approx(2 / 3), 1)
     assert claims["digits_resnet50_largest_released_all"] == frame.loc[frame["number"] == 0, "released"].max()
     released = frame.loc[frame["number"] > 0, ["number", "layer", "image", "released"]].assign(**subject.columns)
     full, zoomed = fig_layers.draw_by_layer(released).axes

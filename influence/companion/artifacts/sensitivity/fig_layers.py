@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,12 +17,15 @@ import influence
 
 from ... import style
 from ...ledger import cache
+from ...ledger.reference import Estimate
 from ...ledger.results import Run
-from ...scores.detection import bootstrap_interval
 from ...scores.layerwise import score_layers
 from ...zoo import training
 from ..common import Subject, bound, networks
 from .common import manhattan
+
+_KINDS = {nn.Conv2d: "convolution", nn.BatchNorm2d: "batch normalisation", nn.Linear: "dense"}
+_MARKERS = {"convolution": ("#0072B2", "o"), "batch normalisation": ("#D55E00", "^"), "dense": ("#000000", "s")}
 
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
@@ -33,9 +37,9 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     Returns:
         "whole", one row per data set, model, seed and image, for all parameters: image, label, position (of a Manhattan
         plot), loss, ceiling, exact, released, rank, kept (singular values above the released cut), trace,
-        effective_rank (tr(G)^2 / tr(G^2)), departs; "layers", of `summary` for each network; "released", one row per
-        image and layer: number, layer, image, released; "definition", of `by_definition` for 2 images and 6 layers of
-        the first network.
+        effective_rank (tr(G)^2 / tr(G^2)), departs; "layers", of `summary`, with type; "released", one row
+        per image and layer: number, layer, image, released; "definition", of `by_definition` for 2 images and 6 layers
+        of the first network.
     """
     images, epsilon = run.parameters["images"] or None, run.parameters["epsilon"]
     found: dict[str, list[pd.DataFrame]] = {"whole": [], "layers": [], "released": [], "definition": []}
@@ -46,9 +50,11 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
         key |= {"epsilon": epsilon, "device": run.device.type}
         scoring = bound(score_layers, trained.model, split, epsilon=epsilon, device=run.device)
         scores = cache.table(f"setup2/{network.name}", key, scoring)
+        layers = summary(scores)
+        kinds = {name: _KINDS.get(type(module), "other") for name, module in trained.model.named_modules()}
         parts = {
             "whole": scores[scores["number"] == 0].drop(columns=["number", "layer"]),
-            "layers": summary(scores),
+            "layers": layers.assign(type=layers["layer"].map(kinds).fillna("all")),
             "released": scores.loc[scores["number"] > 0, ["number", "layer", "image", "released"]],
         }
         if not found["definition"]:
@@ -59,8 +65,9 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
 
 
 def summary(scores: pd.DataFrame) -> pd.DataFrame:
-    """One row per layer of one network: means over the images, the trace with its 95% bootstrap interval.
+    """One row per layer of one network: means over the images, some with 95% bootstrap intervals (_low, _high).
 
+    `alignment` is the mean of exact FI over its ceiling, `released_share` mean released FI over that of all parameters.
     `gap_at_full_rank` is the largest relative difference of exact FI and ceiling over the images where the layer has
     rank K - 1 (by definition of the estimator no more than rounding), `gap_to_all` that of a layer's exact FI and that
     of all parameters over the same images; `kept` the mean number of singular values above the released cut,
@@ -70,12 +77,25 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
     Args:
         scores: of `score_layers`; number 0 stands for all parameters.
     """
-    whole = scores[scores["number"] == 0].set_index("image")["exact"]
+    whole = scores[scores["number"] == 0].set_index("image")
     full_rank = scores["rank"].max()
+    # The same images for every layer and quantity, so that a layer of full rank has a share of exactly 1.
+    draws = np.random.default_rng(0).integers(0, len(whole), (200, len(whole)))
     rows = []
     for (number, layer), group in scores.groupby(["number", "layer"], sort=True):
         full = group[group["rank"] == full_rank]
-        trace, low, high = bootstrap_interval(group["trace"], repeats=200)
+        trace, alignment = group["trace"].to_numpy(), (group["exact"] / group["ceiling"]).to_numpy()
+        released, of_all = group["released"].to_numpy(), whole["released"].loc[group["image"]].to_numpy()
+        intervals = {
+            "trace": trace[draws].mean(axis=1),
+            "alignment": alignment[draws].mean(axis=1),
+            "released_share": released[draws].mean(axis=1) / of_all[draws].mean(axis=1),
+        }
+        ends = {
+            f"{name}_{end}": float(np.quantile(drawn, q))
+            for name, drawn in intervals.items()
+            for end, q in (("low", 0.025), ("high", 0.975))
+        }
         rows.append(
             {
                 "number": number,
@@ -85,11 +105,11 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
                 "rank": group["rank"].mean(),
                 "full_rank_share": len(full) / len(group),
                 "gap_at_full_rank": float((full["exact"] / full["ceiling"] - 1).abs().max()),
-                "gap_to_all": float((full["exact"] / full["image"].map(whole) - 1).abs().max()),
-                "alignment": (group["exact"] / group["ceiling"]).mean(),
-                "trace": trace,
-                "trace_low": low,
-                "trace_high": high,
+                "gap_to_all": float((full["exact"] / full["image"].map(whole["exact"]) - 1).abs().max()),
+                "alignment": alignment.mean(),
+                "released_share": released.mean() / of_all.mean(),
+                "trace": trace.mean(),
+                **ends,
                 "effective_rank": group["effective_rank"].mean(),
                 "kept": group["kept"].mean(),
                 "cut": float((group["kept"] < group["rank"]).mean()),
@@ -151,13 +171,15 @@ def _definition(network: nn.Module, x: Tensor, label: int, weights: Sequence[nn.
     return float(((left[:, kept].T @ -scores[label]) / singular[kept]).square().sum())
 
 
-def claims(tables: Mapping[str, pd.DataFrame]) -> dict[str, bool | float]:
+def claims(tables: Mapping[str, pd.DataFrame]) -> dict[str, bool | float | Estimate]:
     """Setup 2 by rules fixed before the run.
 
     * DATASET_MODEL_largest_released_all, _layers: the largest released FI of any seed for all parameters, and for one
       layer, beside the paper's printed axes.
-    * layers_differ_in_exact_fi (what the paper reads off the columns): for at least one network, at least half of the
-      layers have a mean alignment below .99.
+    * layers_differ_in_exact_fi (what the paper reads off the columns): the share of layers with a mean alignment below
+      .99, in the network where it is largest. The interval counts the layers whose own interval lies below .99, and
+      those whose interval reaches below it.
+    * layers_differ_in_released_fi: the same for mean released FI over that of all parameters.
     * full_rank_layers_agree: at rank K - 1 every layer agrees per image with all parameters and the ceiling to 1e-6,
       and so does FI from its definition.
     * traces_differ: the largest trace of a layer is over ten times the smallest, for every network.
@@ -171,10 +193,20 @@ def claims(tables: Mapping[str, pd.DataFrame]) -> dict[str, bool | float]:
     return {
         **_largest(table[table["number"] == 0], "all"),
         **_largest(layers, "layers"),
-        "layers_differ_in_exact_fi": bool((networks["alignment"].agg(lambda a: (a < 0.99).mean()) >= 0.5).any()),
+        "layers_differ_in_exact_fi": _differing(networks, "alignment"),
+        "layers_differ_in_released_fi": _differing(networks, "released_share"),
         "full_rank_layers_agree": bool(max(gaps, by_definition_gap) <= 1e-6),
         "traces_differ": bool((networks["trace"].max() / networks["trace"].min() > 10).all()),
     }
+
+
+def _differing(networks: Iterable[tuple[Any, pd.DataFrame]], column: str) -> Estimate:
+    """Share of layers below .99 in the network where it is largest."""
+    shares = []
+    for (name, model, seed), layers in networks:
+        value, low, high = (float((layers[f"{column}{end}"] < 0.99).mean()) for end in ("", "_high", "_low"))
+        shares.append(Estimate(value, low, high, int(layers["images"].iloc[0]), f"{name} {model} {seed}"))
+    return max(shares, key=lambda share: share.value)
 
 
 def _largest(table: pd.DataFrame, of: str) -> dict[str, float]:
@@ -226,6 +258,7 @@ def draw_by_layer(released: pd.DataFrame) -> Figure:
         count = group["number"].nunique()
         title = f"{style.name(name)}, {style.name(model)}: {count} trainable layers, {group['image'].nunique()} images"
         grid[2 * row].set_title(title, fontsize=9)
+        grid[2 * row + 1].set_xlabel("trainable layer number")
     return figure
 
 
@@ -238,26 +271,31 @@ def draw_per_layer(table: pd.DataFrame) -> Figure:
     for row, ((name, model), group) in enumerate(groups):
         trace, rank, departs = grid[3 * row : 3 * row + 3]
         x = group["number"]
-        trace.fill_between(x, group["trace_low"], group["trace_high"], color=style.SCORES["trace"][0], alpha=0.4)
-        trace.plot(x, group["trace"], color=style.SCORES["trace"][0], linewidth=1)
+        for kind, part in group.groupby("type", sort=False):
+            colour, marker = _MARKERS.get(str(kind), ("#999999", "v"))
+            ends = np.abs(part[["trace_low", "trace_high"]].to_numpy().T - part["trace"].to_numpy())
+            look = {"color": colour, "fmt": marker, "markersize": 2.5, "elinewidth": 0.8, "linewidth": 0}
+            trace.errorbar(part["number"], part["trace"], ends, label=str(kind), **look)
         trace.set_yscale("log")
         trace.set_ylabel("trace of G")
         trace.set_title(
-            f"{style.name(name)}, {style.name(model)}: means over {group['images'].iloc[0]} images, band: 95% interval",
+            f"{style.name(name)}, {style.name(model)}: means over {group['images'].iloc[0]} images, 95% intervals",
             fontsize=9,
         )
-        rank.plot(x, group["rank"], color=style.COLOURS["exact"], label="rank")
-        rank.plot(x, group["kept"], color=style.COLOURS["released"], label="above the released cut")
-        rank.plot(x, group["effective_rank"], color=style.COLOURS["ceiling"], label="effective rank", linewidth=1)
+        dots = {"linewidth": 0, "marker": ".", "markersize": 3}
+        rank.plot(x, group["rank"], color=style.COLOURS["exact"], label="rank", **dots)
+        rank.plot(x, group["kept"], color=style.COLOURS["released"], label="above the released cut", **dots)
+        rank.plot(x, group["effective_rank"], color=style.COLOURS["ceiling"], label="effective rank", **dots)
         rank.set_ylabel("directions")
         rank.set_ylim(0, 9.5)
-        departs.plot(x, group["cut"], color=style.COLOURS["released"], label="lost a direction to the cut")
-        departs.plot(x, group["zero"], color=style.COLOURS["ceiling"], label="released FI = 0")
-        departs.plot(x, group["constant"], color=style.STABILITY[0], label="moved over 1% by e alone")
-        departs.plot(x, group["alignment"], color=style.COLOURS["exact"], label="exact FI / ceiling", linestyle="--")
+        departs.plot(x, group["cut"], color=style.COLOURS["released"], label="lost a direction to the cut", **dots)
+        departs.plot(x, group["zero"], color=style.COLOURS["ceiling"], label="released FI = 0", **dots)
+        departs.plot(x, group["constant"], color=style.STABILITY[0], label="moved over 1% by e alone", **dots)
+        departs.plot(x, group["alignment"], color=style.COLOURS["exact"], label="exact FI / ceiling", **dots)
         departs.set_ylabel("share of images")
         departs.set_ylim(-0.03, 1.03)
-        for axes in (rank, departs):
+        departs.set_xlabel("trainable layer number")
+        for axes in (trace, rank, departs):
             axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
         for axes in (trace, rank, departs):
             shade(axes, group)
@@ -281,7 +319,7 @@ def shade(axes: Axes, group: pd.DataFrame) -> None:
 
 
 def _block(layer: pd.Series) -> pd.Series:
-    return layer.str.split(".").str[0]
+    return layer.str.removeprefix("network.").str.split(".").str[0]
 
 
 def _block_numbers(group: pd.DataFrame) -> np.ndarray:

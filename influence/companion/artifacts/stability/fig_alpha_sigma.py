@@ -1,122 +1,213 @@
-"""Which alpha and sigma, which layers: the grid, on validation images only."""
+"""Which alpha and sigma, and is the last layer enough: chosen on validation images, judged on test images."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from ... import style
+from ...images import distortions
+from ...images.data import Dataset
+from ...ledger import cache
+from ...ledger.reference import Estimate
 from ...ledger.results import Run
-from ...zoo.finetuning import Arm
+from ...zoo import last_layer, training
+from ..common import bound, classifier, dataset
 from . import comparison
-from .comparison import ORIGINAL
+from .comparison import CONTROL, ORIGINAL, over_seeds
 
-Layers = Literal["all", "last"]
+_COPIES = 8  # noisy ones of each training image
+PAPER = "last 0.01 0.04"
 
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
-    """Clean and distorted validation accuracy of stability training over a grid, all layers and the last one.
+    """Precision@1 over the grid with the last layer free, and of the arms of fig_jpeg_quality with all layers free.
 
-    Parameters of the run: dataset, model, seeds (of the networks), images (of the validation part, drawn at random; 0
-    for all), alphas and sigmas (of the grid), steps, learning_rate, versions (distortions over which the distorted
-    accuracy is averaged).
+    Parameters of the run: dataset, model, seeds (of the networks), images (of each part, drawn at random; 0 for all),
+    versions (distortions that the choice is made by), grid and sigmas (alphas and sigmas for the last layer), repeats
+    (continuations of each network by its last layer), features (training images for these, drawn at random), head_steps
+    (of Adam), and those of `comparison.standard` for all layers.
 
     Returns:
-        "grid", one row per layers, alpha, sigma and seed: clean and distorted accuracy, and their gains over the
-        control of the same layers and seed (clean_gain, distorted_gain).
+        "runs", one row per seed, arm ("last ALPHA SIGMA" or "all ALPHA SIGMA"; "last control" and "all control"), part
+        ("valid" or "test") and distortion: precision_at_1, for the last layer the mean over repeats.
     """
     chosen = run.parameters
-    versions, frames = [ORIGINAL, *chosen["versions"]], []
-    for layers in get_args(Layers):
-        runs = comparison.measure(run, chosen["dataset"], _arms(chosen, layers), versions, part="valid")
-        frames.append(_grid(runs).assign(layers=layers))
-    return {"grid": pd.concat(frames, ignore_index=True)}
+    name, model = chosen["dataset"], chosen["model"]
+    names = ("versions", "grid", "sigmas", "repeats", "features", "head_steps", "images")
+    setting = {key: chosen[key] for key in names}
+    frames = []
+    for seed in chosen["seeds"]:
+        trained = classifier(run, name, model, seed=seed)
+        make = bound(_last, trained, dataset(run, name), seed, run.device, setting)
+        key = {"model": trained.key, "seed": seed, "device": run.device.type, **setting}
+        frames.append(cache.table(f"last-layer/{name}-{model}", key, make).assign(seed=seed))
+    whole = [arm for arm in comparison.standard(chosen).values() if arm.objective != "augmentation"]
+    arms = {f"all {_cell(arm.alpha, arm.sigma)}": arm for arm in whole}
+    versions = [ORIGINAL, *chosen["versions"]]
+    for part in ("valid", "test"):
+        frames.append(comparison.measure(run, name, arms, versions, part=part).assign(part=part))
+    return {"runs": pd.concat(frames, ignore_index=True)[["seed", "arm", "part", "distortion", "precision_at_1"]]}
 
 
-def _arms(parameters: Mapping[str, Any], layers: Layers) -> dict[str, Arm]:
-    """The control and each cell of the grid, by name."""
-    common: dict[str, Any] = {name: parameters[name] for name in ("steps", "learning_rate")} | {"layers": layers}
-    grid = {
-        f"{alpha:g} {sigma:g}": Arm("stability", alpha=alpha, sigma=sigma, **common)
-        for alpha in parameters["alphas"]
-        for sigma in parameters["sigmas"]
+def _cell(alpha: float, sigma: float) -> str:
+    return f"{alpha:g} {sigma:g}" if alpha else CONTROL
+
+
+def _last(
+    trained: training.Trained, images: Dataset, seed: int, device: torch.device, setting: dict[str, Any]
+) -> pd.DataFrame:
+    """One row per cell, part and distortion: arm, part, distortion, precision_at_1."""
+    model, count = trained.model, setting["images"] or None
+    parts = {"valid": images.valid.sample(count), "test": images.test.sample(count)}
+    versions = [ORIGINAL, *setting["versions"]]
+    seen = {
+        (part, version): last_layer.features(model, distortions.apply(version, split.images), device=device)
+        for part, split in parts.items()
+        for version in versions
     }
-    return {comparison.CONTROL: Arm("control", **common), **grid}
-
-
-def _grid(runs: pd.DataFrame) -> pd.DataFrame:
-    parts = runs.assign(part=(runs["distortion"] == ORIGINAL).map({True: "clean", False: "distorted"}))
-    wide = parts.groupby(["seed", "arm", "part"])["precision_at_1"].mean().unstack("part").reset_index()
-    control = wide[wide["arm"] == comparison.CONTROL].set_index("seed")
-    table = wide[wide["arm"] != comparison.CONTROL].copy()
-    for part in ("clean", "distorted"):
-        table[f"{part}_gain"] = table[part] - table["seed"].map(control[part])
-    table[["alpha", "sigma"]] = [[float(number) for number in str(arm).split()] for arm in table["arm"]]
-    return (
-        table.drop(columns="arm").sort_values(["seed", "alpha", "sigma"], ignore_index=True).rename_axis(columns=None)
-    )
-
-
-def best(table: pd.DataFrame, *, margin: float = 0.01) -> pd.DataFrame:
-    """For each choice of layers the cell chosen on validation images.
-
-    The largest distorted accuracy among the cells whose clean accuracy is at most `margin` below the control's, means
-    over seeds; among all cells where there is none.
-    """
+    train, start = images.train.sample(setting["features"], seed=seed), last_layer.layer(model)
     rows = []
-    columns = ["clean", "distorted", "clean_gain", "distorted_gain"]
-    for layers, group in table.groupby("layers", sort=False):
-        cells = group.groupby(["alpha", "sigma"])[columns].mean().reset_index()
-        kept = cells[cells["clean_gain"] >= -margin]
-        chosen = (kept if len(kept) else cells).sort_values("distorted", ascending=False).iloc[0]
-        rows.append({"layers": layers, **chosen.to_dict(), "seeds": group["seed"].nunique()})
-    return pd.DataFrame(rows)
+    for place, sigma in enumerate(setting["sigmas"]):
+        noise = training.mixed_seed(seed, 60_000)  # up to its scale the same for every sigma
+        copies = last_layer.with_noisy_copies(
+            model, train.images, sigma=sigma, copies=_COPIES, seed=noise, device=device
+        )
+        # The control does not see the noise: it is one and the same for every sigma.
+        for alpha in [*([] if place else [0.0]), *setting["grid"]]:
+            tuned = [
+                last_layer.tune(start, copies, train.labels, alpha=alpha, steps=setting["head_steps"], seed=(seed, r))
+                for r in range(setting["repeats"])
+            ]
+            for (part, version), features in seen.items():
+                with torch.no_grad():
+                    right = [(layer(features).argmax(1) == parts[part].labels).double().mean() for layer in tuned]
+                rows.append((f"last {_cell(alpha, sigma)}", part, version, float(torch.stack(right).mean())))
+    return pd.DataFrame(rows, columns=["arm", "part", "distortion", "precision_at_1"])
 
 
-def claims(best: pd.DataFrame) -> dict[str, bool | float]:
-    """The chosen cell of each choice of layers with its gains, and whether tuning all layers gains more."""
-    found: dict[str, bool | float] = {}
-    for cell in best.to_dict("records"):
-        columns = ("alpha", "sigma", "clean_gain", "distorted_gain")
-        found |= {f"{cell['layers']}_{name}": float(cell[name]) for name in columns}
-    more = found["all_distorted_gain"] - found["last_distorted_gain"]
-    return found | {"all_layers_gain_more_than_last": more > 1e-9}  # equal counts may differ by a rounding error
+def gains(runs: pd.DataFrame) -> pd.DataFrame:
+    """Gain of every cell over the control of the same layers and seed, and its alpha and sigma.
+
+    Returns:
+        One row per seed, arm and part: layers, alpha, sigma, clean (gain on originals), distorted (mean gain over the
+        distortions).
+    """
+    kind = np.where(runs["distortion"] == ORIGINAL, "clean", "distorted")
+    wide = runs.assign(kind=kind).pivot_table(index=["seed", "part", "arm"], columns="kind", values="precision_at_1")
+    table = wide.reset_index().rename_axis(columns=None)
+    table[["layers", "cell"]] = table["arm"].str.split(" ", n=1, expand=True)
+    where = ["seed", "part", "layers"]
+    control = table[table["cell"] == CONTROL].set_index(where)[["clean", "distorted"]]
+    table = table[table["cell"] != CONTROL].join(control, on=where, rsuffix="_control")
+    for column in ("clean", "distorted"):
+        table[column] -= table.pop(f"{column}_control")
+    table[["alpha", "sigma"]] = table.pop("cell").str.split(" ", expand=True).astype(float)
+    return table.reset_index(drop=True)
+
+
+def best(gained: pd.DataFrame, *, margin: float = 0.01) -> dict[str, str]:
+    """The cell chosen on validation images for each choice of layers, by the name of its arm.
+
+    The largest distorted gain among the cells that cost at most `margin` of clean accuracy, means over seeds; among all
+    cells where there is none.
+    """
+    chosen = {}
+    for layers, group in gained[gained["part"] == "valid"].groupby("layers"):
+        means = group.groupby("arm")[["clean", "distorted"]].mean()
+        kept = means[means["clean"] >= -margin]
+        chosen[str(layers)] = str((kept if len(kept) else means)["distorted"].idxmax())
+    return chosen
+
+
+def claims(gained: pd.DataFrame) -> dict[str, Estimate]:
+    """Gains on test images of the cells chosen on validation images, means over seeds.
+
+    * LAYERS_clean_gain, LAYERS_distorted_gain: of the chosen cell of each choice of layers; of_paper_* for the paper's
+      alpha = .01 and sigma = .04 with the last layer free.
+    * all_layers_gain_more_than_last: distorted gain of the chosen cell with all layers free less that with the last.
+    """
+    test = gained[gained["part"] == "test"]
+    chosen = best(gained)
+
+    def of(arm: str, column: str) -> pd.Series:
+        return test[test["arm"] == arm].set_index("seed")[column]
+
+    found = {
+        f"{name}_{column}_gain": over_seeds(of(arm, column), arm)
+        for name, arm in {**chosen, "of_paper": PAPER}.items()
+        for column in ("clean", "distorted")
+    }
+    more = of(chosen["all"], "distorted") - of(chosen["last"], "distorted")
+    return found | {"all_layers_gain_more_than_last": over_seeds(more)}
 
 
 _DIVERGING = "PuOr"
 
 
-def draw(table: pd.DataFrame, best: pd.DataFrame) -> Figure:
-    """Heat maps over the grid: gain in clean and in distorted validation accuracy, all layers and the last one.
+def draw(runs: pd.DataFrame) -> Figure:
+    """The grid of the last layer on validation images, and the chosen cells of both on test images.
 
-    A square marks the cell chosen on these validation images.
+    A square marks the chosen cell, a circle the paper's.
     """
-    figure = Figure(figsize=(style.WIDTH, 5.6))
-    grid = figure.subplots(2, 2)
-    largest = 100 * float(np.abs(table[["clean_gain", "distorted_gain"]].to_numpy()).max())
+    gained = gains(runs)
+    chosen = best(gained)
+    figure = Figure(figsize=(style.WIDTH, 5.8))
+    halves = figure.add_gridspec(2, 1)
+    above, below = (figure.add_subfigure(halves[place]) for place in range(2))
+    last = gained[(gained["layers"] == "last") & (gained["part"] == "valid")]
+    largest = 100 * max(float(last.groupby("arm")[c].mean().abs().max()) for c in ("clean", "distorted"))
     norm = TwoSlopeNorm(0, -max(largest, 1e-6), max(largest, 1e-6))
-    for row, layers in zip(grid, table["layers"].unique(), strict=True):
-        group = table[table["layers"] == layers]
-        for axes, part in zip(row, ("clean", "distorted"), strict=True):
-            cells = 100 * group.pivot_table(index="alpha", columns="sigma", values=f"{part}_gain")
-            image = axes.imshow(cells, cmap=_DIVERGING, norm=norm, origin="lower", aspect="auto")
-            for (i, j), value in np.ndenumerate(cells.to_numpy()):
-                tint = "white" if abs(value) > 0.6 * largest else "black"
-                axes.text(j, i, f"{value:+.1f}", ha="center", va="center", fontsize=7, color=tint)
-            chosen = best[best["layers"] == layers].iloc[0]
-            where = list(cells.columns).index(chosen["sigma"]), list(cells.index).index(chosen["alpha"])
-            axes.plot(*where, "s", markersize=26, markerfacecolor="none", markeredgecolor="black")
-            axes.set_xticks(range(len(cells.columns)), [f"{v:g}" for v in cells.columns])
-            axes.set_yticks(range(len(cells.index)), [f"{v:g}" for v in cells.index])
-            axes.set_xlabel(r"$\sigma$ (pixels in [0, 1])")
-            axes.set_ylabel(r"$\alpha$")
-            axes.set_title(f"{part} accuracy, {'all layers' if layers == 'all' else 'last layer'}")
-    figure.colorbar(image, ax=list(grid.flat), label="gain over control (pp, validation)")
-    seeds = table["seed"].nunique()
-    figure.suptitle("no interval: one network (n = 1 seed)" if seeds == 1 else f"mean of {seeds} seeds", fontsize=9)
+    panels = above.subplots(1, 2, sharey=True)
+    for axes, part in zip(panels, ("clean", "distorted"), strict=True):
+        cells = 100 * last.pivot_table(index="alpha", columns="sigma", values=part)
+        image = axes.imshow(cells, cmap=_DIVERGING, norm=norm, origin="lower", aspect="auto")
+        for (i, j), value in np.ndenumerate(cells.to_numpy()):
+            tint = "white" if abs(value) > 0.6 * largest else "black"
+            axes.text(j, i, f"{value:+.2f}", ha="center", va="center", fontsize=7, color=tint)
+        for arm, marker in ((chosen["last"], "s"), (PAPER, "o")):
+            alpha, sigma = (float(number) for number in arm.split()[1:])
+            if alpha in cells.index and sigma in cells.columns:
+                where = cells.columns.get_loc(sigma), cells.index.get_loc(alpha)
+                axes.plot(*where, marker, markersize=24, markerfacecolor="none", markeredgecolor="black")
+        axes.set_xticks(range(len(cells.columns)), [f"{v:g}" for v in cells.columns])
+        axes.set_yticks(range(len(cells.index)), [f"{v:g}" for v in cells.index])
+        axes.set_xlabel(r"$\sigma$ (pixels in [0, 1])")
+        axes.set_title(f"last layer alone: {'originals' if part == 'clean' else 'mean over distortions'}", fontsize=9)
+    panels[0].set_ylabel(r"$\alpha$")
+    above.colorbar(image, ax=list(panels), label="gain, validation (pp)")
+    _draw_chosen(below, runs, {**chosen, "paper": PAPER})
     return figure
+
+
+def _draw_chosen(figure: Any, runs: pd.DataFrame, chosen: Mapping[str, str]) -> None:
+    axes = figure.subplots()
+    test = runs[runs["part"] == "test"]
+    versions = list(test["distortion"].unique())
+    looks = {
+        "paper": ("last layer, paper's", "#999999"),
+        "last": ("last layer, chosen", style.STABILITY[0]),
+        "all": ("all layers, chosen", style.STABILITY[1]),
+    }
+    for place, (name, (text, colour)) in enumerate(looks.items()):
+        arm = chosen[name]
+        wide = test.pivot(index=["distortion", "seed"], columns="arm", values="precision_at_1")
+        gain = 100 * (wide[arm] - wide[f"{arm.split()[0]} {CONTROL}"]).unstack("seed").loc[versions]
+        found = [over_seeds(row / 100) for row in gain.to_numpy()]
+        value = np.array([100 * e.value for e in found])
+        ends = np.array([[100 * (e.value - e.low), 100 * (e.high - e.value)] for e in found]).T
+        x = np.arange(len(versions)) + 0.2 * (place - 1)
+        alpha, sigma = arm.split()[1:]
+        label = rf"{text}: $\alpha$ = {alpha}, $\sigma$ = {sigma}"
+        axes.errorbar(x, value, ends, fmt="o", color=colour, capsize=2, markersize=4, label=label)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(versions)), versions)
+    axes.set_ylabel("gain, test (pp)")
+    axes.set_title(f"paired gain over the control, {test['seed'].nunique()} networks, 95% interval", fontsize=9)
+    axes.legend(fontsize=7)

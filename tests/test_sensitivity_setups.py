@@ -172,7 +172,9 @@ def test_intervention_favours_what_moves_the_output(digits: data.Split) -> None:
     rows = table[(table["target"] == "entries") & (table["change"] == "farther")].set_index("ranking")
     assert rows.loc["saliency", "drop"] == rows.loc["trace", "drop"] > rows.loc["random", "drop"]
     assert (table["images"] == 6).all() and rows.loc["random", "beyond_random"] == 0
-    assert len(fig_vulnerable_areas.draw_intervention(table).axes) == 2
+    assert len(fig_vulnerable_areas.draw_intervention(table).axes) == 3
+    step = table[(table["target"] == "entries") & (table["change"] == "step 32")].set_index("ranking")
+    assert step.loc["saliency", "drop"] > max(0, step.loc["random", "drop"])  # 32 levels downhill
     flat = pd.DataFrame({"size": [1, 3], "spread": [np.nan, 1e-9]})
     claims = fig_vulnerable_areas.claims(table, flat)
     (found,) = claims["fi_finds_vulnerable_pixels"]

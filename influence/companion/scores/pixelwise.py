@@ -14,6 +14,7 @@ from ..zoo import training
 from .imagewise import chunks, table
 
 SIZES = (1, 3, 5, 7)
+STEPS = (8, 32)  # grey levels
 _CHUNK = 8
 
 
@@ -39,13 +40,14 @@ def intervene(
     for rows, x, _ in chunks(split, _CHUNK, device, "intervention"):
         ranked, gradient, log_p = rankings(model, x, epsilon=epsilon, generator=generator)
         farther = torch.where(x < 127.5, 255.0, 0.0)
-        towards = torch.where(gradient > 0, 0.0, 255.0)  # the gradient of log P: against it, P falls
+        downhill = -gradient.sign()  # the gradient is that of log P
+        changes = {"farther": farther} | {f"step {step}": (x + step * downhill).clamp(0, 255) for step in STEPS}
         before, predicted = log_p.exp().max(1)
         for name, score in ranked.items():
             masks = {("entries", count): _top_entries(score, count) for count in counts}
             masks["patch", patch * patch] = _top_patch(score, patch)
             for (target, count), mask in masks.items():
-                for change, value in (("farther", farther), ("towards", towards)):
+                for change, value in changes.items():
                     with torch.no_grad():
                         p = model(torch.where(mask, value, x)).double().softmax(1)
                     after = p.gather(1, predicted[:, None])[:, 0]

@@ -190,9 +190,10 @@ def intervention(
 ) -> pd.DataFrame:
     """Change the entries that each ranking puts first, and see how far P of the predicted class moves.
 
-    Every chosen entry (a pixel in one channel) goes to the farther end of 0..255, in the same way for every ranking;
-    "towards" moves it to the end that the gradient's sign says lowers P. Rankings of patches use the mean over the
-    patch, except for exact FI of the patch itself (flat at rank K - 1, so that its first place says nothing).
+    Every chosen entry (a pixel in one channel) goes to the farther end of 0..255 ("farther"), in the same way for every
+    ranking, or by 8 or 32 grey levels against the sign of its gradient of log P ("step 8", "step 32"), clipped to
+    0..255. Rankings of patches use the mean over the patch, except for exact FI of the patch itself (flat at rank
+    K - 1, so that its first place says nothing).
 
     Args:
         run: the artifact.
@@ -206,7 +207,7 @@ def intervention(
 
     Returns:
         One row per image (with data set, model and seed), ranking, target ("entries" or "patch"), count and change
-        ("farther", "towards"): image, p_before, p_after, drop (p_before - p_after), flipped.
+        ("farther", "step 8", "step 32"): image, p_before, p_after, drop (p_before - p_after), flipped.
     """
     trained = classifier(run, dataset_name, model, seed=seed)
     split = dataset(run, dataset_name).test.sample(images, seed=seed)
@@ -241,10 +242,11 @@ def intervention_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def claims(table: pd.DataFrame, flat: pd.DataFrame) -> dict[str, bool | list[Estimate]]:
-    """Setup 4 by rules fixed before the run, on single entries moved to their farther end.
+    """Setup 4 by rules fixed before the run, on single entries moved to their farther end unless said otherwise.
 
     * fi_finds_vulnerable_pixels (the paper's claim): the fall of P under released FI beyond that under random entries,
       the mean over seeds, for every network and number of entries.
+    * fi_finds_where_to_step: the same for a step of 32 grey levels against the sign of the gradient.
     * saliency_finds_more_than_fi: for every network and number of entries, the interval of exact FI's fall beyond that
       under gradient saliency lies below 0.
     * patches_of_full_rank_are_flat: exact FI of the patches of rank K - 1 of one image differs by at most 1e-6.
@@ -252,14 +254,15 @@ def claims(table: pd.DataFrame, flat: pd.DataFrame) -> dict[str, bool | list[Est
     large = flat[(flat["size"] >= 3) & flat["spread"].notna()]
     return {
         "fi_finds_vulnerable_pixels": _beyond(table, "released", "random"),
+        "fi_finds_where_to_step": _beyond(table, "released", "random", change="step 32"),
         "saliency_finds_more_than_fi": all(e.high < 0 for e in _beyond(table, "exact", "saliency")),
         "patches_of_full_rank_are_flat": bool(len(large) > 0 and (large["spread"] <= 1e-6).all()),
     }
 
 
-def _beyond(table: pd.DataFrame, ranking: str, other: str) -> list[Estimate]:
+def _beyond(table: pd.DataFrame, ranking: str, other: str, *, change: str = "farther") -> list[Estimate]:
     """The fall of P under one ranking beyond that under another, for each network and number of entries."""
-    entries = table[(table["target"] == "entries") & (table["change"] == "farther") & (table["ranking"] == ranking)]
+    entries = table[(table["target"] == "entries") & (table["change"] == change) & (table["ranking"] == ranking)]
     column = f"beyond_{other}"
     return [
         over_seeds(
@@ -339,33 +342,29 @@ def _picture(axes: Axes, pixels: np.ndarray, title: str) -> None:
 
 
 def draw_intervention(table: pd.DataFrame) -> Figure:
-    """Fall of P and flips when each ranking's first entries go to their farther end, 95% intervals; first seed."""
-    chosen = table[(table["change"] == "farther") & (table["seed"] == table["seed"].min())]
-    groups = list(chosen.groupby(["dataset", "model"], sort=False))
-    figure = Figure(figsize=(style.WIDTH * 1.15, 2.3 * len(groups)))
-    grid = figure.subplots(len(groups), 2, squeeze=False)
+    """Fall of P when each ranking's first entries are changed in each way, with 95% intervals; first seed."""
+    first = table[table["seed"] == table["seed"].min()]
+    groups = list(first.groupby(["dataset", "model"], sort=False))
+    changes = list(first["change"].unique())
+    figure = Figure(figsize=(style.WIDTH * 1.25, 0.5 + 2.0 * len(groups)))
+    grid = figure.subplots(len(groups), len(changes), squeeze=False, sharey="row")
     for row, ((name, model), group) in zip(grid, groups, strict=True):
         targets = group[["target", "count"]].drop_duplicates().to_numpy().tolist()
-        for axes, measure in zip(row, ("drop", "flips"), strict=True):
-            rankings = list(group["ranking"].unique())
+        rankings = list(group["ranking"].unique())
+        for axes, change in zip(row, changes, strict=True):
             for place, ranking in enumerate(rankings):
-                part = group[group["ranking"] == ranking]
+                part = group[(group["ranking"] == ranking) & (group["change"] == change)]
                 x = np.arange(len(targets)) + 0.13 * (place - (len(rankings) - 1) / 2)
-                bars = [part[measure] - part[f"{measure}_low"], part[f"{measure}_high"] - part[measure]]
-                axes.errorbar(
-                    x,
-                    part[measure],
-                    yerr=bars,
-                    fmt="o",
-                    markersize=4,
-                    color=_colour(ranking),
-                    label=style.name(ranking),
-                )
-            axes.set_xticks(range(len(targets)), [_target(*target) for target in targets])
+                bars = [part["drop"] - part["drop_low"], part["drop_high"] - part["drop"]]
+                look = {"fmt": "o", "markersize": 3, "elinewidth": 1, "color": _colour(ranking)}
+                axes.errorbar(x, part["drop"], yerr=bars, label=style.name(ranking), **look)
+            axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+            axes.set_xticks(range(len(targets)), [_target(*target) for target in targets], fontsize=7, rotation=20)
         row[0].set_ylabel(f"{style.name(name)}\n{style.name(model)}\nfall of P")
-        row[1].set_ylabel("share of flips")
-        row[0].set_title(f"{group['images'].iloc[0]} test images, 95% intervals", fontsize=8)
-    grid[0, 1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for axes, change in zip(grid[0], changes, strict=True):
+        axes.set_title("to the farther end" if change == "farther" else f"{change} against the gradient", fontsize=8)
+    figure.suptitle(f"{first['images'].iloc[0]} test images of each data set, 95% intervals", fontsize=9)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7)
     return figure
 
 

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def begun(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> Run:
     workspace.notebook(STEM)
-    started = results.start(STEM, profile="smoke", seeds=[3], scale=2.0, limit=None)
+    started = results.start(STEM, dict(profile="smoke", seeds=[3], scale=2.0, limit=None))
     assert capsys.readouterr().out == f"profile smoke, device {started.device.type}\n"
     return started
 
@@ -129,14 +129,12 @@ def test_what_cannot_be_written_is_refused(begun: Run, workspace: Workspace, tab
 def test_start_wants_every_parameter(workspace: Workspace) -> None:
     workspace.notebook(STEM)
     with pytest.raises(NotebookError, match="missing: limit, scale"):
-        results.start(STEM, profile="smoke", seeds=[3])
-    with pytest.raises(NotebookError, match="unknown parameter 'width'"):
-        results.start(STEM, profile="smoke", seeds=[3], scale=2.0, limit=None, width=1)
+        results.start(STEM, dict(profile="smoke", seeds=[3]))
     with pytest.raises(NotebookError, match="no such notebook"):
-        results.start("sensitivity/other", profile="smoke")
+        results.start("sensitivity/other", dict(profile="smoke"))
     for name in ("reference", "../smoke", ""):
         with pytest.raises(ValueError, match="profile"):
-            results.start(STEM, profile=name, seeds=[3], scale=2.0, limit=None)
+            results.start(STEM, dict(profile=name, seeds=[3], scale=2.0, limit=None))
 
 
 def test_check_finds_what_nobody_owns(begun: Run, workspace: Workspace, table: pd.DataFrame) -> None:
@@ -251,7 +249,7 @@ def test_verdict(outcomes: list[str | None], expected: str) -> None:
 
 def test_verdict_of_a_run(workspace: Workspace, table: pd.DataFrame, capsys: pytest.CaptureFixture[str]) -> None:
     workspace.notebook(STEM)
-    begun = results.start(STEM, profile="cpu", seeds=[3], scale=2.0, limit=None)
+    begun = results.start(STEM, dict(profile="cpu", seeds=[3], scale=2.0, limit=None))
     workspace.reference(
         f"{STEM},auc,value,0.9,0.05,printed,table 1",
         f"{STEM},wins,claim,,,stated,abstract",

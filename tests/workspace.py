@@ -30,15 +30,13 @@ class Workspace:
         self.results = root / "results"
 
     def notebook(self, stem: str, *, body: str = BODY, parameters: str = PARAMETERS, save: str = SAVE) -> Path:
-        """Write a notebook that passes all of its parameters to companion.start()."""
-        names = [line.partition(":")[0].strip() for line in parameters.splitlines()]
-        passed = ", ".join(f"{name}={name}" for name in names)
+        """Write a notebook."""
         code = nbformat.v4.new_code_cell
         cells = [
             nbformat.v4.new_markdown_cell(f"# Title of {stem}"),
             code("import matplotlib.pyplot as plt\nimport pandas as pd\n\nfrom influence import companion"),
             code(parameters, metadata={"tags": ["parameters"]}),
-            code(f'run = companion.start("{stem}", {passed})'),
+            code(f'run = companion.start("{stem}", globals())'),
             code(body),
             code(save),
         ]

@@ -255,27 +255,22 @@ def published(stem: str, profile: str) -> tuple[Path, dict[str, Any] | None]:
     return manifest.folder(profile), None
 
 
-def start(
-    stem: str, namespace: Mapping[str, Any] | None = None, *, profile: str | None = None, **parameters: Any
-) -> Run:
+def start(stem: str, namespace: Mapping[str, Any]) -> Run:
     """Begin an artifact: deterministic arithmetic, device, and a few lines that name them and what is published.
 
     Args:
         stem: path of the notebook below `notebooks/`, without suffix.
-        namespace: `globals()` of the notebook, which hold its parameters; a parameter that is None is the profile's.
-        profile: name of the profile, where no namespace is given; results go to `results/PROFILE/`.
-        **parameters: every other parameter, where no namespace is given.
+        namespace: `globals()` of the notebook, which hold its parameters; one that is None is the profile's. Results
+            go to `results/PROFILE/`.
 
     Raises:
-        NotebookError: no such notebook, or parameters other than those of its `parameters` cell.
+        NotebookError: no such notebook, or one of its parameters is missing or of a wrong type.
         ValueError: the profile's name cannot name a folder.
     """
     notebook = discover().get(stem)
     if notebook is None:
         raise NotebookError(f"{stem}: no such notebook")
-    given = {**parameters, **({} if profile is None else {"profile": profile})}
-    if namespace is not None:
-        given = {name: namespace[name] for name in notebook.parameters if name in namespace}
+    given = {name: namespace[name] for name in notebook.parameters if name in namespace}
     if missing := set(notebook.parameters) - set(given):
         raise NotebookError(f"{stem}: companion.start() needs every parameter; missing: {', '.join(sorted(missing))}")
     profile = str(given.pop("profile"))

@@ -220,7 +220,7 @@ def draw_by_class(whole: pd.DataFrame) -> Figure:
     """Manhattan plots by class for all parameters: released FI in full, zoomed, and exact FI; first seed."""
     whole = whole[whole["seed"] == whole["seed"].min()]
     groups = list(whole.groupby(["dataset", "model"], sort=False))
-    figure = Figure(figsize=(style.WIDTH * 1.2, 2.1 * len(groups)))
+    figure = Figure(figsize=(style.WIDTH, 1.8 * len(groups)))
     for row, ((name, model), group) in zip(figure.subplots(len(groups), 3, squeeze=False), groups, strict=True):
         for axes, column in zip(row, ("released", "released", "exact"), strict=True):
             manhattan(axes, group["position"], group[column], group["label"])
@@ -239,7 +239,7 @@ def draw_by_layer(released: pd.DataFrame) -> Figure:
     """The paper's figure: every image in each layer's column, in full and zoomed, blocks on the axis; first seed."""
     first = released[released["seed"] == released["seed"].min()]
     groups = list(first.groupby(["dataset", "model"], sort=False))
-    figure = Figure(figsize=(style.WIDTH * 1.2, 3.4 * len(groups)))
+    figure = Figure(figsize=(style.WIDTH, 2.6 * len(groups)))
     grid = figure.subplots(2 * len(groups), 1, squeeze=False)[:, 0]
     for row, ((name, model), group) in enumerate(groups):
         zoom = float(np.quantile(group["released"], 0.9)) or float(group["released"].max())
@@ -266,7 +266,7 @@ def draw_per_layer(table: pd.DataFrame) -> Figure:
     """What does differ between layers: trace, effective rank; where released FI departs from exact FI; first seed."""
     layers = table[(table["number"] > 0) & (table["seed"] == table["seed"].min())]
     groups = list(layers.groupby(["dataset", "model"], sort=False))
-    figure = Figure(figsize=(style.WIDTH * 1.2, 4.6 * len(groups)))
+    figure = Figure(figsize=(style.WIDTH * 1.1, 3.6 * len(groups)))
     grid = figure.subplots(3 * len(groups), 1, squeeze=False)[:, 0]
     for row, ((name, model), group) in enumerate(groups):
         trace, rank, departs = grid[3 * row : 3 * row + 3]

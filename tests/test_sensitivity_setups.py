@@ -15,6 +15,7 @@ from torch import nn
 
 import influence
 from influence.companion import style
+from influence.companion.artifacts import common
 from influence.companion.artifacts.common import Subject, bound
 from influence.companion.artifacts.sensitivity import (
     fig_layers,
@@ -301,3 +302,18 @@ def test_notebooks_show_figures_as_small_pictures() -> None:
     figure = Figure()
     figure.subplots().plot([0, 1])
     assert style.small_png(figure).startswith(b"\x89PNG")
+
+
+def test_networks_of_others_come_once_beside_those_of_every_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    monkeypatch.setattr(common.pretrained, "NAMES", ("theirs-digits",))
+    monkeypatch.setattr(common.pretrained, "load", lambda name, folder, device: (model, f"sha256 of {name}"))
+    monkeypatch.setattr(common.training, "fit", lambda recipe, whole, device: SimpleNamespace(seed=recipe.seed))
+    inputs: dict[str, str] = {}
+    run = SimpleNamespace(
+        parameters={"datasets": ["digits"], "models": ["resnet50", "theirs"], "seeds": [0, 1]},
+        profile="smoke", stem="", device=torch.device("cpu"), add_input=inputs.setdefault,
+    )  # fmt: skip
+    found = list(common.networks(run))  # type: ignore[arg-type]
+    assert [(s.model, s.seed) for s in found] == [("resnet50", 0), ("resnet50", 1), ("theirs", 0)]
+    assert found[2].trained.model is model and found[2].trained.key == inputs["theirs-digits"]

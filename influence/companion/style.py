@@ -65,6 +65,7 @@ NAMES = {
     "resnet20": "ResNet-20 (He)",
     "resnet56": "ResNet-56 (He)",
     "noisy-resnet20": "ResNet-20, trained on such labels",
+    "group-resnet32": "ResNet-32 (the group's)",
     "group-resnet32-cifar10": "ResNet-32 (the group's)",
     "group-resnet32-mnist": "ResNet-32 (the group's)",
     "densenet-bc-40-12": "DenseNet-BC-40-12",

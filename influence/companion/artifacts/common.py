@@ -29,7 +29,14 @@ def dataset(run: Run, name: str) -> data.Dataset:
 
 
 def classifier(run: Run, dataset_name: str, model: str, *, seed: int) -> training.Trained:
-    """The network that the run's profile trains on a data set, shared by all notebooks through the checkpoint cache."""
+    """The network that the run's profile trains on a data set, shared by all notebooks through the checkpoint cache.
+
+    A model such as "group-resnet32" is the network that others trained on this data set, whatever the seed.
+    """
+    if (others := f"{model}-{dataset_name}") in pretrained.NAMES:
+        network, digest = pretrained.load(others, paths.data_dir(), device=run.device)
+        run.add_input(others, digest)
+        return training.Trained(network, digest, [], 0.0)
     return training.fit(
         recipes.recipe(run.profile, dataset_name, model, seed=seed), dataset(run, dataset_name), device=run.device
     )
@@ -42,7 +49,7 @@ class Subject:
     Attributes:
         trained: the network.
         dataset: what it was trained and tested on.
-        model: a name of `models.NAMES`.
+        model: a name of `models.NAMES`, or that of a network that others trained without its data set.
         seed: of its training.
     """
 
@@ -63,9 +70,14 @@ class Subject:
 
 
 def networks(run: Run) -> Iterator[Subject]:
-    """Every network of the parameters `datasets`, `models` and `seeds` of a run, one after the other."""
+    """Every network of the parameters `datasets`, `models` and `seeds` of a run, one after the other.
+
+    A network that others trained comes once, with the first seed.
+    """
     chosen = run.parameters
-    everything = list(itertools.product(chosen["datasets"], chosen["models"], chosen["seeds"]))
+    product = itertools.product(chosen["datasets"], chosen["models"], chosen["seeds"])
+    first = chosen["seeds"][:1]
+    everything = [(d, m, s) for d, m, s in product if f"{m}-{d}" not in pretrained.NAMES or s in first]
     for name, model, seed in progress_bar(everything, desc=run.stem, unit="network", leave=False):
         yield Subject(classifier(run, name, model, seed=seed), dataset(run, name), model, seed)
 

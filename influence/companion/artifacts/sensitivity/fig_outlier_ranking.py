@@ -182,7 +182,7 @@ def draw(scores: pd.DataFrame) -> Figure:
     """Manhattan plots of released FI (full, zoomed) and exact FI, and both against their ceiling; first seed."""
     scores = scores[scores["seed"] == scores["seed"].min()]
     groups = list(scores.groupby(["dataset", "model"], sort=False))
-    figure = Figure(figsize=(style.WIDTH * 1.4, 2.3 * len(groups)))
+    figure = Figure(figsize=(style.WIDTH * 1.25, 1.8 * len(groups)))
     grid = figure.subplots(len(groups), 4, squeeze=False)
     for (left, zoomed, middle, right), ((name, model), group) in zip(grid, groups, strict=True):
         for axes in (left, zoomed):
@@ -232,7 +232,7 @@ def draw_images(images: pd.DataFrame) -> Figure:
     images = images[images["seed"] == images["seed"].min()]
     groups = list(images.groupby(["dataset", "model", "estimator"], sort=False))
     count = int(images["place"].max())
-    figure = Figure(figsize=(style.WIDTH, 1.62 * len(groups)))
+    figure = Figure(figsize=(style.WIDTH, 1.4 * len(groups)))
     grid = figure.subplots(len(groups), count, squeeze=False)
     for row, ((name, model, estimator), group) in zip(grid, groups, strict=True):
         for axes, (_, image) in zip(row, group.iterrows(), strict=True):

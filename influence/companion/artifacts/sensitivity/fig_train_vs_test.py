@@ -52,7 +52,7 @@ def draw(scores: pd.DataFrame) -> Figure:
     """The paper's figure: paired Manhattan plots of released FI on one range, training left, test right; first seed."""
     scores = scores[scores["seed"] == scores["seed"].min()]
     groups = list(scores.groupby(["dataset", "model"], sort=False))
-    figure = Figure(figsize=(style.WIDTH, 2.1 * len(groups)))
+    figure = Figure(figsize=(style.WIDTH, 1.8 * len(groups)))
     grid = figure.subplots(len(groups), 2, squeeze=False, sharey="row")
     for row, ((name, model), group) in zip(grid, groups, strict=True):
         for axes, part in zip(row, ("train", "test"), strict=True):
@@ -82,7 +82,7 @@ def draw_effects(gaps: pd.DataFrame) -> Figure:
     axes.axvline(0.5, color="0.6", linewidth=0.8)
     axes.set_yticks(range(len(networks)), [f"{style.name(d)} {style.name(m)}" for d, m in networks])
     axes.invert_yaxis()
-    of = f"{seeds} networks" if seeds > 1 else f"{images} images of each part; one network"
+    of = f"{seeds} networks (images where there is one)" if seeds > 1 else f"{images} images of each part; one network"
     axes.set_xlabel(f"P(test image > training image), 95% interval over {of}")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..ledger import manifest, paths
-from ..ledger.notebook import NotebookError
+from ..ledger.notebook import NotebookError, discover
 from . import listing, run
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ Sensitivity (Shu & Zhu 2019) and stability (Zheng et al. 2016) of classifiers.
 
   influence run                       regenerate the artifacts of the papers (what run_all.sh calls)
   influence list                      name them
-  influence check                     is every results file owned by a notebook?
+  influence check                     are the published results what their ledger says, and what the code computes?
   influence zoo                       the trained networks: recipes, accuracies, gates; `zoo train`, `zoo check`
   influence score --model M --data D  influence of every example of your own data on your own model
   influence report                    all artifacts as one static site
@@ -71,6 +72,18 @@ examples:
   influence run                                             the smoke profile: minutes, no download, no GPU
   influence run --only sensitivity/fig_outlier_ranking
   influence run --profile cpu --data ~/data                 MNIST and CIFAR-10 in torchvision's layout
+"""
+_CHECK = """\
+Is every file in results/ owned by a notebook, and as its ledger says? Which tables were computed by other code than
+today's is named as well, which is no fault. With --recompute, N random examples of every published table that has rows
+of single examples are computed anew, on the published networks and the data sets in INFLUENCE_DATA, and compared, each
+value within what rounding can do. Exit status: 1 where a file or a value is not what it should be.
+"""
+_CHECK_EXAMPLES = """\
+examples:
+  influence check
+  influence check --recompute 20
+  influence check --recompute 100 --only sensitivity/fig_label_noise --seed 7
 """
 _ZOO = """\
 The trained networks that the artifacts rest on, in results/zoo: weights, histories and a ledger. `list` shows recipe,
@@ -119,8 +132,22 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
+    from . import audit
+
     problems = listing.problems()
     print("\n".join(problems) or "results: every file is owned by a notebook and as its ledger says")
+    for profile in listing.profiles():
+        if profile != run.SMOKE:  # is computed anew at every run
+            print("\n".join(audit.changed(profile)) or f"{profile}: every table was computed by today's code")
+    if options.recompute:
+        known = set(discover())
+        if unknown := [stem for stem in options.only if stem not in known]:
+            raise run.UsageError(f"unknown notebook {unknown[0]!r}: `list` names them all")
+        seed = secrets.randbelow(2**31) if options.seed is None else options.seed
+        print(f"profile {options.profile}: {options.recompute} examples of each table computed anew, --seed {seed}")
+        for line, wrong in audit.audit(options.profile, options.recompute, seed=seed, only=options.only):
+            print(line, flush=True)
+            problems += [line] if wrong else []
     return 1 if problems else 0
 
 
@@ -287,7 +314,7 @@ def _parser() -> _Parser:
     listed = commands.add_parser("list", help="name every notebook")
     listed.add_argument("--markdown", action="store_true", help="as the README's table")
     listed.add_argument("--claims", action="store_true", help="what each claim came to in the committed results")
-    commands.add_parser("check", help="is every results file owned by a notebook, and as its ledger says?")
+    _add_check(commands)
     _add_score(commands)
     texts: dict[str, Any] = {"description": _ZOO, "epilog": _ZOO_EXAMPLES, "formatter_class": _PLAIN}
     zoo = commands.add_parser("zoo", help="the trained networks", **texts)
@@ -317,6 +344,15 @@ def _add_run(commands: Any) -> None:
 
 def _add_score(commands: Any) -> None:
     texts: dict[str, Any] = {"description": _SCORE, "epilog": _SCORE_EXAMPLES, "formatter_class": _PLAIN}
+def _add_check(commands: Any) -> None:
+    texts: dict[str, Any] = {"description": _CHECK, "epilog": _CHECK_EXAMPLES, "formatter_class": _PLAIN}
+    add = commands.add_parser("check", help="are the published results what their ledger says?", **texts).add_argument
+    add("--recompute", type=_positive, metavar="N", help="compute N random examples of each published table anew")
+    add("--profile", default="cpu", help="whose tables (default: cpu)")
+    add("--only", nargs="+", default=[], metavar="STEM", help="tables of these notebooks alone")
+    add("--seed", type=_count, metavar="S", help="of the choice of examples (default: another each time)")
+
+
     add = commands.add_parser("score", help="influence of your data on your model", **texts).add_argument
     add("--model", required=True, help="see above")
     add("--data", required=True, help="see above")

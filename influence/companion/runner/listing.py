@@ -65,9 +65,12 @@ def claims_markdown() -> str:
 
 def problems() -> list[str]:
     """Everything below the results folder that is not as its ledger says."""
-    root, stems = paths.results_dir(), set(discover())
+    stems = set(discover())
+    return [problem for profile in profiles() for problem in manifest.problems(profile, stems)]
+
+
+def profiles() -> list[str]:
+    """The profiles that have results."""
+    root = paths.results_dir()
     folders = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
-    profiles = [
-        p.name for p in folders if not p.name.startswith(".") and p.resolve() not in (paths.REFERENCE, paths.ZOO)
-    ]
-    return [problem for profile in profiles for problem in manifest.problems(profile, stems)]
+    return [p.name for p in folders if not p.name.startswith(".") and p.resolve() not in (paths.REFERENCE, paths.ZOO)]

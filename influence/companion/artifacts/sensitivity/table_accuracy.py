@@ -49,7 +49,7 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
                 "images": len(sample),
                 "device": run.device.type,
             }
-            measure = bound(_quality, chosen.model, sample, run.device)
+            measure = bound(quality, chosen.model, sample, run.device)
             found = cache.table(f"accuracy/{chosen.family}", key, measure)
             about = {"network": chosen.family, "dataset": chosen.dataset, "seed": chosen.seed, "part": part}
             values = {str(column): found[column].iloc[0] for column in found}
@@ -65,7 +65,8 @@ def claims(table: pd.DataFrame) -> dict[str, bool | float]:
     return found | {"every_gate_is_met": bool(table["gate_met"].all())}
 
 
-def _quality(model: nn.Module, split: Split, device: torch.device) -> pd.DataFrame:
+def quality(model: nn.Module, split: Split, device: torch.device) -> pd.DataFrame:
+    """Images, accuracy, mean loss and calibration error of a network on a split: one row."""
     logits = training.predict(model, split.images, device=device).double()
     correct = logits.argmax(1) == split.labels
     row = {

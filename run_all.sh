@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
 # Sets up what is missing, then regenerates every artifact of a profile that is not up to date.
 #
-#   ./run_all.sh [--profile smoke|cpu|paper] [--only STEM...] [--recompute] [--force] [--data DIR] [--device cpu|cuda|cuda:N]
-#                [--time-limit SECONDS]
-#   ./run_all.sh --list          name every notebook
-#   ./run_all.sh check           is every file in results/ owned by a notebook, and as its ledger says?
-#   ./run_all.sh test [ARGS]     linters, types, all tests, every notebook's outputs; ARGS go to pytest
-#   ./run_all.sh setup           only set up; prints the interpreter
+#   ./run_all.sh [--profile smoke|cpu|paper] [--only STEM...] [--recompute | --retrain] [--force] [--data DIR]
+#                [--device cpu|cuda|cuda:N] [--time-limit SECONDS]
+#   ./run_all.sh list [--profile NAME]   name every notebook, with its verdict in a profile
+#   ./run_all.sh check [--recompute N]   are the published results what their ledger says, and what today's code computes?
+#   ./run_all.sh report                  all artifacts as one static site
+#   ./run_all.sh zoo                     the trained networks
+#   ./run_all.sh score                   influence of your own data on your own model
+#   ./run_all.sh test [ARGS]             linters, types, all tests, every notebook's outputs; ARGS go to pytest
+#   ./run_all.sh setup                   only set up; prints the interpreter
+# The last option of list, check, report, zoo and score may be --help.
 #
 #   --profile NAME        smoke (default: no download, no GPU, minutes), cpu (MNIST and CIFAR-10, hours), paper (one GPU)
 #   --only STEM...        these notebooks alone, such as sensitivity/fig_outliers
-#   --recompute           compute anew what other profiles than smoke only draw (needs the data)
+#   --recompute           compute anew what other profiles than smoke only draw (says which data it needs, and whence)
+#   --retrain             the same on networks that are trained here for it, kept in build/cache/retrained/
 #   --force               run again what is unchanged as well
 #   --data DIR            folder of the data sets, in torchvision's layout (default: $INFLUENCE_DATA, else a download)
 #   --device NAME         cpu, cuda or cuda:N (default: $INFLUENCE_DEVICE, else a GPU where there is one)
@@ -102,6 +107,9 @@ set_up() {
         python="$venv/bin/python"
         # Without compiled modules every kernel would compile PyTorch anew; in our own folder they are in nobody's way.
         unset PYTHONDONTWRITEBYTECODE
+        say "environment: .venv, made from requirements.lock"
+    else
+        say "environment: $("$python" -c 'import sys; print(sys.prefix)'), as it is"
     fi
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 }
@@ -132,7 +140,6 @@ case "${1:-}" in
     -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}" ;;
     setup) set_up companion test; printf '%s\n' "$python" ;;
     test) shift; set_up companion test; run_tests "$@" ;;
-    check) shift; set_up companion; companion check "$@" ;;
-    --list) shift; set_up companion; companion list "$@" ;;
+    list | check | report | zoo | score) set_up companion; companion "$@" ;;
     *) set_up companion; companion run "$@" ;;
 esac

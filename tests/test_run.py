@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -206,6 +207,50 @@ def test_one_run_at_a_time(workspace: Workspace, capsys: pytest.CaptureFixture[s
     assert "another run is under way" in capsys.readouterr().err
 
 
+# -- data sets that are not there -------------------------------------------------------------------------------------
+
+
+def test_what_can_be_made_without_the_missing_data_is_made(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stem in ("sensitivity/drawn", "sensitivity/labels", "sensitivity/networks"):
+        more = 'recompute: bool = False\nkinds: list[str] = []\nnetworks: list[str] = []\ndataset: str = "digits"'
+        workspace.notebook(stem, parameters=f"{PARAMETERS}\n{more}")
+    changed = {"sensitivity/labels": {"kinds": ["worse_label"]}, "sensitivity/networks": {"networks": ["resnet20"]}}
+    workspace.profile("cpu", {"sensitivity/drawn": {}} | changed)
+    ran: list[str] = []
+
+    def execute(job: run.Job, *_: object) -> run.Outcome:
+        ran.append(job.notebook.stem)
+        return run.Outcome(job.notebook.stem, "ok", 1.0, "checked")
+
+    monkeypatch.setattr(run, "_execute", execute)
+    (tmp_path / "empty").mkdir()
+    command = ["--profile", "cpu", "--data", str(tmp_path / "empty")]
+    assert workspace.run(*command) == 0 and len(ran) == 3  # nothing is needed to draw
+    assert "needs" not in capsys.readouterr().out
+    ran.clear()
+    assert workspace.run(*command, "--recompute") == 1 and ran == ["sensitivity/drawn"]
+    lines = capsys.readouterr().out.splitlines()
+    needed = [line.split()[1] for line in lines if line.startswith("needs")]
+    assert needed == ["cifar10n:", "cifar10:", "resnet20:"]
+    assert lines[0].endswith("CC BY-NC 4.0") and lines[1].endswith("so not made: sensitivity/labels")
+    assert "akamaster" in lines[4] and "resnet20-12fca82f.th" in lines[4] and "BSD" in lines[4]
+    assert "sensitivity/networks  no data               needs cifar10, resnet20" in lines
+    assert lines[-1] == "profile cpu: 1 ok, 0 unchanged, 0 failed, 2 no data"
+
+
+def test_networks_are_trained_anew_beside_the_published_ones(workspace: Workspace) -> None:
+    for retrain in (True, False):
+        assert ("INFLUENCE_ZOO" in run._environment(None, None, retrain=retrain)) == retrain
+    environment = run._environment(None, None, retrain=True)
+    code = "from influence.companion.ledger import paths; print(paths.ZOO, paths.cache_dir())"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+    kept = paths.cache_dir() / "retrained"
+    assert done.stdout.split() == [str(kept / "zoo"), str(kept)]
+
+
 # -- bad requests: one line, status 2, before any work ----------------------------------------------------------------
 
 
@@ -217,7 +262,7 @@ def refused(workspace: Workspace, capsys: pytest.CaptureFixture[str], monkeypatc
     def check(message: str, *arguments: str) -> None:
         assert cli.main(arguments) == 2
         captured = capsys.readouterr()
-        assert captured.out == ""
+        assert all(line.startswith(("needs ", "  not there")) for line in captured.out.splitlines())
         assert captured.err.count("\n") == 1 and captured.err.startswith("error: ")
         assert message in captured.err
 
@@ -314,9 +359,13 @@ def test_list(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     workspace.notebook("sensitivity/good")
     assert cli.main(["list"]) == 0
     assert capsys.readouterr().out == "sensitivity/good  Title of sensitivity/good\n"
+    assert cli.main(["list", "--profile", "cpu"]) == 0
+    assert capsys.readouterr().out == "sensitivity/good  not run  Title of sensitivity/good\n"
     ledger = workspace.results / "cpu" / "manifest.json"
     ledger.parent.mkdir(parents=True)
     ledger.write_text(json.dumps({"sensitivity/good": {"verdict": "partly"}}))
+    assert cli.main(["list", "--profile", "cpu"]) == 0
+    assert capsys.readouterr().out == "sensitivity/good  partly  Title of sensitivity/good\n"
     assert cli.main(["list", "--markdown"]) == 0
     row = "| [sensitivity/good](notebooks/sensitivity/good.ipynb) | Title of sensitivity/good | partly † |"
     assert capsys.readouterr().out.splitlines()[2] == row
@@ -360,4 +409,5 @@ def test_active_environment_is_used_as_it_is(tmp_path: Path) -> None:
     command = ["/bin/bash", str(ROOT / "run_all.sh"), "setup"]
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(Path.home()), "VIRTUAL_ENV": str(tmp_path)}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert (finished.returncode, finished.stdout, finished.stderr) == (0, f"{fake}\n", "")
+    assert (finished.returncode, finished.stdout) == (0, f"{fake}\n")
+    assert finished.stderr == f"environment: {sys.prefix}, as it is\n"

@@ -1,7 +1,7 @@
 """Absolute paths of the companion, in one place.
 
 Everything hangs from the checkout. `INFLUENCE_ROOT` points the companion at another tree of the same layout (the tests
-use it), `INFLUENCE_RESULTS`, `INFLUENCE_CACHE` and `INFLUENCE_DATA` move one folder each.
+use it), `INFLUENCE_RESULTS`, `INFLUENCE_ZOO`, `INFLUENCE_CACHE` and `INFLUENCE_DATA` move one folder each.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[2]
 ROOT = Path(os.environ.get("INFLUENCE_ROOT") or PACKAGE.parent).resolve()
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = NOTEBOOKS / "profiles"
-ZOO = ROOT / "results" / "zoo"
+ZOO = Path(os.environ.get("INFLUENCE_ZOO") or ROOT / "results" / "zoo").resolve()
 REFERENCE = ROOT / "results" / "reference"
 BUILD = ROOT / "build"
 

@@ -127,7 +127,7 @@ def _refuse(error: Exception | str) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    print(listing.show(markdown=options.markdown, claims=options.claims))
+    print(listing.show(options.profile, markdown=options.markdown, claims=options.claims))
     return 0
 
 
@@ -312,6 +312,7 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
     listed = commands.add_parser("list", help="name every notebook")
+    listed.add_argument("--profile", help="with what each came to in this profile")
     listed.add_argument("--markdown", action="store_true", help="as the README's table")
     listed.add_argument("--claims", action="store_true", help="what each claim came to in the committed results")
     _add_check(commands)
@@ -335,6 +336,7 @@ def _add_run(commands: Any) -> None:
     add("--profile", default=run.SMOKE, help="smoke, cpu or paper (default: smoke)")
     add("--only", nargs="+", default=[], metavar="STEM", help="these notebooks alone")
     add("--recompute", action="store_true", help="compute what other profiles than smoke only draw (needs the data)")
+    add("--retrain", action="store_true", help="the same on networks that are trained here for it")
     add("--force", action="store_true", help="run what is unchanged as well")
     add("--data", metavar="DIR", help="folder of the data sets (default: INFLUENCE_DATA)")
     add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
@@ -342,8 +344,6 @@ def _add_run(commands: Any) -> None:
     add("--refresh-notebooks", action="store_true", help="for maintainers: keep the outputs in notebooks/")
 
 
-def _add_score(commands: Any) -> None:
-    texts: dict[str, Any] = {"description": _SCORE, "epilog": _SCORE_EXAMPLES, "formatter_class": _PLAIN}
 def _add_check(commands: Any) -> None:
     texts: dict[str, Any] = {"description": _CHECK, "epilog": _CHECK_EXAMPLES, "formatter_class": _PLAIN}
     add = commands.add_parser("check", help="are the published results what their ledger says?", **texts).add_argument
@@ -353,6 +353,8 @@ def _add_check(commands: Any) -> None:
     add("--seed", type=_count, metavar="S", help="of the choice of examples (default: another each time)")
 
 
+def _add_score(commands: Any) -> None:
+    texts: dict[str, Any] = {"description": _SCORE, "epilog": _SCORE_EXAMPLES, "formatter_class": _PLAIN}
     add = commands.add_parser("score", help="influence of your data on your model", **texts).add_argument
     add("--model", required=True, help="see above")
     add("--data", required=True, help="see above")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+from tabulate import tabulate
 
 from ..ledger import manifest, paths, reference
 from ..ledger.notebook import LAST, discover
@@ -13,15 +14,18 @@ from ..ledger.results import published
 _COMMITTED = "cpu"
 
 
-def show(*, markdown: bool, claims: bool) -> str:
-    """What `influence list` prints: by default one line per artifact, stem and title."""
+def show(profile: str | None = None, *, markdown: bool = False, claims: bool = False) -> str:
+    """What `influence list` prints: by default one line per artifact, stem, verdict in a profile, and title."""
     if claims:
         return claims_markdown()
     if markdown:
         return artifacts_markdown()
-    notebooks = discover()
-    width = max(map(len, notebooks), default=0)
-    return "\n".join(f"{stem:<{width}}  {notebook.title}" for stem, notebook in notebooks.items())
+    lines = []
+    for stem, notebook in discover().items():
+        row = published(stem, profile)[1] if profile else None
+        verdict = [row["verdict"] if row else "not run"] if profile else []
+        lines.append((stem, *verdict, notebook.title))
+    return tabulate(lines, tablefmt="plain", disable_numparse=True)
 
 
 def artifacts_markdown() -> str:

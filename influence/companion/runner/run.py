@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from ..ledger import cache, manifest, notebook, paths
 from ..ledger.notebook import Notebook, discover
 from ..ledger.results import SMOKE
-from . import execute
+from . import audit, execute, needs
 
 _TIME_LIMIT = {SMOKE: 3600.0}  # seconds a notebook may take; other profiles:
 _LONG = 48 * 3600.0
@@ -45,14 +45,6 @@ class Job:
         return {k: v for k, v in self.parameters.items() if defaults[k].convert(defaults[k].default) != v}
 
     @property
-    def datasets(self) -> list[str]:
-        """The data sets that it reads, by the parameters `dataset` and `datasets`; none where it only draws."""
-        if not self.parameters.get("recompute", True):
-            return []
-        single, several = self.parameters.get("dataset"), self.parameters.get("datasets") or []
-        return [*([single] if single else []), *([several] if isinstance(several, str) else several)]
-
-    @property
     def executed(self) -> Path:
         """Where the notebook lies after its run."""
         return paths.BUILD / "notebooks" / self.parameters["profile"] / f"{self.notebook.stem}.ipynb"
@@ -65,7 +57,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one artifact ended: `ok`, `unchanged` or `failed`; `note` is the verdict, or the error."""
+    """How one artifact ended: `ok`, `unchanged`, `failed` or `no data`; `note` is the verdict, or what is wrong."""
 
     stem: str
     status: str
@@ -91,7 +83,7 @@ def plan(profile: str, only: Sequence[str] = (), *, recompute: bool = False) -> 
     notebooks, parameters = discover(), _profile(profile)
     for stem in [*parameters, *only]:
         if stem not in notebooks:
-            raise UsageError(f"unknown notebook {stem!r}: --list names them all")
+            raise UsageError(f"unknown notebook {stem!r}: `list` names them all")
     chosen = [stem for stem in notebooks if stem in parameters or profile == SMOKE]
     for stem in only:
         if stem not in chosen:
@@ -119,14 +111,14 @@ def run(options: argparse.Namespace) -> int:
         NotebookError, ManifestError: a notebook, its parameters or the ledger cannot be read.
     """
     profile, refresh = options.profile, options.refresh_notebooks
-    jobs = plan(profile, options.only, recompute=options.recompute)
+    jobs = plan(profile, options.only, recompute=options.recompute or options.retrain)
     if refresh:  # each is committed as it runs by itself
         jobs = [job for job in jobs if job.notebook.parameters["profile"].default == profile]
-    environment = _environment(options.data, options.device)
+    environment = _environment(options.data, options.device, retrain=options.retrain)
     _require_writable(manifest.folder(profile), paths.BUILD)
     with _alone():
-        force = options.force or refresh
-        _require_data([job for job in jobs if force or not _up_to_date(job)], environment)
+        force = options.force or options.retrain or refresh
+        lacking = _lacking([job for job in jobs if force or not _up_to_date(job)], environment)
         for half_written in manifest.folder(profile).rglob(f"{cache.TEMPORARY}*"):  # by a run that was killed
             half_written.unlink(missing_ok=True)
         limit = options.time_limit or _TIME_LIMIT.get(profile, _LONG)
@@ -136,6 +128,8 @@ def run(options: argparse.Namespace) -> int:
             # Asked again: the overview depends on what the others have just found.
             if not force and _up_to_date(job):
                 outcome = Outcome(job.notebook.stem, "unchanged", None, job.verdict)
+            elif job.notebook.stem in lacking:
+                outcome = Outcome(job.notebook.stem, "no data", None, lacking[job.notebook.stem])
             else:
                 outcome = _execute(job, limit, environment)
             outcomes.append(outcome)
@@ -146,9 +140,10 @@ def run(options: argparse.Namespace) -> int:
     print(f"\n{'artifact':<{width}}  {'status':<9}  {'seconds':>9}  verdict")
     for outcome in outcomes:
         print(outcome.line(width))
-    count = {status: sum(o.status == status for o in outcomes) for status in ("ok", "unchanged", "failed")}
+    statuses = ("ok", "unchanged", "failed", *(["no data"] if lacking else []))
+    count = {status: sum(o.status == status for o in outcomes) for status in statuses}
     print(f"profile {profile}: " + ", ".join(f"{n} {status}" for status, n in count.items()))
-    return 1 if count["failed"] else 0
+    return 1 if count["failed"] or lacking else 0
 
 
 def _up_to_date(job: Job) -> bool:
@@ -157,7 +152,10 @@ def _up_to_date(job: Job) -> bool:
         expected = manifest.key(job.notebook, job.parameters)
     except ValueError as error:  # a reference file
         raise UsageError(str(error)) from None
-    return manifest.up_to_date(profile, manifest.read(profile).get(job.notebook.stem), expected)
+    row = manifest.read(profile).get(job.notebook.stem)
+    if profile != SMOKE and job.parameters.get("recompute") and row is not None and audit.computed_by_other(row):
+        return False
+    return manifest.up_to_date(profile, row, expected)
 
 
 def _execute(job: Job, limit: float, environment: Mapping[str, str]) -> Outcome:
@@ -175,7 +173,7 @@ def _execute(job: Job, limit: float, environment: Mapping[str, str]) -> Outcome:
     return Outcome(stem, "ok", time.monotonic() - started, job.verdict)
 
 
-def _environment(data: str | None, device: str | None) -> dict[str, str]:
+def _environment(data: str | None, device: str | None, *, retrain: bool = False) -> dict[str, str]:
     """What the kernels get on top of our own environment."""
     found = {"TQDM_DISABLE": "1", "PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     # The package beside these notebooks, also where another copy is installed.
@@ -185,6 +183,9 @@ def _environment(data: str | None, device: str | None) -> dict[str, str]:
         if not folder.is_dir():
             raise UsageError(f"--data {data}: no such folder")
         found["INFLUENCE_DATA"] = str(folder)
+    if retrain:  # no published network is there: each is trained when it is first asked for
+        kept = paths.cache_dir() / "retrained"
+        found |= {"INFLUENCE_ZOO": str(kept / "zoo"), "INFLUENCE_CACHE": str(kept)}
     device = device or os.environ.get("INFLUENCE_DEVICE")
     if device:
         check_device(device)
@@ -207,16 +208,27 @@ def check_device(name: str) -> None:
         raise UsageError(f"device {name!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices")
 
 
-def _require_data(jobs: Sequence[Job], environment: Mapping[str, str]) -> None:
-    names = sorted({name for job in jobs for name in job.datasets})
-    if not names:
-        return
-    from ..images import data
+def _lacking(jobs: Sequence[Job], environment: Mapping[str, str]) -> dict[str, str]:
+    """Say what the jobs read from the folder of the data sets; by stem, what cannot be made without.
 
-    try:
-        data.require(names, environment.get("INFLUENCE_DATA") or paths.data_dir())
-    except data.DataError as error:
-        raise UsageError(str(error)) from None
+    Raises:
+        UsageError: none of them can be made.
+    """
+    wanted = {job.notebook.stem: needs.of(job.parameters) for job in jobs}
+    named = environment.get("INFLUENCE_DATA")
+    folder = Path(named) if named else paths.data_dir()
+    missing: dict[str, str] = {}
+    for name in dict.fromkeys(name for names in wanted.values() for name in names):
+        print(f"needs {needs.described(name)}", flush=True)
+        if problem := needs.problem(name, folder):
+            missing[name] = problem
+            without = ", ".join(stem for stem, names in wanted.items() if name in names)
+            print(f"  not there ({problem}), so not made: {without}", flush=True)
+    lacking = {stem: ", ".join(name for name in names if name in missing) for stem, names in wanted.items()}
+    lacking = {stem: f"needs {names}" for stem, names in lacking.items() if names}
+    if jobs and len(lacking) == len(jobs):
+        raise UsageError(next(iter(missing.values())))
+    return lacking
 
 
 def _require_writable(*folders: Path) -> None:

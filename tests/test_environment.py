@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -66,12 +68,32 @@ def test_installed_torchvision_takes_the_locked_torch() -> None:
     assert asked and all(r.specifier.contains(torch_pin.removeprefix("==")) for r in asked)
 
 
-def test_conda_environment_is_pyprojects() -> None:
+def test_conda_installs_the_lock() -> None:
     content = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
-    pip = next(d["pip"] for d in content["dependencies"] if isinstance(d, dict))
-    assert sorted(pip) == sorted(LINES)
-    python = next(d for d in content["dependencies"] if str(d).startswith("python"))
+    python, pip, last = content["dependencies"]
     assert f'requires-python = "{python.removeprefix("python")}"' in (ROOT / "pyproject.toml").read_text()
+    assert (pip, last) == ("pip", {"pip": ["-r requirements.lock"]})
+
+
+def test_container_runs_the_readme_commands() -> None:
+    """Neither is built here: what they name exists, and the devcontainer is made from the Dockerfile."""
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    assert "FROM python:3.12-slim" in lines
+    assert any("COPY requirements.lock" in line for line in lines) and any("--require-hashes" in line for line in lines)
+    container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text(encoding="utf-8"))
+    built = container["build"]
+    assert (ROOT / ".devcontainer" / built["dockerfile"]).resolve() == ROOT / "Dockerfile"
+    assert (ROOT / ".devcontainer" / built["context"]).resolve() == ROOT
+
+
+def test_citation_names_the_software_and_both_papers() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {"cff-version", "message", "title", "authors", "references"} <= set(citation)
+    assert (citation["type"], citation["version"], citation["license"]) == ("software", project["version"], "MIT")
+    papers = [(paper["type"], paper["year"], len(paper["authors"])) for paper in citation["references"]]
+    assert papers == [("conference-paper", 2019, 2), ("conference-paper", 2016, 4)]
+    assert "preferred-citation" not in citation  # would hide all but one of the three from whoever cites
 
 
 def test_no_tracked_file_names_a_package_host() -> None:

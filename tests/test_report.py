@@ -24,7 +24,7 @@ def built(shared_workspace: Workspace) -> Iterator[Path]:
     for stem in STEMS:
         path = shared_workspace.notebook(stem)
         book = nbformat.read(path, as_version=4)
-        book.cells.insert(1, nbformat.v4.new_markdown_cell(TEXT))
+        book.cells[0].source += f"\n\n{TEXT}\n\nMore."
         nbformat.write(book, path)
     shared_workspace.notebook("stability/fig_b")  # never run
     shared_workspace.reference("sensitivity/fig_a,auc,value,0.9,0.05,paper,page 3")
@@ -85,6 +85,10 @@ def test_each_artifact_is_there(built: Path) -> None:
     text = (built / "index.html").read_text(encoding="utf-8")
     for stem in [*STEMS, "stability/fig_b"]:
         assert f'data-stem="{stem}"' in text and (built / "notebooks" / f"{stem}.html").is_file()
+    assert text.count("<p>Formula <math") == len(STEMS)  # the first paragraph, as the question
+    assert 'class="thumbnail" href="notebooks/sensitivity/fig_a.html"' in text
+    assert text.index('id="00-overview"') < text.index('id="sensitivity-fig-a"') < text.index('id="stability-fig-b"')
+    assert "<li>auc: 0.9 (supported)</li>" in text
     assert "0.9 within 5% (paper)" in text and "not judged" in text and "not run" in text and " s on cpu" in text
 
 

@@ -17,6 +17,7 @@ from ..ledger.notebook import Notebook, discover
 from . import site
 
 _ROWS = 40  # of a table in the gallery; the file has the rest
+_TOLD = 3  # findings that stand for an answer where none is judged
 
 
 class ReportError(RuntimeError):
@@ -62,12 +63,14 @@ def _artifact(profile: str, book: Notebook, row: dict[str, Any] | None, folder: 
     stem, page = book.stem, f"notebooks/{book.stem}.html"
     executed = paths.BUILD / "notebooks" / profile / f"{stem}.ipynb"
     source = executed if row and executed.is_file() else book.path
-    note = "" if source == executed else "As it is committed, with the outputs of the profile smoke."
+    shown = book.parameters["profile"].default
+    note = "" if source == executed else f"As it is committed, with the outputs of the profile {shown}."
     (folder / page).parent.mkdir(parents=True, exist_ok=True)
     (folder / page).write_text(site.notebook_page(book, source, folder, note=note), encoding="utf-8")
-    found = {"stem": stem, "title": book.title, "page": page, "verdict": "not run"}
+    question = site.question(book, folder)
+    found = {"stem": stem, "title": book.title, "question": question, "page": page}
     if row is None:
-        return found
+        return found | {"verdict": "not run"}
     root, provenance = manifest.folder(profile), f"provenance/{stem}.json"
     # The artifact's own figure before its parts.
     names = [*sorted(row["files"], key=lambda name: (name.count("."), name)), provenance]
@@ -75,13 +78,20 @@ def _artifact(profile: str, book: Notebook, row: dict[str, Any] | None, folder: 
     run: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
         run = json.loads((root / provenance).read_text(encoding="utf-8"))
+    try:
+        comparisons, compared = reference.compare(stem, row["findings"]), True
+    except TypeError:  # published in a form that its reference had before
+        comparisons, compared = [], False
+    judged = [c for c in comparisons if c.outcome is not None]
     return found | {
         "verdict": row["verdict"],
+        "told": judged or comparisons[:_TOLD],
+        "earlier": book.redraws and not (compared and "computed" in row),
         "seconds": run.get("seconds"),
         "device": run.get("device", ""),
         "figures": [file for name, file in kept.items() if name.endswith(".png")],
         "downloads": [(_label(name, stem), file) for name, file in kept.items() if not name.endswith(".png")],
-        "comparisons": reference.compare(stem, row["findings"]),
+        "comparisons": comparisons,
         "table": _table(root / f"tables/{stem}.csv"),
     }
 

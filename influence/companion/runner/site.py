@@ -20,12 +20,23 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
 
 from ..ledger import paths
-from ..ledger.notebook import Notebook, discover
+from ..ledger.notebook import LAST, Notebook, discover
 
 MARK = "style.css"
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 _TEMPLATES = Path(__file__).parent / "templates"
 _ENVIRONMENT = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+
+
+# In the order of the first page; a notebook belongs where its stem or its folder says.
+_BOTH = "One metric tensor for both papers"
+_SECTIONS = {
+    LAST: _BOTH,
+    "bridge": _BOTH,
+    "sensitivity": "Sensitivity: Shu & Zhu, AAAI 2019",
+    "stability": "Stability: Zheng, Song, Leung & Goodfellow, CVPR 2016",
+    "": "On your own model",
+}
 
 
 class _Renderer(IPythonRenderer):
@@ -72,10 +83,23 @@ def notebook_page(book: Notebook, source: Path, folder: Path, *, note: str = "")
             cell.outputs = [o for o in cell.outputs if _WIDGET not in o.get("data", {})]
     body, _ = _Exporter(template_name="basic").from_notebook_node(content)
     up = "../" * (book.stem.count("/") + 1)
-    body = re.sub(r'href="([^"#][^"]*)"', lambda m: _link(m[1], book, folder, up), body)
+    body = _linked(body, book, folder, up)
     # A table of results scrolls by itself on a narrow screen.
     body = body.replace("<table", '<div class="scroll"><table').replace("</table>", "</table></div>")
     return _ENVIRONMENT.get_template("page.html").render(title=book.title, up=up, note=note, body=body)
+
+
+def question(book: Notebook, folder: Path) -> str:
+    """What a notebook asks, as HTML for the first page: the first paragraph below its title."""
+    first = next((c for c in book.content["cells"] if c["cell_type"] == "markdown"), {"source": ""})
+    paragraphs = "".join(first["source"]).split("\n\n")
+    text = next((part for part in paragraphs if part.strip() and not part.startswith("#")), "")
+    body = MarkdownWithMath(renderer=_Renderer(escape=False, exclude_anchor_links=True)).render(text)
+    return _linked(str(body), book, folder, "")
+
+
+def _linked(body: str, book: Notebook, folder: Path, up: str) -> str:
+    return re.sub(r'href="([^"#][^"]*)"', lambda m: _link(m[1], book, folder, up), body)
 
 
 def _link(target: str, book: Notebook, folder: Path, up: str) -> str:
@@ -102,11 +126,19 @@ def copied(file: Path, folder: Path, kept: str | Path) -> str:
 
 def gallery(profile: str, artifacts: Sequence[dict[str, Any]]) -> str:
     """The first page: every artifact as a card."""
+    for artifact in artifacts:
+        folder, _, _ = artifact["stem"].rpartition("/")
+        artifact["section"] = _SECTIONS.get(artifact["stem"]) or _SECTIONS.get(folder, folder)
+    there = {artifact["section"] for artifact in artifacts}
     return _ENVIRONMENT.get_template("gallery.html").render(
         title=f"influence: artifacts of the profile {profile}",
         up="",
         profile=profile,
-        artifacts=artifacts,
+        artifacts=sorted(artifacts, key=lambda artifact: artifact["stem"] != LAST),
+        sections=[
+            *(s for s in dict.fromkeys(_SECTIONS.values()) if s in there),
+            *sorted(there - {*_SECTIONS.values()}),
+        ],
         counts=Counter(artifact["verdict"] for artifact in artifacts),
         slug=lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-"),
     )

@@ -125,7 +125,7 @@ def test_accuracy_table_and_its_figure() -> None:
     assert calibration == pytest.approx(np.tile([0, 0.05, 0.05 + half], (6, 1)))  # cut at 0: no error is negative
     assert [axes.get_xlabel() for axes in figure.axes] == ["accuracy", "expected calibration error"]
     rows = [text.get_text() for text in figure.axes[0].get_yticklabels()]
-    assert rows == ["ResNet50, smoke", "ResNet-32 (the group's)"]
+    assert rows == ["ResNet50, smoke", "group's ResNet-32"]
 
 
 def drawn_intervals(axes: Axes) -> np.ndarray:

@@ -182,7 +182,7 @@ def draw(scores: pd.DataFrame) -> Figure:
     """Manhattan plots of released FI (full, zoomed) and exact FI, and both against their ceiling; first seed."""
     scores = scores[scores["seed"] == scores["seed"].min()]
     groups = list(scores.groupby(["dataset", "model"], sort=False))
-    figure = Figure(figsize=(style.WIDTH * 1.25, 1.8 * len(groups)))
+    figure = Figure(figsize=(style.WIDTH * 1.05, 1.45 * len(groups)))
     grid = figure.subplots(len(groups), 4, squeeze=False)
     for (left, zoomed, middle, right), ((name, model), group) in zip(grid, groups, strict=True):
         for axes in (left, zoomed):
@@ -190,7 +190,7 @@ def draw(scores: pd.DataFrame) -> Figure:
             axes.set_ylim(0)
         above = group["released"][group["released"] > 0]
         zoomed.set_ylim(0, float(np.quantile(above, 0.95)) if len(above) else 1.0)
-        zoomed.set_title("as released, lower 95% above 0")
+        zoomed.set_title("lower 95% above 0")
         left.set_ylabel(f"{style.name(name)}\n{style.name(model)}\nFI (dimensionless)")
         left.set_title("as released")
         manhattan(middle, group["position"], group["exact"], group["label"])
@@ -232,7 +232,7 @@ def draw_images(images: pd.DataFrame) -> Figure:
     images = images[images["seed"] == images["seed"].min()]
     groups = list(images.groupby(["dataset", "model", "estimator"], sort=False))
     count = int(images["place"].max())
-    figure = Figure(figsize=(style.WIDTH, 1.4 * len(groups)))
+    figure = Figure(figsize=(0.9 * style.WIDTH, 1.25 * len(groups)))
     grid = figure.subplots(len(groups), count, squeeze=False)
     for row, ((name, model, estimator), group) in zip(grid, groups, strict=True):
         for axes, (_, image) in zip(row, group.iterrows(), strict=True):

@@ -18,8 +18,8 @@ from influence.memory import is_out_of_memory
 
 # Calls of a model that draws random numbers, of which none may differ.
 _REPEATS = 8
-# Examples that are called again without the first ones, in the opposite order.
-_TURNED = 4
+# Examples of every chunk that are called again without the others, in the opposite order.
+_TURNED = 2
 # Entries of a gradient below this share of the example's largest may be rounding.
 _NOISE = {torch.float64: 1e-10, torch.float32: 1e-4}
 _NOISE_OF_HALF = 5e-2

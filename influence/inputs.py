@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from influence.checks import require_finite, require_logits
+from influence.grams.graph import topological
 
 Batch = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
@@ -149,12 +149,6 @@ def _mend_batch_norm(logits: Tensor) -> None:
             return grads
         return (F.pad(grad, (0, 1))[..., :-1], *grads[1:])
 
-    seen: set[Any] = {logits.grad_fn}
-    waiting = list(seen)
-    while waiting:
-        node = waiting.pop()
+    for node in topological(logits.grad_fn):
         if node.name() == "NativeBatchNormBackward0":
             node.register_prehook(strided)
-        found = {source for source, _ in node.next_functions if source is not None} - seen
-        seen |= found
-        waiting += found

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from influence.checks import require_logits
-from influence.contrasts import Classes
+from influence.contrasts import Classes, LogitRows
 from influence.grams.rules import Node
 
 # Where the features enter each kind of node that a linear layer leaves in the graph.
@@ -26,17 +27,22 @@ class NarrowLayer:
     Attributes:
         edge: Where the features' gradient enters the graph.
         weight: ``(K, d)``.
+        classes: Which contrasts.
     """
 
     edge: GradientEdge
     weight: Tensor
+    classes: Classes
 
     @classmethod
-    def of(cls, logits: Tensor) -> NarrowLayer | None:
-        """Read it off the graph of logits ``(N, K)``; None where something else made them or d is not small."""
-        node = logits.grad_fn
+    def of(cls, logits: Tensor, rows: LogitRows | None = None) -> NarrowLayer | None:
+        """Read it off the graph of logits ``(N, K)``; None where something else made them or d is not small.
+
+        None too for ``rows`` that are not the contrasts, of which a few may be all that is asked for.
+        """
+        node, classes = logits.grad_fn, Classes.of(logits) if rows is None else rows
         # A hook may want to change the gradient of the logits.
-        if node is None or node.name() not in _PLACES or logits._backward_hooks:
+        if node is None or node.name() not in _PLACES or logits._backward_hooks or not isinstance(classes, Classes):
             return None
         others = list(node.next_functions)
         source, output = others.pop(_PLACES[node.name()])
@@ -44,7 +50,7 @@ class NarrowLayer:
         if source is None or not all(_is_leaf(other) for other, _ in others) or getattr(node, "_saved_alpha", 1) != 1:
             return None
         weight = node._saved_mat2.detach().T  # type: ignore[attr-defined]  # PyTorch types no node
-        return cls(GradientEdge(source, output), weight) if weight.shape[1] < len(weight) - 1 else None
+        return cls(GradientEdge(source, output), weight, classes) if weight.shape[1] < len(weight) - 1 else None
 
     @property
     def width(self) -> int:
@@ -56,14 +62,15 @@ class NarrowLayer:
         unit = torch.eye(self.width, dtype=self.weight.dtype, device=self.weight.device)
         return unit[:, None].expand(-1, examples, -1).contiguous()
 
-    def contrasts(self, classes: Classes) -> Tensor:
+    @cached_property
+    def contrasts(self) -> Tensor:
         """C of each example, ``(N, K - 1, d)`` float64."""
-        weight = self.weight.double()
-        return weight[classes.order[:, :-1]] - weight[classes.order[:, -1:]]
+        weight, order = self.weight.double(), self.classes.order
+        return weight[order[:, :-1]] - weight[order[:, -1:]]
 
-    def spread(self, gram: Tensor, contrasts: Tensor) -> Tensor:
+    def spread(self, gram: Tensor) -> Tensor:
         """Gram of the contrasts ``(N, K - 1, K - 1)`` from that of the features ``(N, d, d)``, both float64."""
-        wide = contrasts @ gram @ contrasts.mT
+        wide = self.contrasts @ gram @ self.contrasts.mT
         return (wide + wide.mT) / 2
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-
-from influence.inputs import Inputs
 
 Part = TypeVar("Part")
 
@@ -61,19 +59,19 @@ def _left_in_container() -> int | None:
         return None
 
 
-def in_chunks(compute: Callable[[Any], Part], x: Inputs | range, size: int, *, may_halve: bool) -> Iterator[Part]:
+def in_chunks(compute: Callable[[slice], Part], count: int, size: int, *, may_halve: bool) -> Iterator[Part]:
     """Yield ``compute(chunk)`` for chunks of so many examples; with ``may_halve``, of half when memory runs out."""
     start = 0
-    while start < len(x):
+    while start < count:
         try:
-            yield compute(x[start : start + size])
+            yield compute(slice(start, min(start + size, count)))
             start += size
             continue
         except (RuntimeError, MemoryError) as error:
             if not (may_halve and size > 1 and is_out_of_memory(error)):
                 raise
         # Only here is the failed attempt's memory free: the error held its frames.
-        size = max(1, min(size, len(x) - start) // 2)
+        size = max(1, min(size, count - start) // 2)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -258,8 +258,7 @@ def in_parts(
         # A size that is given needs no count; but of rows other than the contrasts the engine hears only here.
         needed = 0 if chunk_size and passes is None else engine.bytes_per_example(inputs, passes)
         size = chunk_size or examples_that_fit(needed, inputs.device)
-        places, may_halve = range(len(inputs)), chunk_size is None
-        return list(in_chunks(lambda at: compute(slice(at.start, at.stop)), places, size, may_halve=may_halve))
+        return list(in_chunks(compute, len(inputs), size, may_halve=chunk_size is None))
 
 
 def _parameter_blocks(

@@ -161,15 +161,14 @@ class InputGrams:
             return chosen.log_probs, chosen.embed(self._patches.grams(jacobian)), dtype
         chosen, narrow, jacobian, dtype = self._few_rows(inputs, rows)
         gram = products(jacobian.flatten(2))
-        if narrow is not None and isinstance(chosen, Classes):
-            gram = narrow.spread(gram, narrow.contrasts(chosen))
+        gram = gram if narrow is None else narrow.spread(gram)
         return chosen.log_probs, chosen.embed(gram[:, None]), dtype
 
     def jacobian(self, inputs: Inputs, rows: Callable[[Tensor], Rows]) -> tuple[Rows, Tensor, torch.dtype]:
         """The m combinations that ``rows`` chooses, their Jacobian ``(N, m, ...)`` and the coarsest dtype."""
         chosen, narrow, jacobian, dtype = self._few_rows(inputs, rows)
-        if narrow is not None and isinstance(chosen, Classes):
-            contrasts = narrow.contrasts(chosen).to(jacobian.dtype)
+        if narrow is not None:
+            contrasts = narrow.contrasts.to(jacobian.dtype)
             jacobian = (contrasts @ jacobian.flatten(2)).unflatten(2, jacobian.shape[2:])
         return chosen, jacobian, dtype
 
@@ -181,11 +180,11 @@ class InputGrams:
         inputs = inputs.with_leaf()
         logits = forward(self._model, inputs)
         dtype, chosen = read_graph(logits, {}).coarsest_dtype(), rows(logits)
-        narrow = NarrowLayer.of(logits) if isinstance(chosen, Classes) else None
+        narrow = NarrowLayer.of(logits, chosen)
         if self._first is not None:
             require_same(self._model, *self._first, logits[:1].detach(), dtype)
-            require_independent(self._model, inputs, logits.detach(), dtype)
             self._first = None
+        require_independent(self._model, inputs, logits.detach(), dtype)
         count = chosen.count if narrow is None else narrow.width
         copies = copies_at_once(count, examples=len(inputs), values=inputs.x.numel())
         if copies > 1:
@@ -202,7 +201,7 @@ class InputGrams:
 
         They are independent: one backward pass of a sum gives every example its own row, and so does every copy.
         """
-        narrow = NarrowLayer.of(logits) if isinstance(chosen, Classes) else None
+        narrow = NarrowLayer.of(logits, chosen)
         output = logits if narrow is None else narrow.edge
         examples = len(logits) // copies
         seeds = chosen.seeds(logits.dtype) if narrow is None else narrow.seeds(examples)

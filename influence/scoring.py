@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
-from influence.checks import require_deterministic, require_labels, require_logits
+from influence.checks import require_count, require_deterministic, require_labels, require_logits
 from influence.last_layer import head
 from influence.measures import Estimator, Exact, Influence, Released, first_order_influence, log_ceiling
 from influence.memory import in_chunks
@@ -94,9 +94,7 @@ def score(
         6
     """
     sizes = {"batches_per_shard": batches_per_shard, "chunk_size": chunk_size, "closed_form": closed_form}
-    for name, value in sizes.items():
-        if value is not None and (isinstance(value, bool) or value < 1):
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+    require_count(**sizes)
     if labels not in ("given", "predicted"):
         raise ValueError(f"labels must be 'given' or 'predicted', got {labels!r}.")
     if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
@@ -193,13 +191,12 @@ def _rows(
 ) -> pd.DataFrame:
     """Rows of one batch, whose examples count from 0, with trace and lambda_max or without."""
 
-    def compute(part: range) -> pd.DataFrame:
-        images, count = x[part.start : part.stop], len(part)
-        metric = metric_tensor(model, images, wrt=wrt, chunk_size=count)
-        given: Tensor | Literal["predicted"] = "predicted" if labels is None else labels[part.start : part.stop]
+    def compute(part: slice) -> pd.DataFrame:
+        images, given = x[part], None if labels is None else labels[part]
+        metric = metric_tensor(model, images, wrt=wrt, chunk_size=len(images))
         result = first_order_influence(metric, given, estimator=estimator)
         if isinstance(estimator, Released):
-            result = refine(result, model, images, wrt=wrt, estimator=estimator, chunk_size=count)
+            result = refine(result, model, images, wrt=wrt, estimator=estimator, chunk_size=len(images))
         table = result.to_dataframe()
         table["example"] += part.start
         table["trace"] = metric.trace().cpu().flatten().numpy() if spectrum else np.nan
@@ -207,7 +204,7 @@ def _rows(
         return table
 
     size = chunk_size or min(_CHUNK, _examples_at_once(model, x, wrt))
-    return pd.concat(in_chunks(compute, range(len(x)), size, may_halve=chunk_size is None), ignore_index=True)
+    return pd.concat(in_chunks(compute, len(x), size, may_halve=chunk_size is None), ignore_index=True)
 
 
 def _examples_at_once(model: nn.Module, x: Tensor, wrt: Wrt) -> int:

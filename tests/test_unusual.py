@@ -369,22 +369,31 @@ def test_patches_of_examples_that_meet_are_refused() -> None:
 
 
 @pytest.mark.parametrize("chunk_size", [2, 4])
-def test_examples_that_meet_in_a_later_chunk_are_refused(chunk_size: int) -> None:
-    """Only where the third example is in the batch, and without a trace in the logits of the first chunk."""
+@pytest.mark.parametrize("wrt", ["input", "layers"])
+@pytest.mark.parametrize(("meet", "words"), [("logits", "depend on the other"), ("gradients", "reaches other")])
+def test_examples_that_meet_in_a_later_chunk_are_refused(chunk_size: int, wrt: str, meet: str, words: str) -> None:
+    """Only where the fifth example is in the batch: in the logits without a gradient, or in the gradients alone."""
 
     class Late(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.last = nn.Linear(4, 3)
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            mixed = x + 1e-3 * x.sum(dim=0) if bool((x > 90).any()) else x
-            return self.last(torch.tanh(mixed))
+            y = self.first(x)
+            others = 1e-2 * y.sum(dim=0)
+            others = others.detach() if meet == "logits" else others - others.detach()
+            return self.last(torch.tanh(y + others if bool((x > 90).any()) else y))
 
-    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    x, net = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), Late().eval()
     x[4, 0] = 99.0
-    with pytest.raises(RuntimeError, match="reaches other examples"):
-        influence.metric_tensor(Late().eval(), x, chunk_size=chunk_size)
+    if (meet, wrt) == ("gradients", "layers"):
+        # Each example alone, as the autograd path has it, is right.
+        ours, alone = (influence.metric_tensor(net, x, wrt=wrt, chunk_size=size).gram for size in (chunk_size, 1))
+        torch.testing.assert_close(ours, alone, rtol=1e-4, atol=0)
+        return
+    with pytest.raises(RuntimeError, match=words):
+        influence.metric_tensor(net, x, wrt=wrt, chunk_size=chunk_size)
 
 
 def test_complex_parameters_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Operators that act on each entry or only move entries: sums, products, ReLU, views, concatenation."""
+"""Operators that act on each entry: sums, products, ReLU."""
 
 from __future__ import annotations
 
@@ -51,27 +51,7 @@ def _relu_entries(node: Node, grad: Tensor, over: bool) -> Tensor:
     return masked
 
 
-def _cat_vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
-    grad = grads[0]
-    shapes = [() if source is None else shape_of(source, output) for source, output in node.next_functions]
-    if grad is None or any(len(shape) != grad.ndim - 1 for shape in shapes):
-        return None
-    # The index comes back unsigned: a negative dimension is one of the last numbers of 64 bits.
-    axis = ((node._saved_dim + 2**63) % 2**64 - 2**63) % (grad.ndim - 1)
-    return list(grad.split([shape[axis] for shape in shapes], dim=axis + 1))
-
-
-def _view_vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
-    grad, shape = grads[0], shape_of(*node.next_functions[0])
-    # A view as another type changes the number of entries.
-    if grad is None or math.prod(shape) != math.prod(grad.shape[1:]):
-        return None
-    return [grad.reshape(len(grad), *shape)]
-
-
 for _kind in ("Add", "Sub", "Mul"):
     RULES[f"{_kind}Backward0"] = Rule(frozenset({0, 1}), _grams, _add_vjp if _kind == "Add" else None)
 RULES["ExpandBackward0"] = Rule(frozenset({0}), _grams)
-RULES["CatBackward0"] = Rule(vjp=_cat_vjp)
 RULES["ReluBackward0"] = Rule(entries=_relu_entries)
-RULES["UnsafeViewBackward0"] = RULES["ViewBackward0"] = Rule(vjp=_view_vjp)

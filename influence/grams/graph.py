@@ -69,7 +69,7 @@ def read_graph(logits: Tensor, parameters: Mapping[str, nn.Parameter]) -> Graph:
     Raises:
         RuntimeError: For reentrant checkpoints, which keep the graph of what they hold to themselves.
     """
-    order = _topological(logits.grad_fn)
+    order = topological(logits.grad_fn)
     users: dict[Node, list[tuple[Node, int]]] = {}
     for node in order:
         if node.name() == "CheckpointFunctionBackward":
@@ -130,7 +130,7 @@ def _viewed(node: Node, users: Users) -> tuple[int, ...]:
     return shape
 
 
-def _topological(root: Node) -> tuple[Node, ...]:
+def topological(root: Node) -> tuple[Node, ...]:
     """Users before what they use, by depth-first search without recursion."""
     done: list[Node] = []
     seen: set[Node] = set()

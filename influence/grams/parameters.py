@@ -83,24 +83,23 @@ class ParameterGrams:
         self.refused.update(graph.refused)
         dtype, chosen = graph.coarsest_dtype(), rows(logits)
         seeds = chosen.seeds(logits.dtype)
+        require_independent(self._model, inputs, logits.detach(), dtype)
         compared = 0 if self._compared else 1 if len(inputs) < 2 * _FOR_EACH_COMPARED else 2
-        if compared:
-            require_independent(self._model, inputs, logits.detach(), dtype)
         probes = torch.randn(compared, chosen.count, generator=self._generator, dtype=torch.float64).to(seeds.device)
         squares = []
         for n, probe in enumerate(probes):
             seed = (probe @ seeds[:, n].double()).to(logits.dtype)[None]
             squares.append(self._squares(inputs[n : n + 1], logits[n : n + 1].detach(), seed, dtype))
         gram = logits.new_zeros(len(inputs), self._blocks, chosen.count, chosen.count, dtype=torch.float64)
-        narrow = NarrowLayer.of(logits) if isinstance(chosen, Classes) else None
-        if narrow is None or not isinstance(chosen, Classes):
+        narrow = NarrowLayer.of(logits, chosen)
+        if narrow is None:
             quadratic = self._collect_all(graph, seeds, gram, dtype, probes)
         else:
-            quadratic = self._through_features(graph, narrow, chosen, gram, dtype, probes)
+            quadratic = self._through_features(graph, narrow, gram, dtype, probes)
         del graph, logits
         if squares:
             self._compared = True
-            if self._refuse_what_differs(torch.stack(squares).cpu(), quadratic, dtype):
+            if self._refuse_what_differs(torch.stack(squares), quadratic, dtype):
                 return self(inputs, rows)
         self._announce()
         if self.refused:
@@ -109,20 +108,19 @@ class ParameterGrams:
         return chosen.log_probs, chosen.embed(gram), dtype
 
     def _through_features(
-        self, graph: Graph, narrow: NarrowLayer, classes: Classes, gram: Tensor, dtype: torch.dtype, probes: Tensor
+        self, graph: Graph, narrow: NarrowLayer, gram: Tensor, dtype: torch.dtype, probes: Tensor
     ) -> dict[str, Tensor]:
         """Send the classes through the last layer, and its features, which are fewer, through all before it."""
         last = {node: site for node, site in graph.sites.items() if node is graph.root[0]}
-        seeds = classes.seeds(narrow.weight.dtype)
+        seeds = narrow.classes.seeds(narrow.weight.dtype)
         quadratic = self._collect_all(replace(graph, sites=last), seeds, gram, dtype, probes)
         below = {node: site for node, site in graph.sites.items() if node not in last}
         features = gram.new_zeros(len(gram), self._blocks, narrow.width, narrow.width)
         graph = replace(graph, sites=below, root=(narrow.edge.node, narrow.edge.output_nr))
-        rows = narrow.contrasts(classes)
-        probes = (probes[:, None] @ rows[: len(probes)]).squeeze(1)
+        probes = (probes[:, None] @ narrow.contrasts[: len(probes)]).squeeze(1)
         quadratic |= self._collect_all(graph, narrow.seeds(len(gram)), features, dtype, probes)
         for b in range(self._blocks):
-            gram[:, b] += narrow.spread(features[:, b], rows)
+            gram[:, b] += narrow.spread(features[:, b])
         return quadratic
 
     def _collect_all(
@@ -131,8 +129,8 @@ class ParameterGrams:
         """Add the Grams of all sites of a graph for ``(m, N, ...)`` seeds to ``(N, B, m, m)``; see ``_quadratic``."""
         weighting = Weighting.draw(seeds, dtype, self._generator)
         waiting = dict(graph.sites)
-        truth: Mapping[Node, Tensor | None] = {}
-        found: list[list[tuple[str, Tensor]]] = []
+        truth: dict[Node, Tensor | None] = {}
+        quadratic: dict[str, Tensor] = {}
 
         def refuse(site: Site, reason: object) -> None:
             self.refused.update(dict.fromkeys((operand.name for operand in site.operands), str(reason)))
@@ -140,7 +138,7 @@ class ParameterGrams:
         def collect(site: Site, grad: Tensor) -> None:
             del waiting[site.node]
             try:
-                layout = _layout(site, grad, truth[site.node], weighting)
+                layout = _layout(site, grad, truth.pop(site.node), weighting)
                 parts = list(RULES[site.node.name()].grams(site, grad, layout))  # type: ignore[misc]
             except Exception as error:  # whatever a rule stumbles over, autograd has another way
                 if is_out_of_memory(error):
@@ -150,7 +148,8 @@ class ParameterGrams:
             for name, part in parts:
                 for block in self._of[name]:
                     gram[:, block].add_(part)
-            found.append([(name, part[: len(probes)]) for name, part in parts])
+            if len(probes):
+                quadratic.update(_quadratic(parts, probes))
 
         try:
             truth = _pytorch_gradients(graph, weighting.row(seeds)[0])
@@ -164,7 +163,7 @@ class ParameterGrams:
             row = truth.get(node)
             if row is not None and bool(row.any()):
                 refuse(site, "its gradient does not arrive")
-        return _quadratic(found, probes)
+        return quadratic
 
     def _squares(self, inputs: Inputs, batched: Tensor, seed: Tensor, dtype: torch.dtype) -> Tensor:
         """For each parameter the squared length ``(P,)`` of its gradient from a seed for one example alone, float64.
@@ -180,7 +179,7 @@ class ParameterGrams:
 
     def _refuse_what_differs(self, squares: Tensor, quadratic: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
         """Whether a Gram was another than autograd's; a parameter whose gradient no rule met has none."""
-        none = torch.zeros(len(squares), 3, dtype=torch.float64)
+        none = squares.new_zeros(len(squares), 3)
         value, size, largest = torch.stack([quadratic.get(name, none) for name in self._parameters], dim=1).unbind(-1)
         limit = 2 * REVERSE[dtype] * torch.maximum(size, squares) + REVERSE[dtype] ** 2 * largest
         right = ((value - squares).abs() <= limit).all(dim=0).tolist()
@@ -223,23 +222,17 @@ def _pytorch_gradients(graph: Graph, seed: Tensor) -> dict[Node, Tensor | None]:
     return dict(zip(graph.sites, grads, strict=True))
 
 
-def _quadratic(found: Sequence[Sequence[tuple[str, Tensor]]], probes: Tensor) -> dict[str, Tensor]:
-    """For each parameter ``(R, 3)``: v^T gram v, the size of its terms, and that of the largest terms at its site.
+def _quadratic(parts: Sequence[tuple[str, Tensor]], probes: Tensor) -> dict[str, Tensor]:
+    """For each parameter at a site ``(R, 3)``: v^T gram v, the size of its terms, and the largest size at the site.
 
-    ``found`` are the names and Grams ``(R, m, m)`` at each site, for R examples; ``probes`` are v, ``(R, m)``.
+    ``parts`` are the names and Grams ``(N, m, m)``, of which the first R count; ``probes`` are v, ``(R, m)``.
     """
-    if not found or not len(probes):
-        return {}
-    grams = torch.stack([gram for parts in found for _, gram in parts])
+    grams = torch.stack([gram[: len(probes)] for _, gram in parts])
     value = ((grams @ probes[..., None]).squeeze(-1) * probes).sum(dim=-1)
     size = (grams.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt() * probes.abs()).sum(dim=-1).square()
-    sites = torch.stack([value, size], dim=-1).cpu().split([len(parts) for parts in found])
-    result = {}
-    for parts, own in zip(found, sites, strict=True):
-        # A bias whose gradients cancel has rounding alone, of the size of what cancels.
-        largest = own[..., 1:].amax(dim=0)
-        result.update({name: torch.cat([mine, largest], dim=1) for (name, _), mine in zip(parts, own, strict=True)})
-    return result
+    # A bias whose gradients cancel has rounding alone, of the size of what cancels.
+    three = torch.stack([value, size, size.amax(dim=0).expand_as(size)], dim=-1)
+    return {name: own for (name, _), own in zip(parts, three, strict=True)}
 
 
 def _layout(site: Site, grads: Tensor, row: Tensor | None, weighting: Weighting) -> Layout:

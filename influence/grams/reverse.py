@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +19,8 @@ from influence.kernels.gram import products
 from influence.kernels.relu_norm_backward import fused, relu_norm_backward_triton
 from influence.memory import is_out_of_memory
 
+Edge = tuple[Node, int]
+
 
 def reverse(graph: Graph, seeds: Tensor, collect: Callable[[Site, Tensor], None]) -> None:
     """Send m gradients ``(m, N, K)`` of the logits of N examples back through the graph.
@@ -27,60 +28,47 @@ def reverse(graph: Graph, seeds: Tensor, collect: Callable[[Site, Tensor], None]
     ``collect`` gets each site, latest first, and the gradient ``(m, ...)`` of its output, which it must not change.
     """
     visited, further = graph.visited()
-    if graph.root[0] not in visited:
-        return
-    pending: dict[Node, _Waiting] = {}
+    # For each output of a node its gradient, and whether nothing else looks at that.
+    pending: dict[Edge, tuple[Tensor | None, bool]] = {}
     ahead: dict[Node, tuple[Tensor, int, Tensor]] = {}
-    _deliver(pending, graph.root, seeds, owned=False)
+
+    def deliver(edge: Edge, grad: Tensor, *, owned: bool) -> None:
+        """Add to the gradient of an output, in place where one of the two is ours alone."""
+        before, mine = pending.get(edge, (None, False))
+        if before is None:
+            pending[edge] = grad, owned
+        elif mine:
+            before.add_(grad)
+        else:
+            pending[edge] = grad.add_(before) if owned else before + grad, True
+
+    if graph.root[0] in visited:
+        deliver(graph.root, seeds, owned=False)
     with torch.no_grad():
         for node in graph.order:
-            if node not in visited or node not in pending:
+            given = [pending.pop((node, i), (None, False)) for i in range(len(node._input_metadata))]
+            grads = [grad for grad, _ in given]
+            if all(grad is None for grad in grads):
                 continue
-            waiting = pending.pop(node)
-            if node in graph.sites and waiting.grads[0] is not None:
-                collect(graph.sites[node], waiting.grads[0])
-            made = _relu_norm(node, waiting.grads[0], ahead, visited) if node in further else None
+            if node in graph.sites and grads[0] is not None:
+                collect(graph.sites[node], grads[0])
+            made = _relu_norm(node, grads[0], ahead, visited) if node in further else None
             if made is not None:
-                _deliver(pending, node.next_functions[0], made, owned=True)
+                deliver(node.next_functions[0], made, owned=True)
             elif node in further:
-                _pass_on(node, waiting, pending, [source in visited for source, _ in node.next_functions])
-            del waiting
+                _pass_on(node, grads, visited, deliver, over=given[0][1])
+            del given, grads, made
 
 
-@dataclass
-class _Waiting:
-    """What a node waits for: the gradients of its outputs, and which of them nothing else looks at."""
-
-    grads: Grads
-    owned: list[bool]
-
-
-def _deliver(pending: dict[Node, _Waiting], edge: tuple[Node, int], grad: Tensor, *, owned: bool) -> None:
-    """Add to what a node waits for, in place where the sum is ours alone."""
-    node, output = edge
-    outputs = len(node._input_metadata)
-    waiting = pending.setdefault(node, _Waiting([None] * outputs, [False] * outputs))
-    before = waiting.grads[output]
-    if before is None:
-        waiting.grads[output], waiting.owned[output] = grad, owned
-        return
-    if waiting.owned[output]:
-        before.add_(grad)
-    else:
-        waiting.grads[output] = grad.add_(before) if owned else before + grad
-    waiting.owned[output] = True
-
-
-def _pass_on(node: Node, waiting: _Waiting, pending: dict[Node, _Waiting], wanted: Sequence[bool]) -> None:
-    """Deliver the gradients of a node's inputs, as far as they are wanted."""
-    grads = waiting.grads
-    below = vjp(node, grads, wanted, over=waiting.owned[0])
-    alone = waiting.owned[0] and sum(grad is grads[0] for grad in below) == 1
-    for edge, grad, want in zip(node.next_functions, below, wanted, strict=True):
-        if want and grad is not None:
+def _pass_on(node: Node, grads: Grads, visited: set[Node], deliver: Callable[..., None], *, over: bool) -> None:
+    """Deliver the gradients of a node's inputs, as far as they are looked for."""
+    below = vjp(node, grads, [source in visited for source, _ in node.next_functions], over=over)
+    alone = over and sum(grad is grads[0] for grad in below) == 1
+    for edge, grad in zip(node.next_functions, below, strict=True):
+        if edge[0] in visited and grad is not None:
             fitted = _fit(grad, *edge)
-            owned = node.name() in RULES and (alone if fitted is grads[0] else _is_new(fitted, grads))
-            _deliver(pending, edge, fitted, owned=owned)
+            new = alone if fitted is grads[0] else _is_new(fitted, grads)
+            deliver(edge, fitted, owned=new and node.name() in RULES)
 
 
 def _relu_norm(

@@ -68,8 +68,7 @@ def _projected_gram(grads: Tensor, shared: Tensor) -> Tensor:
     width = shared.shape[2]
     gram = grads.new_zeros(examples, classes, classes, dtype=torch.float64)
     if grads.device.type == "cpu" and outputs * positions * width >= _LARGE:
-        for n in range(examples):
-            _one_by_one(grads[n], shared[n], gram[n])
+        _one_by_one(grads, shared, gram)
         return gram
     # Never more than a piece of all Y_k at once.
     tile = max(1, min(outputs, _PIECE // max(1, classes * width)))
@@ -84,22 +83,22 @@ def _projected_gram(grads: Tensor, shared: Tensor) -> Tensor:
 
 
 def _one_by_one(grads: Tensor, shared: Tensor, gram: Tensor) -> None:
-    """Add the Gram of one example, ``(m, P, T)`` and ``(T, J)``, to ``(m, m)``: in tiles that share their memory."""
-    classes, outputs, positions = grads.shape
-    width = shared.shape[1]
+    """Add the Gram of each example, in tiles that share their memory: a system is slow to give new one."""
+    _, classes, outputs, positions = grads.shape
+    width = shared.shape[2]
     tile = max(1, min(outputs, _TILE // max(1, classes * width)))
     rows = grads.new_empty(classes * tile * width)
     wide = torch.empty_like(rows, dtype=torch.float64)
     # One product for all classes is faster, where a copy that lets them lie together is small beside it.
     together = width >= 4 * outputs
-    for first in range(0, outputs, tile):
-        part = grads[:, first : first + tile]
-        made = rows[: part.shape[:2].numel() * width].view(*part.shape[:2], width)
-        if together:
-            torch.mm(part.reshape(-1, positions), shared, out=made.view(-1, width))
-        else:
-            torch.bmm(part, shared.expand(classes, positions, width), out=made)
-        copied = wide[: made.numel()].view(classes, -1).copy_(made.flatten(1))
-        segments = _SEGMENTS if copied.shape[1] % _SEGMENTS == 0 else 1
-        side = copied.unflatten(1, (segments, -1)).transpose(0, 1)
-        gram += torch.bmm(side, side.mT).sum(dim=0)
+    for example, columns, total in zip(grads, shared, gram, strict=True):
+        for part in example.split(tile, dim=1):
+            made = rows[: part.shape[:2].numel() * width].view(*part.shape[:2], width)
+            if together:
+                torch.mm(part.reshape(-1, positions), columns, out=made.view(-1, width))
+            else:
+                torch.bmm(part, columns.expand(classes, positions, width), out=made)
+            copied = wide[: made.numel()].view(classes, -1).copy_(made.flatten(1))
+            segments = _SEGMENTS if copied.shape[1] % _SEGMENTS == 0 else 1
+            side = copied.unflatten(1, (segments, -1)).transpose(0, 1)
+            total += torch.bmm(side, side.mT).sum(dim=0)

@@ -1,4 +1,8 @@
-"""Every example must have logits of its own, the same in any batch and in every call: checked here, never assumed."""
+"""Every example must have logits of its own, the same in any batch and in every call: checked here, never assumed.
+
+In each chunk the last examples are called again without the others, and the gradients must keep the examples apart; in
+the first chunk the first example is called alone too.
+"""
 
 from __future__ import annotations
 
@@ -88,8 +92,7 @@ def require_independent(model: nn.Module, inputs: Inputs, batched: Tensor, dtype
     """
     count = min(len(inputs) - 1, _TURNED)
     if count:
-        last = inputs[len(inputs) - count :]
-        turned = replace(last, tensors=tuple(tensor.flip(0) for tensor in last.tensors))
+        turned = replace(inputs, tensors=tuple(tensor[-count:].flip(0) for tensor in inputs.tensors))
         # With its graph, as a model may look for one.
         require_same(model, turned, turned.logits(model).detach(), batched[-count:].flip(0), dtype)
 

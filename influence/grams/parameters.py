@@ -1,8 +1,9 @@
 """Grams of the parameters for a chunk of examples: one forward and one reverse pass, rules where they hold.
 
 Nothing that a rule assumes is trusted. In every chunk the gradients must be PyTorch's own and lie at the examples they
-are taken for (``independence.Weighting``); in the first one the Gram of one example, or of two, must be autograd's, for
-a random combination of the classes. What fails takes the autograd path: one example alone, one class at a time.
+are taken for (``independence.Weighting``), and the logits must be the same in another batch; in the first one the Gram
+of one example, or of two, must be autograd's, for a random combination of the classes. What fails takes the autograd
+path: one example alone, one class at a time.
 """
 
 from __future__ import annotations

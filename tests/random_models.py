@@ -57,7 +57,9 @@ def embedding(d: Draw, classes: int) -> nn.Embedding | nn.EmbeddingBag:
     if d.maybe(0.15):
         return nn.EmbeddingBag(words, width, mode=d.choice(["sum", "mean", "max"]))
     options: dict[str, Any] = d.choice([{}, {}, {"padding_idx": 0}, {"padding_idx": 0}, {"sparse": True}])
-    return nn.Embedding(words, width, **options, scale_grad_by_freq=d.maybe(0.1))
+    # PyTorch has no gradient for both.
+    by_frequency = d.maybe(0.1) and "sparse" not in options
+    return nn.Embedding(words, width, **options, scale_grad_by_freq=by_frequency)
 
 
 def head(d: Draw, x: Tensor, classes: int, table: nn.Embedding | nn.EmbeddingBag | None) -> nn.Module:

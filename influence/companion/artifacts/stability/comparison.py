@@ -184,13 +184,22 @@ def colours(arms: Sequence[str]) -> dict[str, str]:
     return {arm: style.COLOURS.get(arm) or next(stable) for arm in arms}
 
 
-def bars(axes: Axes, group: pd.DataFrame, *, across: str, value: str) -> None:
+def bars(
+    axes: Axes, group: pd.DataFrame, *, across: str, value: str, low: str = "low", high: str = "high", scale: float = 1
+) -> None:
     """Each arm's mean with its 95% interval over seeds, beside one another for each `across`."""
     groups, arms = list(group[across].unique()), list(group["arm"].unique())
     tint = colours(arms)
     for i, arm in enumerate(arms):
-        ours = group[group["arm"] == arm].set_index(across).loc[groups]
+        ours = scale * group[group["arm"] == arm].set_index(across).loc[groups, [value, low, high]]
         x = np.arange(len(groups)) + (i - (len(arms) - 1) / 2) * 0.8 / len(arms)
-        errors = np.abs(ours[["low", "high"]].to_numpy().T - ours[value].to_numpy())
+        errors = np.abs(ours[[low, high]].to_numpy().T - ours[value].to_numpy())
         axes.errorbar(x, ours[value], errors, fmt="o", color=tint[arm], markersize=4, capsize=2, label=label(arm))
     axes.set_xticks(range(len(groups)), groups)
+
+
+def gain_bars(axes: Axes, group: pd.DataFrame, *, across: str) -> None:
+    """The same of the gain over the control, in percentage points."""
+    arms = group[group["arm"] != CONTROL]
+    bars(axes, arms, across=across, value="gain", low="gain_low", high="gain_high", scale=100)
+    axes.axhline(0, color=style.COLOURS[CONTROL], linewidth=1)

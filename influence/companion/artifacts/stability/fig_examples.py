@@ -49,10 +49,10 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
         for version in run.parameters["versions"]
     ]
     pairs = pd.concat(frames, ignore_index=True)
-    pairs["class"] = [classes[k] for k in part.labels[pairs["first"].to_numpy()]]
+    pairs["class"] = [classes[k] for k in part.labels.numpy()[pairs["first"]]]
     pictures = pd.concat([_pictures(part, pairs, side) for side in SIDES], ignore_index=True)
     for column in ("first", "second"):
-        pairs[column] = part.index[pairs[column].to_numpy()].numpy()
+        pairs[column] = part.index.numpy()[pairs[column]]
     return {"pairs": pairs, "pictures": pictures}
 
 
@@ -76,11 +76,11 @@ def _chosen(
 
 
 def _pictures(part: Split, pairs: pd.DataFrame, side: str) -> pd.DataFrame:
-    first, second = (part.images[pairs[column].to_numpy()] for column in ("first", "second"))
-    shown = first
-    if side != SIDES[0]:
-        copies = [distortions.apply(v, image[None]) for v, image in zip(pairs["distortion"], second, strict=True)]
-        shown = torch.cat(copies)
+    if side == SIDES[0]:
+        shown = part.images[pairs["first"].tolist()]
+    else:
+        copies = zip(pairs["distortion"], pairs["second"], strict=True)
+        shown = torch.cat([distortions.apply(version, part.images[[image]]) for version, image in copies])
     return packed(shown).assign(pair=range(len(pairs)), side=side)
 
 

@@ -122,22 +122,13 @@ def draw(curves: pd.DataFrame, table: pd.DataFrame) -> Figure:
             above.fill_between(wide.index, wide.min(axis=1), wide.max(axis=1), color=tint[str(arm)], alpha=0.15, lw=0)
         above.set_title(name)
         above.set_xlabel("recall")
-        _gains_of_levels(below, table[(table["distortion"] == name) & (table["metric"] != AVERAGE)], tint)
+        ours = table[(table["distortion"] == name) & (table["metric"] != AVERAGE)]
+        words = ours["metric"].str.replace("@p", "\nat precision ").str.replace("@r", "\nat recall ")
+        comparison.gain_bars(below, ours.assign(metric=words), across="metric")
+        below.tick_params(axis="x", rotation=90, labelsize=7)
     grid[0, 0].set_ylabel("precision")
     grid[1, 0].set_ylabel("gain over control (pp)")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     seeds = curves["seed"].nunique()
     figure.suptitle(f"above, mean and range over {seeds} seeds; below, gain paired by seed, 95% interval", fontsize=9)
     return figure
-
-
-def _gains_of_levels(axes: Any, table: pd.DataFrame, tint: Mapping[str, str]) -> None:
-    metrics, arms = list(table["metric"].unique()), [arm for arm in table["arm"].unique() if arm != CONTROL]
-    for i, arm in enumerate(arms):
-        ours = 100 * table[table["arm"] == arm].set_index("metric").loc[metrics, ["gain", "gain_low", "gain_high"]]
-        x = np.arange(len(metrics)) + 0.2 * (i - (len(arms) - 1) / 2)
-        errors = np.abs(ours[["gain_low", "gain_high"]].to_numpy().T - ours["gain"].to_numpy())
-        axes.errorbar(x, ours["gain"], errors, fmt="o", color=tint[arm], markersize=3, elinewidth=1)
-    axes.axhline(0, color=style.COLOURS["control"], linewidth=1)
-    words = [metric.replace("@p", "\nat precision ").replace("@r", "\nat recall ") for metric in metrics]
-    axes.set_xticks(range(len(metrics)), words, rotation=90, fontsize=7)

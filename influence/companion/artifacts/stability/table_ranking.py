@@ -121,7 +121,7 @@ def draw(table: pd.DataFrame) -> Figure:
     comparison.gain_bars(middle, groups["triplet_accuracy"], across="distortion")
     left.set_ylabel("triplet accuracy")
     middle.set_ylabel("its gain over control (pp)")
-    right.set_ylabel("score at the top / triplets there")
+    right.set_ylabel("score at the top, as a share")
     for axes in (left, middle, right):
         axes.tick_params(axis="x", rotation=60)
     figure.suptitle(f"mean and 95% interval over {int(table['seeds'].iloc[0])} seeds, gain paired by seed", fontsize=9)

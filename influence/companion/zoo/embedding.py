@@ -1,127 +1,74 @@
-"""Train an embedding on triplets, then continue it with the stability term of Zheng et al. (2016) or a control."""
+"""The features of a trained classifier as an embedding, and the arms of Zheng et al. (2016) for it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import Module
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import influence
 
-from ..images.data import Dataset, Split
-from ..ledger import cache
-from . import inception, training
-from .training import Record, Trained, pixels
-
-_EPOCH = 50  # steps after which the state is kept; there is no end to triplets
+from . import models
+from .finetuning import Arm
 
 
-@dataclass(frozen=True)
-class EmbeddingRecipe:
-    """Everything that decides a trained embedding, besides the data."""
+class Embedding(nn.Module):
+    """What the dense layer of a classifier takes, at unit length; the layer itself is given up."""
 
-    dimensions: int = 32
-    width: float = 0.125  # channel multiplier of the small Inception
-    steps: int = 60  # of Adam
-    triplets: int = 24  # of (query, image of its class, image of another class), a step
-    learning_rate: float = 1e-3
-    margin: float = 0.2  # g of the hinge
-    seed: int = 0  # of weights, triplets and noise
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        classifier.set_submodule(models.trainable_layers(classifier)[-1], nn.Identity())
+        self.trunk = classifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raw pixels (N, C, H, W) to unit vectors (N, D)."""
+        return F.normalize(self.trunk(x).float(), dim=1)
 
 
 @dataclass(frozen=True)
-class EmbeddingArm:
-    """One way of continuing an embedding; batch-normalisation statistics stay fixed, as for the classifiers.
+class EmbeddingArm(Arm):
+    """An arm that continues the features of a classifier.
 
-    The objective is the triplet loss of clean images ("control") or noisy ones ("augmentation"), or that of clean
-    images + alpha * mean distance between the embeddings of an image and of its noisy copy ("stability").
+    The task is the ranking of triplets by class, of one batch. The stability loss is the mean distance between an image
+    and its noisy copy.
+
+    Raises:
+        ValueError: a choice of layers; those of `Arm`.
     """
 
-    objective: Literal["control", "augmentation", "stability"]
-    steps: int  # of Adam
-    learning_rate: float
-    sigma: float = 0.04  # standard deviation of the Gaussian noise on pixels in [0, 1]
-    alpha: float = 0.0
+    margin: float = 0.2  # g of the hinge, a distance between unit vectors
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers != "all":
+            raise ValueError(f"an embedding is continued in all layers, got layers={self.layers!r}")
+
+    def network(self, classifier: nn.Module) -> nn.Module:
+        """The features of the classifier."""
+        return Embedding(classifier)
+
+    def task(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """The hinge of triplets."""
+        query, positive, negative = triplets(labels.cpu()).to(outputs.device)
+        return influence.triplet_loss(outputs[query], outputs[positive], outputs[negative], margin=self.margin)
+
+    def stable(self, clean: Tensor, noisy: Tensor, labels: Tensor) -> Tensor:
+        """The hinge of clean images + alpha * the mean distance to their noisy copies."""
+        return self.task(clean, labels) + self.alpha * influence.embedding_stability_loss(clean, noisy)
 
 
-def fit(recipe: EmbeddingRecipe, dataset: Dataset, *, device: torch.device | str = "cpu") -> Trained:
-    """Train the embedding of `recipe` on triplets, or load it; interrupted, it goes on from the last saved step."""
-    key = cache.fingerprint({"recipe": asdict(recipe), "data": dataset.digest})
-    model = inception.small_embedding(
-        dataset.shape, dimensions=recipe.dimensions, width=recipe.width, seed=recipe.seed
-    ).to(device)
-    make = partial(_train, model, recipe, None, dataset.train)
-    return training.made_once(f"{dataset.name}-embedding-{recipe.seed}", key, model, make, recipe=recipe)
+def triplets(labels: Tensor) -> Tensor:
+    """Positions (3, M) in a batch: each image with one of its class and one of another, drawn at random.
 
-
-def finetune(
-    recipe: EmbeddingRecipe, arm: EmbeddingArm, dataset: Dataset, *, device: torch.device | str = "cpu"
-) -> Trained:
-    """Continue the embedding of `recipe` with the objective of `arm` for a fixed number of steps; made once."""
-    base = fit(recipe, dataset, device=device)
-    key = cache.fingerprint({"base": base.key, "arm": asdict(arm)})
-    make = partial(_train, base.model, recipe, arm, dataset.train)
-    name = f"{dataset.name}-embedding-{recipe.seed}-{arm.objective}"
-    return training.made_once(name, key, base.model, make, recipe=arm)
-
-
-def _train(model: Module, recipe: EmbeddingRecipe, arm: EmbeddingArm | None, train: Split, resume: Path) -> Record:
-    """By the hinge alone, in training mode, or with the objective of an arm."""
-    plan = arm or recipe
-    return training.train(
-        model,
-        Triplets(train, recipe.triplets),
-        partial(_loss, recipe, arm),
-        torch.optim.Adam(model.parameters(), lr=plan.learning_rate),
-        steps=plan.steps,
-        rate=plan.learning_rate,
-        seed=(recipe.seed, 3 if arm is None else 4),
-        title=f"{'embedding' if arm is None else arm.objective} {recipe.seed}",
-        training_mode=arm is None,
-        resume=resume,
-    )
-
-
-def _loss(recipe: EmbeddingRecipe, arm: EmbeddingArm | None, model: Module, batch: Tensor) -> Tensor:
-    x = pixels(batch, next(model.parameters()).device)
-    if arm is None:
-        return _hinge(recipe, model(x))
-    noisy = influence.gaussian_perturbation(x, sigma=arm.sigma * 255, clip=(0, 255))
-    if arm.objective != "stability":
-        return _hinge(recipe, model(x if arm.objective == "control" else noisy))
-    clean, perturbed = model(torch.cat([x, noisy])).chunk(2)
-    return _hinge(recipe, clean) + arm.alpha * influence.embedding_stability_loss(clean, perturbed)
-
-
-def _hinge(recipe: EmbeddingRecipe, z: Tensor) -> Tensor:
-    query, positive, negative = z.chunk(3)
-    return influence.triplet_loss(query, positive, negative, margin=recipe.margin)
-
-
-@dataclass(frozen=True)
-class Triplets:
-    """Batches (3 n, C, H, W): n queries, then for each another image of its class, then one of another class."""
-
-    split: Split
-    count: int
-
-    def __len__(self) -> int:
-        return _EPOCH
-
-    def __iter__(self) -> Iterator[Tensor]:
-        labels = self.split.labels.numpy()
-        generator = np.random.default_rng(int(torch.randint(2**62, ())))
-        members = {k: np.flatnonzero(labels == k) for k in np.unique(labels)}
-        others = {k: np.flatnonzero(labels != k) for k in members}
-        for _ in range(_EPOCH):
-            query = generator.integers(len(labels), size=self.count)
-            positive = [generator.choice(members[labels[q]][members[labels[q]] != q]) for q in query]
-            negative = [generator.choice(others[labels[q]]) for q in query]
-            yield self.split.images[torch.as_tensor(np.concatenate([query, positive, negative]))]
+    An image that is alone in its class, or with no other class, is left out; a ValueError where all are.
+    """
+    same = labels[:, None] == labels
+    draw = torch.rand(2, *same.shape)
+    chosen = [same.fill_diagonal_(False), labels[:, None] != labels]
+    whole = chosen[0].any(1) & chosen[1].any(1)
+    if not whole.any():
+        raise ValueError(f"no triplet in a batch of the classes {labels.unique().tolist()}")
+    others = [numbers.masked_fill(~allowed, -1).argmax(1) for numbers, allowed in zip(draw, chosen, strict=True)]
+    return torch.stack([torch.arange(len(labels)), *others])[:, whole]

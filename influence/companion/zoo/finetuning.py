@@ -55,13 +55,28 @@ class Arm:
         if self.layers not in ("all", "last"):
             raise ValueError(f"layers must be 'all' or 'last', got {self.layers!r}")
 
+    def network(self, classifier: nn.Module) -> nn.Module:
+        """What is continued of a trained classifier."""
+        return classifier
+
+    def task(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of logits."""
+        return F.cross_entropy(outputs, labels)
+
+    def stable(self, clean: Tensor, noisy: Tensor, labels: Tensor) -> Tensor:
+        """The task loss of clean logits + alpha * their divergence to noisy ones."""
+        return influence.stability_loss(
+            clean, noisy, labels, alpha=self.alpha, divergence=self.divergence, stop_gradient=self.stop_gradient
+        )
+
 
 def finetune(recipe: Recipe, arm: Arm, dataset: Dataset, *, device: torch.device | str = "cpu") -> Trained:
-    """The classifier of `recipe`, continued with the objective of `arm` for a fixed number of steps; made once."""
+    """The network of `recipe`, continued with the objective of `arm` for a fixed number of steps; made once."""
     base = training.fit(recipe, dataset, device=device)
     key = cache.fingerprint({"base": base.key, "arm": asdict(arm)})
-    make = partial(_continue, base.model, recipe, arm, dataset)
-    return training.made_once(f"{recipe.name}-{arm.objective}", key, base.model, make, recipe=arm)
+    model = arm.network(base.model)
+    make = partial(_continue, model, recipe, arm, dataset)
+    return training.made_once(f"{recipe.name}-{arm.objective}", key, model, make, recipe=arm)
 
 
 def _continue(model: nn.Module, recipe: Recipe, arm: Arm, dataset: Dataset, resume: Path) -> Record:
@@ -95,14 +110,7 @@ def _loss(arm: Arm, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     if arm.perturbation != NOISE:
         noisy = pixels(distortions.apply(arm.perturbation, images), device)
     if arm.objective != "stability":
-        return F.cross_entropy(model(x if arm.objective == "control" else noisy).float(), y)
+        return arm.task(model(x if arm.objective == "control" else noisy).float(), y)
     # In evaluation mode one pass over both is two passes: no statistic is taken over the batch.
-    clean_logits, noisy_logits = model(torch.cat([x, noisy])).float().chunk(2)
-    return influence.stability_loss(
-        clean_logits,
-        noisy_logits,
-        y,
-        alpha=arm.alpha,
-        divergence=arm.divergence,
-        stop_gradient=arm.stop_gradient,
-    )
+    clean, perturbed = model(torch.cat([x, noisy])).float().chunk(2)
+    return arm.stable(clean, perturbed, y)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.models.inception import BasicConv2d, InceptionA, InceptionB, InceptionC, InceptionD, InceptionE
 
 # Every channel count of the blocks is a multiple of this, so that a width of n / 16 leaves whole numbers.
@@ -19,13 +17,13 @@ class SmallInception(nn.Module):
 
     The blocks are torchvision's; only their convolutions are told to have `width` times the channels. A stem of 3x3
     convolutions halves the image until its side is at most 16, so that any image from 8x8 up fits. Takes raw pixels
-    0..255 and scales them to [-1, 1], as Inception does. With `n_classes` it ends in a dense layer, else in features.
+    0..255 and scales them to [-1, 1], as Inception does.
 
     Raises:
         ValueError: `side`, the smaller of H and W, is below 8, or `width` leaves no whole channels.
     """
 
-    def __init__(self, channels: int, side: int, *, width: float = 0.125, n_classes: int | None = None) -> None:
+    def __init__(self, channels: int, side: int, *, width: float, n_classes: int) -> None:
         super().__init__()
         if side < 8:
             raise ValueError(f"images must be at least 8x8 pixels, got a side of {side}")
@@ -45,33 +43,11 @@ class SmallInception(nn.Module):
         self.block17 = InceptionC(736, channels_7x7=128, conv_block=conv)
         self.reduction8 = InceptionD(768, conv_block=conv)
         self.block8 = InceptionE(1280, conv_block=conv)
-        self.features = round(2048 * width)
-        self.head = nn.Identity() if n_classes is None else nn.Linear(self.features, n_classes)
+        self.head = nn.Linear(round(2048 * width), n_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Raw pixels (N, C, H, W) to features (N, 2048 width), the mean over positions, or to logits (N, K)."""
+        """Raw pixels (N, C, H, W) to logits (N, K)."""
         x = self.stem(x / 127.5 - 1)
         x = self.block17(self.reduction17(self.block35(x)))
         logits: Tensor = self.head(self.block8(self.reduction8(x)).mean(dim=(2, 3)))
         return logits
-
-
-class Embedding(nn.Module):
-    """A trunk, a dense layer, and unit length: what distances between images are taken of."""
-
-    def __init__(self, trunk: nn.Module, features: int, dimensions: int) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.head = nn.Linear(features, dimensions)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Raw pixels (N, C, H, W) to unit vectors (N, dimensions)."""
-        return F.normalize(self.head(self.trunk(x)), dim=1)
-
-
-def small_embedding(shape: tuple[int, int, int], *, dimensions: int, width: float = 0.125, seed: int = 0) -> Embedding:
-    """A freshly initialised embedding of images of a shape (C, H, W); the global random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        trunk = SmallInception(shape[0], min(shape[1:]), width=width)
-        return Embedding(trunk, trunk.features, dimensions)

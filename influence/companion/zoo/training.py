@@ -1,7 +1,7 @@
 """The one training loop of the companion, resumable epoch by epoch, and how its classifiers are trained with it.
 
 Everything that trains calls `train`: `fit` (the classifier of a recipe), `learn` (it continued on added images), the
-arms of Zheng et al. (2016) in `finetuning`, the embeddings in `embedding`, the continuation of the reader's own model.
+arms of Zheng et al. (2016) in `finetuning` and `embedding`, the continuation of the reader's own model.
 
 A trained network is known by its recipe and the digest of its data. Code is not a part of that: an edit of a docstring,
 or of a function, never trains a network again; the record beside the weights says which code made them.

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
 from influence.progress import progress_bar
@@ -30,20 +31,20 @@ ORIGINAL = distortions.ORIGINAL
 CONTROL = "control"
 
 
-def standard(parameters: Mapping[str, Any]) -> dict[str, Arm]:
-    """The arms by name: control, augmentation at the same sigma, stability (KL, both branches) at each alpha.
+def standard(parameters: Mapping[str, Any], kind: type[Arm] = Arm) -> dict[str, Arm]:
+    """The arms of a kind by name: control, augmentation at the same sigma, stability (KL, both branches) at each alpha.
 
     Parameters of the run: alphas, sigma, steps, learning_rate; with `variants` also, at the last alpha, the
     cross-entropy in the place of the KL, and a stop-gradient on the clean branch; under that one the two have the same
     gradient, so that one network stands for both.
     """
     common: dict[str, Any] = {name: parameters[name] for name in ("steps", "learning_rate", "sigma")}
-    chosen = {CONTROL: Arm("control", **common), "augmentation": Arm("augmentation", **common)}
-    chosen |= {stability(alpha): Arm("stability", alpha=alpha, **common) for alpha in parameters["alphas"]}
+    chosen = {CONTROL: kind("control", **common), "augmentation": kind("augmentation", **common)}
+    chosen |= {stability(alpha): kind("stability", alpha=alpha, **common) for alpha in parameters["alphas"]}
     if parameters.get("variants"):
         last = parameters["alphas"][-1]
-        chosen[f"{stability(last)} CE"] = Arm("stability", alpha=last, divergence="ce", **common)
-        chosen[f"{stability(last)} stopped"] = Arm("stability", alpha=last, stop_gradient=True, **common)
+        chosen[f"{stability(last)} CE"] = kind("stability", alpha=last, divergence="ce", **common)
+        chosen[f"{stability(last)} stopped"] = kind("stability", alpha=last, stop_gradient=True, **common)
     return chosen
 
 
@@ -60,7 +61,7 @@ def own_noise(parameters: Mapping[str, Any]) -> str:
 def networks(
     run: Run, dataset_name: str, chosen: Mapping[str, Arm], *, task: str
 ) -> Iterator[tuple[int, str, training.Trained]]:
-    """The classifiers of a comparison, one after the other: seed, name of the arm, network; `task` names the bar.
+    """The networks of a comparison, one after the other: seed, name of the arm, network; `task` names the bar.
 
     Parameters of the run: model (of `models.NAMES`) and seeds, one trained network each, continued by every arm.
     """
@@ -181,3 +182,24 @@ def colours(arms: Sequence[str]) -> dict[str, str]:
     """One colour for each arm, the same in every figure of one set of arms."""
     stable = iter(style.STABILITY * 3)
     return {arm: style.COLOURS.get(arm) or next(stable) for arm in arms}
+
+
+def bars(
+    axes: Axes, group: pd.DataFrame, *, across: str, value: str, low: str = "low", high: str = "high", scale: float = 1
+) -> None:
+    """Each arm's mean with its 95% interval over seeds, beside one another for each `across`."""
+    groups, arms = list(group[across].unique()), list(group["arm"].unique())
+    tint = colours(arms)
+    for i, arm in enumerate(arms):
+        ours = scale * group[group["arm"] == arm].set_index(across).loc[groups, [value, low, high]]
+        x = np.arange(len(groups)) + (i - (len(arms) - 1) / 2) * 0.8 / len(arms)
+        errors = np.abs(ours[[low, high]].to_numpy().T - ours[value].to_numpy())
+        axes.errorbar(x, ours[value], errors, fmt="o", color=tint[arm], markersize=4, capsize=2, label=label(arm))
+    axes.set_xticks(range(len(groups)), groups)
+
+
+def gain_bars(axes: Axes, group: pd.DataFrame, *, across: str) -> None:
+    """The same of the gain over the control, in percentage points."""
+    arms = group[group["arm"] != CONTROL]
+    bars(axes, arms, across=across, value="gain", low="gain_low", high="gain_high", scale=100)
+    axes.axhline(0, color=style.COLOURS[CONTROL], linewidth=1)

@@ -1,116 +1,121 @@
-"""Embeddings of photographs, continued by every arm, and the distances of pairs."""
+"""Embeddings of test images and of their distorted copies, and the distances of near-duplicates and negatives."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache as remember
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
-from influence.progress import progress_bar
-
-from ...images import data, distortions
-from ...ledger import cache, paths
+from ...images import distortions
+from ...images.data import Split
+from ...ledger import cache
 from ...ledger.results import Run
-from ...zoo import embedding, training
-from ...zoo.embedding import EmbeddingArm, EmbeddingRecipe
-from .comparison import CONTROL
+from ...zoo import training
+from ...zoo.embedding import EmbeddingArm
+from ..common import dataset
+from .comparison import ORIGINAL, networks, own_noise, stability, standard
 
 POSITIVE, NEGATIVE = "near-duplicate", "negative"
+_AT_ONCE = 2**17  # pairs
+Vectors = dict[str, np.ndarray]  # by distortion, (N, D) float32 of unit length
 
 
-def photographs(run: Run, name: str, size: int) -> data.Dataset:
-    """Photographs of size x size pixels, their digest noted among the inputs of the run."""
-    loaded = _load(name, size)
-    run.add_input(f"{name}-{size}", loaded.digest)
-    return loaded
+def measured(parameters: Mapping[str, Any]) -> list[str]:
+    """The distortions of the paper, and the noise that the arms are trained on."""
+    return [*parameters["versions"], own_noise(parameters)]
 
 
-@remember
-def _load(name: str, size: int) -> data.Dataset:
-    return data.load(name, paths.data_dir(), size=size)
+def suffixes(parameters: Mapping[str, Any]) -> dict[str, str]:
+    """The suffix of the items of each arm: none for the paper's alpha, the first one."""
+    first, *_, last = parameters["alphas"]
+    return {stability(first): "", stability(last): "_strong", "augmentation": "_augmentation"}
 
 
-def arms(alphas: Sequence[float], *, sigma: float, steps: int, learning_rate: float) -> dict[str, EmbeddingArm]:
-    """Control, augmentation at the same sigma, stability at each alpha."""
-    chosen = {
-        CONTROL: EmbeddingArm("control", steps, learning_rate, sigma),
-        "augmentation": EmbeddingArm("augmentation", steps, learning_rate, sigma),
-    }
-    return chosen | {f"stability {a:g}": EmbeddingArm("stability", steps, learning_rate, sigma, a) for a in alphas}
+def images(run: Run) -> Split:
+    """The test images of an artifact; parameters: dataset, images (drawn at random; 0 for all)."""
+    return dataset(run, run.parameters["dataset"]).test.sample(run.parameters["images"] or None)
 
 
-def embeddings(
-    run: Run, photos: data.Dataset, chosen: Mapping[str, EmbeddingArm], *, seeds: Sequence[int], train_steps: int
-) -> Iterator[tuple[int, str, training.Trained]]:
-    """The embeddings of a comparison, one after the other: seed, name of the arm, network."""
-    pairs = [(seed, name) for seed in seeds for name in chosen]
-    for seed, name in progress_bar(pairs, desc="embeddings", unit="network", leave=False):
-        recipe = EmbeddingRecipe(seed=seed, steps=train_steps)
-        yield seed, name, embedding.finetune(recipe, chosen[name], photos, device=run.device)
+def vectors(run: Run) -> Iterator[tuple[int, str, Vectors]]:
+    """Embeddings of the test images and of their distorted copies, by seed and arm.
 
-
-def distances(
-    run: Run,
-    name: str,
-    size: int,
-    chosen: Mapping[str, EmbeddingArm],
-    *,
-    seeds: Sequence[int],
-    versions: Sequence[str],
-    train_steps: int,
-) -> pd.DataFrame:
-    """D = |f(x) - f(x')| for near-duplicates and negatives among the test photographs.
-
-    A near-duplicate is a photograph and its own distorted copy; a negative is a photograph and the distorted copy of
-    another one of the same class, the hard case. Every unordered pair of a class is taken once.
-
-    Args:
-        run: the artifact.
-        name: "photos" or "imagefolder".
-        size: height and width of the photographs, pixels.
-        chosen: the arms by name.
-        seeds: one trained embedding each, continued by every arm.
-        versions: names of `distortions.apply`.
-        train_steps: of the triplet training before the arms.
-
-    Returns:
-        One row per seed, arm, distortion and pair: kind ("near-duplicate" or "negative"), first, second (positions in
-        the test part), distance.
+    Parameters of the run: dataset, model and seeds (of the trained networks whose features they are), images, versions
+    (names of `distortions.apply`), and those of `comparison.standard`.
     """
-    photos = photographs(run, name, size)
-    frames = []
-    for seed, arm, trained in embeddings(run, photos, chosen, seeds=seeds, train_steps=train_steps):
-        key = {"model": trained.key, "versions": list(versions), "device": run.device.type}
+    chosen, part = run.parameters, images(run)
 
-        def measure(trained: training.Trained = trained) -> pd.DataFrame:
-            return _distances(trained, photos.test, versions, run.device)
+    @remember
+    def distorted(version: str) -> torch.Tensor:
+        return distortions.apply(version, part.images)
 
-        frames.append(cache.table(f"near-duplicates/{name}", key, measure).assign(seed=seed, arm=arm))
-    return pd.concat(frames, ignore_index=True)
+    for seed, arm, trained in networks(run, chosen["dataset"], standard(chosen, EmbeddingArm), task="embeddings"):
+        found = {}
+        for version in [ORIGINAL, *measured(chosen)]:
+            key = {"model": trained.key, "version": version, "images": part.digest, "device": run.device.type}
 
+            def embed(trained: training.Trained = trained, version: str = version) -> pd.DataFrame:
+                z = training.predict(trained.model, distorted(version), device=run.device)
+                return pd.DataFrame(z.numpy(), columns=[str(i) for i in range(z.shape[1])])
 
-def _distances(
-    trained: training.Trained, part: data.Split, versions: Sequence[str], device: torch.device
-) -> pd.DataFrame:
-    clean = embed(trained, part.images, device)
-    labels = part.labels.numpy()
-    first, second = np.triu_indices(len(labels), k=1)
-    same = labels[first] == labels[second]
-    first, second = first[same], second[same]
-    everyone = np.arange(len(labels))
-    frames = []
-    for version in versions:
-        gaps = torch.cdist(clean, embed(trained, distortions.apply(version, part.images), device)).numpy()
-        for kind, a, b in ((POSITIVE, everyone, everyone), (NEGATIVE, first, second)):
-            columns = {"distortion": version, "kind": kind, "first": a, "second": b, "distance": gaps[a, b]}
-            frames.append(pd.DataFrame(columns))
-    return pd.concat(frames, ignore_index=True)
+            found[version] = cache.table(f"embeddings/{chosen['dataset']}-{chosen['model']}", key, embed).to_numpy()
+        yield seed, arm, found
 
 
-def embed(trained: training.Trained, images: Tensor, device: torch.device) -> Tensor:
-    """Unit vectors (N, D) float64 of raw uint8 images."""
-    return training.predict(trained.model, images, device=device).double()
+@dataclass(frozen=True)
+class Distances:
+    """Of all near-duplicates and of the negatives, under one embedding.
+
+    Attributes:
+        columns: seed, arm, distortion.
+        near: (P,) |f(x) - f(x')|, x' the distorted copy of x, over `unit`.
+        far: (Q,) the same for x' of another image of the class.
+        unit: the median distance of the negatives, so that an embedding that shrinks gains nothing.
+    """
+
+    columns: dict[str, Any]
+    near: np.ndarray
+    far: np.ndarray
+    unit: float
+
+
+def distances(run: Run) -> Iterator[Distances]:
+    """Of every seed, arm and distortion; the same negatives for all.
+
+    Parameters of the run: those of `vectors`, and negatives (how many at most).
+    """
+    first, second = negatives(images(run).labels.numpy(), run.parameters["negatives"])
+    for seed, arm, z in vectors(run):
+        for version in measured(run.parameters):
+            everyone = np.arange(len(z[version]))
+            near = between(z, version, everyone, everyone)
+            far = between(z, version, first, second)
+            unit = float(np.median(far))
+            yield Distances({"seed": seed, "arm": arm, "distortion": version}, near / unit, far / unit, unit)
+
+
+def negatives(labels: np.ndarray, count: int, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of at most `count` pairs of two images of a class, drawn at random from all ordered ones."""
+    by_class = np.argsort(labels, kind="stable")
+    sizes = np.bincount(labels)
+    starts = np.cumsum(sizes) - sizes
+    place = np.empty_like(by_class)  # of each image in its class
+    place[by_class] = np.arange(len(labels)) - starts[labels[by_class]]
+    others = sizes[labels] - 1
+    ends = np.cumsum(others)  # every image has as many pairs as there are others in its class
+    chosen = np.sort(np.random.default_rng(seed).choice(ends[-1], min(count, int(ends[-1])), replace=False))
+    first = np.searchsorted(ends, chosen, side="right")
+    other = chosen - (ends - others)[first]
+    other += other >= place[first]
+    return first, by_class[starts[labels[first]] + other]
+
+
+def between(z: Vectors, version: str, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Distances (M,) float64 of the embeddings of images to those of distorted ones."""
+    clean, copies, starts = z[ORIGINAL], z[version], range(0, len(first), _AT_ONCE)
+    pieces = [clean[first[i : i + _AT_ONCE]] - copies[second[i : i + _AT_ONCE]] for i in starts]
+    return np.concatenate([np.linalg.norm(piece, axis=1) for piece in pieces]).astype(np.float64)

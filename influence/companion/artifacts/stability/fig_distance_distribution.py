@@ -2,65 +2,106 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from ... import style
-from ...scores.evaluation import mean_interval
-from .comparison import CONTROL, colours, label
+from ...ledger.reference import Estimate
+from ...ledger.results import Run
+from . import comparison, embeddings
+from .comparison import CONTROL, colours, label, over_seeds, own_noise
 from .embeddings import NEGATIVE, POSITIVE
 
+_DISTANCE = np.linspace(0, 2, 101)  # in median distances of the negatives
 
-def concentration(pairs: pd.DataFrame, *, threshold: float) -> pd.DataFrame:
-    """Share of distances below a threshold, and the median, for near-duplicates and for negatives.
+
+def compute(run: Run) -> dict[str, pd.DataFrame]:
+    """The distribution of distances of near-duplicates and of negatives, in units of the negatives' median.
+
+    Parameters of the run: those of `embeddings.distances`, threshold (a distance in that unit).
 
     Returns:
-        One row per seed, arm, distortion and kind: below (share), median.
+        "cumulative", one row per seed, arm, distortion, kind ("near-duplicate", "negative") and distance: share (of
+        pairs at this distance or below it); "shares", one row per seed, arm, distortion and kind: pairs (how many),
+        below (share nearer than the threshold), median, unit (median distance of the negatives, of unit vectors).
     """
-    grouped = pairs.groupby(["seed", "arm", "distortion", "kind"], sort=False)["distance"]
-    table = grouped.agg(below=lambda d: float((d < threshold).mean()), median="median")
-    return table.reset_index()
+    cumulative, shares = [], []
+    for pairs in embeddings.distances(run):
+        for kind, gaps in ((POSITIVE, np.sort(pairs.near)), (NEGATIVE, np.sort(pairs.far))):
+            columns = {**pairs.columns, "kind": kind}
+            share = np.searchsorted(gaps, _DISTANCE, side="right") / len(gaps)
+            cumulative.append(pd.DataFrame({**columns, "distance": _DISTANCE, "share": share}))
+            below, median = float((gaps < run.parameters["threshold"]).mean()), float(np.median(gaps))
+            shares.append({**columns, "pairs": len(gaps), "below": below, "median": median, "unit": pairs.unit})
+    return {"cumulative": pd.concat(cumulative, ignore_index=True), "shares": pd.DataFrame(shares)}
 
 
-def claims(shares: pd.DataFrame, arm: str) -> dict[str, bool | float]:
-    """Claim (iv): distances of near-duplicates concentrate at 0.
+def summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Share below the threshold, median and unit of each arm, long form, with paired gains over the control."""
+    frames = []
+    for metric in ("below", "median", "unit"):
+        table = comparison.summary(tables["shares"], value=metric, within=("distortion", "kind"))
+        frames.append(table.rename(columns={metric: "value"}).assign(metric=metric))
+    columns = ["distortion", "kind", "metric", "arm", "seeds", "value", "low", "high", "gain", "gain_low", "gain_high"]
+    return pd.concat(frames, ignore_index=True)[columns]
 
-    It holds when the 95% interval over seeds of the gain in the share of near-duplicates below the threshold, averaged
-    over distortions, lies above 0. The change for the negatives stands beside it: an embedding that collapses gains
-    both.
+
+def claims(shares: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, Estimate]:
+    """Claim (iv) for the first alpha; beside it with the suffix _strong for the last one, _augmentation for that arm.
+
+    All are averaged over the distortions of the paper; gains are paired by seed.
+
+    * distances_concentrate_at_zero: gain in the share of near-duplicates below the threshold.
+    * median_distance_change: of near-duplicates, in medians of the negatives; unit_ratio: that median itself over the
+      control's, which says how far the whole embedding has shrunk.
+    * share_below_control, share_below: the share itself.
+    * improves_under_its_own_noise: gain in the share below the threshold under the noise of the training.
     """
-    wide = shares.pivot(index=["kind", "distortion", "seed"], columns="arm", values="below")
-    by_seed = wide.groupby(level=["kind", "seed"]).mean()
-    near, other = by_seed.loc[POSITIVE], by_seed.loc[NEGATIVE]
-    mean, low, _ = mean_interval(near[arm] - near[CONTROL])
-    return {
-        "distances_concentrate_at_zero": bool(low > 0),
-        "share_below_control": float(near[CONTROL].mean()),
-        "share_below_stability": float(near[arm].mean()),
-        "gain_of_near_duplicates": mean,
-        "gain_of_negatives": float((other[arm] - other[CONTROL]).mean()),
-    }
+    near = shares[shares["kind"] == POSITIVE]
+    own = near["distortion"] == own_noise(parameters)
+
+    def by_seed(rows: pd.DataFrame, value: str) -> pd.DataFrame:
+        return rows.pivot_table(index="seed", columns="arm", values=value)  # the mean over distortions
+
+    below, median, unit = (by_seed(near[~own], value) for value in ("below", "median", "unit"))
+    noisy = by_seed(near[own], "below")
+    found = {"share_below_control": over_seeds(below[CONTROL])}
+    for arm, suffix in embeddings.suffixes(parameters).items():
+        found |= {
+            f"distances_concentrate_at_zero{suffix}": over_seeds(below[arm] - below[CONTROL]),
+            f"share_below{suffix}": over_seeds(below[arm]),
+            f"median_distance_change{suffix}": over_seeds(median[arm] - median[CONTROL]),
+            f"unit_ratio{suffix}": over_seeds(unit[arm] / unit[CONTROL]),
+            f"improves_under_its_own_noise{suffix}": over_seeds(noisy[arm] - noisy[CONTROL]),
+        }
+    return found
 
 
-def draw(pairs: pd.DataFrame, *, threshold: float) -> Figure:
+def draw(cumulative: pd.DataFrame, *, threshold: float) -> Figure:
     """Cumulative distribution of D over near-duplicates (solid) and negatives (dashed), one panel per distortion."""
-    names = list(pairs["distortion"].unique())
-    figure = Figure(figsize=(style.WIDTH, 2.9))
+    names = [name for name in cumulative["distortion"].unique() if not name.startswith("noise-")]
+    figure = Figure(figsize=(style.WIDTH, 3.0))
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    tint = colours(list(pairs["arm"].unique()))
-    x = np.linspace(0, float(pairs["distance"].max()), 200)
+    tint = colours(list(cumulative["arm"].unique()))
     for axes, name in zip(panels, names, strict=True):
-        here = pairs[pairs["distortion"] == name]
+        here = cumulative[cumulative["distortion"] == name]
         for (arm, kind), group in here.groupby(["arm", "kind"], sort=False):
-            share = np.searchsorted(np.sort(group["distance"]), x, side="right") / len(group)
-            dashes = "-" if kind == "near-duplicate" else "--"
-            axes.plot(x, share, dashes, color=tint[str(arm)], label=label(str(arm)) if dashes == "-" else None)
+            wide = group.pivot(index="distance", columns="seed", values="share")
+            near = kind == POSITIVE
+            colour, known = tint[str(arm)], label(str(arm)) if near else None
+            axes.plot(wide.index, wide.mean(axis=1), "-" if near else "--", color=colour, lw=1.2, label=known)
+            axes.fill_between(wide.index, wide.min(axis=1), wide.max(axis=1), color=colour, alpha=0.15, lw=0)
         axes.axvline(threshold, color="black", linewidth=0.8, linestyle=":")
-        axes.set_xlabel("distance D of unit vectors")
+        axes.set_xlabel("D / median D of negatives")
         axes.set_title(name)
+        axes.set_xlim(0, 1.6)
     panels[0].plot([], [], "k--", label="negatives")
-    panels[0].set_ylabel("share of pairs below D")
+    panels[0].set_ylabel("share of pairs within D")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7)
-    figure.suptitle(f"all pairs of {pairs['seed'].nunique()} seeds", fontsize=9)
+    seeds = cumulative["seed"].nunique()
+    figure.suptitle(f"mean and range over {seeds} seeds; dotted: the threshold of the claim", fontsize=9)
     return figure

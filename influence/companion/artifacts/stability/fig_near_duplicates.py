@@ -2,96 +2,136 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from sklearn.metrics import average_precision_score, precision_recall_curve
 
 from ... import style
-from ...scores.evaluation import mean_interval
-from .comparison import CONTROL, colours, label
-from .embeddings import POSITIVE
+from ...ledger.reference import Estimate
+from ...ledger.results import Run
+from . import comparison, embeddings
+from .comparison import CONTROL, colours, label, over_seeds, own_noise
+
+AVERAGE = "average precision"
+_RECALL = np.linspace(0.01, 1, 100)
+# The gains in recall that the paper prints, in percentage points: name, distortion, precision.
+_PRINTED = (("98_jpeg", "jpeg", 0.98), ("99.5_thumbnail", "thumb", 0.995))
 
 
-def curves(pairs: pd.DataFrame) -> pd.DataFrame:
-    """Precision and recall as the threshold on D sweeps over all distances, for each seed, arm and distortion."""
-    frames = []
-    for (seed, arm, distortion), group in pairs.groupby(["seed", "arm", "distortion"], sort=False):
-        precision, recall, _ = precision_recall_curve(group["kind"] == POSITIVE, -group["distance"])
-        columns = {"seed": seed, "arm": arm, "distortion": distortion, "precision": precision, "recall": recall}
-        frames.append(pd.DataFrame(columns))
-    return pd.concat(frames, ignore_index=True)
+def compute(run: Run) -> dict[str, pd.DataFrame]:
+    """How well a threshold on the distance of two embeddings tells near-duplicates from negatives.
 
-
-def detection(pairs: pd.DataFrame, *, levels: Sequence[float]) -> pd.DataFrame:
-    """Recall at fixed precisions, precision at fixed recalls and average precision.
-
-    Recall at precision v is the largest recall among the thresholds with precision >= v (0 without one), and the other
-    way round.
+    Parameters of the run: those of `embeddings.distances`, precisions and recalls (the fixed ones).
 
     Returns:
-        One row per seed, arm, distortion and metric ("recall@p0.95", "precision@r0.95", ..., "average precision").
+        "curves", one row per seed, arm, distortion and recall: precision; "levels", one row per seed, arm, distortion
+        and metric ("recall@p0.98", "precision@r0.5", ..., "average precision"): value, positives and negatives (how
+        many), unit (median distance of the negatives).
     """
-    rows = []
-    for (seed, arm, distortion), group in pairs.groupby(["seed", "arm", "distortion"], sort=False):
-        truth, score = group["kind"] == POSITIVE, -group["distance"]
-        precision, recall, _ = precision_recall_curve(truth, score)
-        values = {"average precision": float(average_precision_score(truth, score))}
-        for level in levels:
-            values[f"recall@p{level:g}"] = float(recall[precision >= level].max(initial=0.0))
-            values[f"precision@r{level:g}"] = float(precision[recall >= level].max(initial=0.0))
-        where = {"seed": seed, "arm": arm, "distortion": distortion}
-        rows += [{**where, "metric": metric, "value": value} for metric, value in values.items()]
-    return pd.DataFrame(rows)
+    curves, levels = [], []
+    for pairs in embeddings.distances(run):
+        precision, recall = curve(pairs.near, pairs.far)
+        reached = np.searchsorted(recall, _RECALL - 1e-12)
+        best = np.maximum.accumulate(precision[::-1])[::-1]  # at this recall or beyond it
+        curves.append(pd.DataFrame({**pairs.columns, "recall": _RECALL, "precision": best[reached]}))
+        values = at_levels(precision, recall, run.parameters["precisions"], run.parameters["recalls"])
+        sizes = {"positives": len(pairs.near), "negatives": len(pairs.far), "unit": pairs.unit}
+        levels.append(pd.DataFrame({**pairs.columns, "metric": list(values), "value": list(values.values()), **sizes}))
+    return {name: pd.concat(parts, ignore_index=True) for name, parts in (("curves", curves), ("levels", levels))}
 
 
-def claims(found: pd.DataFrame, arm: str) -> dict[str, bool | float]:
-    """Claim (iii): better for every distortion, at every fixed precision and recall.
+def curve(near: np.ndarray, far: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and recall with the threshold at each distance of a near-duplicate, from the smallest.
 
-    It holds when for every distortion the 95% interval over seeds of the paired gain, averaged over all levels, lies
-    above 0, and at no level is the mean gain below 0.
+    Precision is that among equally many near-duplicates and negatives: share found / (share found + share of negatives
+    below the threshold). With more negatives for each near-duplicate every curve falls, and none overtakes another.
     """
-    wide = found.pivot(index=["distortion", "metric", "seed"], columns="arm", values="value")
-    gain: pd.DataFrame = (wide[arm] - wide[CONTROL]).unstack("seed")
-    levels = gain[[metric != "average precision" for metric in gain.index.get_level_values("metric")]]
-    lows = {str(name): mean_interval(group.mean(axis=0))[1] for name, group in levels.groupby(level="distortion")}
-    least = float(levels.mean(axis=1).min())
-    average = gain.loc[[metric == "average precision" for metric in gain.index.get_level_values("metric")]]
-    return {
-        "better_for_all_distortions_and_levels": bool(min(lows.values()) > 0 and least >= 0),
-        "smallest_mean_gain_at_a_level": least,
-        "mean_gain_over_levels": float(levels.to_numpy().mean()),
-        "mean_gain_of_average_precision": float(average.to_numpy().mean()),
-    }
+    thresholds = np.sort(near)
+    found = np.searchsorted(thresholds, thresholds, side="right") / len(near)
+    false = np.searchsorted(np.sort(far), thresholds, side="right") / len(far)
+    return found / (found + false), found
 
 
-_RECALL = np.linspace(0, 1, 101)
+def at_levels(
+    precision: np.ndarray, recall: np.ndarray, precisions: Sequence[float], recalls: Sequence[float]
+) -> dict[str, float]:
+    """The largest recall at each precision or beyond it (0 without one), and the other way round."""
+    values = {f"recall@p{level:g}": float(recall[precision >= level].max(initial=0.0)) for level in precisions}
+    values |= {f"precision@r{level:g}": float(precision[recall >= level - 1e-12].max()) for level in recalls}
+    return values | {AVERAGE: float(precision.mean())}
 
 
-def draw(curves: pd.DataFrame) -> Figure:
-    """Precision against recall, one panel per distortion: mean over seeds, band from the lowest to the highest seed."""
-    names = list(curves["distortion"].unique())
-    figure = Figure(figsize=(style.WIDTH, 2.9))
-    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+def summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Mean of each metric and its paired gain over the control, with 95% t intervals over seeds."""
+    return comparison.summary(tables["levels"], value="value", within=("distortion", "metric"))
+
+
+def claims(levels: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, list[Estimate] | Estimate | float]:
+    """Claim (iii) for the first alpha; beside it with the suffix _strong for the last one, _augmentation for that arm.
+
+    * better_for_all_distortions_and_levels: the paired gain over the control of recall at each fixed precision and of
+      precision at each fixed recall, for every distortion of the paper, each a mean over seeds.
+    * levels_better: the share of these whose interval lies above 0; levels_worse: below 0; mean_gain: over all of them.
+    * recall_gain_at_precision_...: those that the paper prints, in percentage points.
+    * improves_under_its_own_noise: the gain of average precision under the noise of the training.
+    """
+    found: dict[str, list[Estimate] | Estimate | float] = {}
+    for arm, suffix in embeddings.suffixes(parameters).items():
+        gain = _gains(levels, arm)
+        scored = gain.drop(index=AVERAGE, level="metric").drop(index=own_noise(parameters), level="distortion")
+        each = [over_seeds(row, " ".join(where)) for where, row in zip(scored.index, scored.to_numpy(), strict=True)]
+        if not suffix:
+            found["better_for_all_distortions_and_levels"] = each
+        found |= {
+            f"levels_better{suffix}": float(np.mean([one.low > 0 for one in each])),
+            f"levels_worse{suffix}": float(np.mean([one.high < 0 for one in each])),
+            f"mean_gain{suffix}": over_seeds(scored.mean(axis=0)),
+        }
+        for name, kind, level in _PRINTED:
+            for version in (v for v in parameters["versions"] if v.startswith(kind)):
+                if (version, f"recall@p{level:g}") in scored.index:
+                    one = over_seeds(scored.loc[(version, f"recall@p{level:g}")].to_numpy())
+                    points = Estimate(100 * one.value, 100 * one.low, 100 * one.high, one.n)
+                    found[f"recall_gain_at_precision_{name}{suffix}"] = points
+        own = np.asarray(gain.loc[(own_noise(parameters), AVERAGE)])
+        found[f"improves_under_its_own_noise{suffix}"] = over_seeds(own)
+    return found
+
+
+def _gains(levels: pd.DataFrame, arm: str) -> pd.DataFrame:
+    """Gain of an arm over the control: one row for each distortion and metric, one column for each seed."""
+    wide = levels.pivot(index=["distortion", "metric", "seed"], columns="arm", values="value")
+    order = pd.MultiIndex.from_frame(levels[["distortion", "metric"]].drop_duplicates())
+    return (wide[arm] - wide[CONTROL]).unstack("seed").loc[order]
+
+
+def draw(curves: pd.DataFrame, table: pd.DataFrame) -> Figure:
+    """Precision against recall, one panel per distortion, and below it the paired gain at each fixed level."""
+    names = [name for name in curves["distortion"].unique() if not name.startswith("noise-")]
+    figure = Figure(figsize=(style.WIDTH, 5.0))
+    grid = figure.subplots(2, len(names), sharey="row", squeeze=False)
     tint = colours(list(curves["arm"].unique()))
-    for axes, name in zip(panels, names, strict=True):
-        here = curves[curves["distortion"] == name]
-        for arm, group in here.groupby("arm", sort=False):
-            lines = np.stack([_at_recalls(one) for _, one in group.groupby("seed")])
-            axes.plot(_RECALL, lines.mean(axis=0), color=tint[str(arm)], label=label(str(arm)))
-            low, high = lines.min(axis=0), lines.max(axis=0)
-            axes.fill_between(_RECALL, low, high, color=tint[str(arm)], alpha=0.15, linewidth=0)
-        axes.set_xlabel("recall")
-        axes.set_title(name)
-    panels[0].set_ylabel("precision")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
-    figure.suptitle(f"mean and range over {curves['seed'].nunique()} seeds", fontsize=9)
+    for (above, below), name in zip(grid.T, names, strict=True):
+        for arm, group in curves[curves["distortion"] == name].groupby("arm", sort=False):
+            wide = group.pivot(index="recall", columns="seed", values="precision")
+            above.plot(wide.index, wide.mean(axis=1), color=tint[str(arm)], label=label(str(arm)))
+            above.fill_between(wide.index, wide.min(axis=1), wide.max(axis=1), color=tint[str(arm)], alpha=0.15, lw=0)
+        above.set_title(name)
+        above.set_xlabel("recall")
+        ours = table[(table["distortion"] == name) & (table["metric"] != AVERAGE)]
+        words = ours["metric"].str.replace("@p", "\nat precision ").str.replace("@r", "\nat recall ")
+        comparison.gain_bars(below, ours.assign(metric=words), across="metric")
+        below.tick_params(axis="x", rotation=90, labelsize=7)
+    grid[0, 0].set_ylabel("precision")
+    grid[1, 0].set_ylabel("gain over control (pp)")
+    # Gains of the paper's alpha and of a stronger one differ by an order of magnitude.
+    grid[1, 0].set_yscale("symlog", linthresh=3)
+    grid[1, 0].set_yticks([-30, -10, -3, 0, 3, 10, 30, 100], ["-30", "-10", "-3", "0", "3", "10", "30", "100"])
+    grid[1, 0].minorticks_off()
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
+    seeds = curves["seed"].nunique()
+    figure.suptitle(f"above, mean and range over {seeds} seeds; below, gain paired by seed, 95% interval", fontsize=9)
     return figure
-
-
-def _at_recalls(curve: pd.DataFrame) -> np.ndarray:
-    """The largest precision at each recall or beyond it."""
-    recall, precision = curve["recall"].to_numpy(), curve["precision"].to_numpy()
-    return np.array([precision[recall >= r].max() for r in _RECALL])

@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ... import style
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from . import comparison, fig_jpeg_quality
-from .comparison import ORIGINAL, colours, label, own_noise, standard
+from .comparison import ORIGINAL, own_noise, standard
 
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
@@ -59,21 +58,10 @@ def draw(table: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(style.WIDTH, 3.0))
     for axes, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
         group = table[(table["dataset"] == name) & (table["at"] == 1)]
-        _bars(axes, group, across="distortion", value="precision")
+        comparison.bars(axes, group, across="distortion", value="precision")
         axes.set_title(f"{style.name(name)}: mean and 95% interval, {int(group['seeds'].iloc[0])} seeds")
         axes.set_ylabel("precision@1")
         low = max(0.0, float(group["low"].min()) - 0.02)
         axes.set_ylim(low, min(1.0, float(group["high"].max()) + 0.02))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return figure
-
-
-def _bars(axes: Axes, group: pd.DataFrame, *, across: str, value: str) -> None:
-    groups, arms = list(group[across].unique()), list(group["arm"].unique())
-    tint = colours(arms)
-    for i, arm in enumerate(arms):
-        ours = group[group["arm"] == arm].set_index(across).loc[groups]
-        x = np.arange(len(groups)) + (i - (len(arms) - 1) / 2) * 0.8 / len(arms)
-        errors = np.abs(ours[["low", "high"]].to_numpy().T - ours[value].to_numpy())
-        axes.errorbar(x, ours[value], errors, fmt="o", color=tint[arm], markersize=4, capsize=2, label=label(arm))
-    axes.set_xticks(range(len(groups)), groups)

@@ -2,97 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
 from ... import style
-from ...images import data, distortions
-from ...ledger import cache
+from ...ledger.reference import Estimate
 from ...ledger.results import Run
-from ...scores.evaluation import mean_interval
-from ...zoo import training
-from ...zoo.embedding import EmbeddingArm
-from . import comparison
-from .comparison import colours, label
-from .embeddings import embed, embeddings, photographs
+from . import comparison, embeddings
+from .comparison import ORIGINAL, over_seeds, own_noise
+
+METRICS = ("triplet_accuracy", "score_at_top", "score_share")
 
 
-def scores(
-    run: Run,
-    name: str,
-    size: int,
-    chosen: Mapping[str, EmbeddingArm],
-    *,
-    seeds: Sequence[int],
-    versions: Sequence[str],
-    train_steps: int,
-    top: int,
-) -> pd.DataFrame:
-    """Triplet accuracy and the score at the top of the ranking, on test photographs and on distorted copies of them.
+def compute(run: Run) -> dict[str, pd.DataFrame]:
+    """Triplet accuracy and the score at the top of the ranking, on test images and on distorted copies of them.
 
-    Args:
-        run: the artifact.
-        name: "photos" or "imagefolder".
-        size: height and width of the photographs, pixels.
-        chosen: the arms by name.
-        seeds: one trained embedding each, continued by every arm.
-        versions: names of `distortions.apply`; query and candidates are both distorted.
-        train_steps: of the triplet training before the arms.
-        top: K of the score.
+    Query and candidates are both distorted; the candidates are all other test images.
+
+    Parameters of the run: those of `embeddings.vectors`, queries (drawn at random; 0 for all), top (K of the score).
 
     Returns:
-        One row per seed, arm and distortion: triplets, triplet_accuracy, triplets_at_top, score_at_top (correctly minus
-        wrongly ordered ones among them), score_share (the score over that count).
+        "runs", one row per seed, arm and distortion: queries (how many), and what `ordered` returns.
     """
-    photos = photographs(run, name, size)
-    frames = []
-    for seed, arm, trained in embeddings(run, photos, chosen, seeds=seeds, train_steps=train_steps):
-        key = {"model": trained.key, "versions": list(versions), "top": top, "device": run.device.type}
-
-        def measure(trained: training.Trained = trained) -> pd.DataFrame:
-            return _scores(trained, photos.test, versions, top, run.device)
-
-        frames.append(cache.table(f"ranking/{name}", key, measure).assign(seed=seed, arm=arm))
-    return pd.concat(frames, ignore_index=True)
-
-
-def _scores(
-    trained: training.Trained, part: data.Split, versions: Sequence[str], top: int, device: torch.device
-) -> pd.DataFrame:
+    labels, count = embeddings.images(run).labels.numpy(), run.parameters["queries"]
+    queries = np.arange(len(labels))
+    if 0 < count < len(queries):
+        queries = np.sort(np.random.default_rng(0).choice(queries, count, replace=False))
     rows = []
-    for version in versions:
-        z = embed(trained, distortions.apply(version, part.images), device)
-        rows.append({"distortion": version, **ordered(torch.cdist(z, z).numpy(), part.labels.numpy(), top=top)})
-    return pd.DataFrame(rows)
+    for seed, arm, z in embeddings.vectors(run):
+        for version in [ORIGINAL, *embeddings.measured(run.parameters)]:
+            columns = {"seed": seed, "arm": arm, "distortion": version, "queries": len(queries)}
+            rows.append(columns | ordered(z[version], labels, queries, top=run.parameters["top"]))
+    return {"runs": pd.DataFrame(rows)}
 
 
-def ordered(gaps: np.ndarray, labels: np.ndarray, *, top: int) -> dict[str, float]:
-    """How many triplets (query, same class, other class) are in order; equal distances are wrong.
+def ordered(z: np.ndarray, labels: np.ndarray, queries: np.ndarray, *, top: int) -> dict[str, float]:
+    """How many triplets (query, an image of its class, one of another class) are in order: the first is nearer.
 
     A triplet is at the top when one of its two candidates is among the `top` nearest of the query.
 
     Args:
-        gaps: (N, N) distances.
+        z: (N, D) unit vectors.
         labels: (N,) classes.
+        queries: positions of the queries; every other image is a candidate.
         top: K of the score.
+
+    Returns:
+        triplets, triplet_accuracy, triplets_at_top, score_at_top (triplets in order less those out of order among
+        them), score_share (the score over their number).
     """
     triplets = correct = triplets_at_top = score = 0
-    for query, row in enumerate(gaps):
-        candidates = np.delete(np.arange(len(row)), query)
-        nearest = np.zeros(len(row), dtype=bool)
-        nearest[candidates[np.argsort(row[candidates], kind="stable")[:top]]] = True
-        positive = candidates[labels[candidates] == labels[query]]
-        negative = candidates[labels[candidates] != labels[query]]
-        right = row[positive][:, None] < row[negative][None]
-        high = nearest[positive][:, None] | nearest[negative][None]
-        triplets += right.size
-        correct += int(right.sum())
-        triplets_at_top += int(high.sum())
-        score += int((high & right).sum()) - int((high & ~right).sum())
+    for query in queries:
+        likeness = z @ z[query]  # falls with the distance of unit vectors
+        order = np.argsort(-likeness, kind="stable")
+        order = order[order != query]
+        same = labels[order] == labels[query]
+        nearer = np.cumsum(~same)[same]  # of another class, before each image of the query's
+        positives, negatives, high = len(nearer), len(order) - len(nearer), int(same[:top].sum())
+        triplets += positives * negatives
+        correct += positives * negatives - int(nearer.sum())
+        at_top = high * negatives + (min(top, len(order)) - high) * (positives - high)
+        triplets_at_top += at_top
+        # In order at the top are those whose image of the class is there, unless the other one is nearer still.
+        score += 2 * (high * negatives - int(nearer[:high].sum())) - at_top
     return {
         "triplets": triplets,
         "triplet_accuracy": correct / triplets,
@@ -102,51 +78,52 @@ def ordered(gaps: np.ndarray, labels: np.ndarray, *, top: int) -> dict[str, floa
     }
 
 
-def summary(runs: pd.DataFrame) -> pd.DataFrame:
+def summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Triplet accuracy and score of each arm, long form (metric, value), with paired gains over the control."""
     frames = []
-    for metric in ("triplet_accuracy", "score_at_top", "score_share"):
-        frames.append(comparison.summary(runs, value=metric).rename(columns={metric: "value"}).assign(metric=metric))
+    for metric in METRICS:
+        table = comparison.summary(tables["runs"], value=metric)
+        frames.append(table.rename(columns={metric: "value"}).assign(metric=metric))
     columns = ["distortion", "metric", "arm", "seeds", "value", "low", "high", "gain", "gain_low", "gain_high"]
     return pd.concat(frames, ignore_index=True)[columns]
 
 
-def claims(runs: pd.DataFrame, arm: str, *, margin: float = 0.01) -> dict[str, bool | float]:
-    """Claim (v), by triplet accuracy.
+def claims(runs: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, Estimate]:
+    """Claim (v) for the first alpha; beside it with the suffix _strong for the last one, _augmentation for that arm.
 
-    Not hurt on clean images: the 95% interval of the paired change lies above -`margin`. Better on distorted ones: the
-    interval of the gain, averaged over the distortions, lies above 0.
+    Paired changes of triplet accuracy against the control, means over seeds.
+
+    * ranking_not_hurt_on_clean: on original images.
+    * ranking_better_on_distorted: averaged over the distortions of the paper.
+    * score_gain_on_distorted: the same of score_share.
+    * improves_under_its_own_noise: on images with the noise of the training.
     """
-    gain = comparison.gains(runs, arm, value="triplet_accuracy")
-    clean, clean_low, _ = mean_interval(gain.loc[distortions.ORIGINAL])
-    distorted, distorted_low, _ = mean_interval(gain.drop(index=distortions.ORIGINAL).mean(axis=0))
-    return {
-        "ranking_not_hurt_on_clean": bool(clean_low > -margin),
-        "ranking_better_on_distorted": bool(distorted_low > 0),
-        "clean_change": clean,
-        "distorted_gain": distorted,
-    }
+    found: dict[str, Estimate] = {}
+    for arm, suffix in embeddings.suffixes(parameters).items():
+        gain, score = (comparison.gains(runs, arm, value=value) for value in ("triplet_accuracy", "score_share"))
+        distorted = list(parameters["versions"])
+        found |= {
+            f"ranking_not_hurt_on_clean{suffix}": over_seeds(gain.loc[ORIGINAL]),
+            f"ranking_better_on_distorted{suffix}": over_seeds(gain.loc[distorted].mean(axis=0)),
+            f"score_gain_on_distorted{suffix}": over_seeds(score.loc[distorted].mean(axis=0)),
+            f"improves_under_its_own_noise{suffix}": over_seeds(gain.loc[own_noise(parameters)]),
+        }
+    return found
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Triplet accuracy and the share of the score at the top, on original and distorted photographs."""
-    figure = Figure(figsize=(style.WIDTH, 3.0))
-    panels = figure.subplots(1, 2)
-    for axes, metric in zip(panels, ("triplet_accuracy", "score_share"), strict=True):
-        group = table[table["metric"] == metric]
-        names, arms = list(group["distortion"].unique()), list(group["arm"].unique())
-        tint = colours(arms)
-        for i, arm in enumerate(arms):
-            ours = group[group["arm"] == arm].set_index("distortion").loc[names]
-            x = np.arange(len(names)) + 0.2 * (i - (len(arms) - 1) / 2)
-            errors = np.abs(ours[["low", "high"]].to_numpy().T - ours["value"].to_numpy())
-            axes.errorbar(x, ours["value"], errors, fmt="o", color=tint[arm], markersize=4, capsize=2, label=label(arm))
-        axes.set_xticks(range(len(names)), names, rotation=20)
-        low, high = float(group["low"].min()), float(group["high"].max())
-        axes.set_ylim(max(low, -1.0) - 0.02, min(high, 1.0) + 0.02)
-    panels[0].set_ylabel("triplet accuracy")
-    panels[1].set_ylabel("score at the top / triplets there")
-    seeds = int(table["seeds"].iloc[0])
-    figure.suptitle(f"mean and 95% interval over {seeds} seeds", fontsize=9)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
+    """Triplet accuracy, its paired gain over the control, and the share of the score at the top, by distortion."""
+    figure = Figure(figsize=(style.WIDTH, 3.2))
+    left, middle, right = figure.subplots(1, 3)
+    groups = {metric: group for metric, group in table.groupby("metric", sort=False)}
+    for axes, metric in ((left, "triplet_accuracy"), (right, "score_share")):
+        comparison.bars(axes, groups[metric], across="distortion", value="value")
+    comparison.gain_bars(middle, groups["triplet_accuracy"], across="distortion")
+    left.set_ylabel("triplet accuracy")
+    middle.set_ylabel("its gain over control (pp)")
+    right.set_ylabel("score at the top, as a share")
+    for axes in (left, middle, right):
+        axes.tick_params(axis="x", rotation=60)
+    figure.suptitle(f"mean and 95% interval over {int(table['seeds'].iloc[0])} seeds, gain paired by seed", fontsize=9)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return figure

@@ -126,16 +126,15 @@ def test_trace_tables() -> None:
     halved = changes.set_index("measure").loc["trace"]
     assert halved["ratio"] == pytest.approx(math.exp(-np.mean(np.log([2, 2.01, 2.02])))) and halved["high"] < 0.51
     reached = fig_trace.law({"measures": found})
-    claims = fig_trace.claims(table, changes, reached, sigma=0.1)
+    claims = fig_trace.claims(found, changes, reached, sigma=0.1)
     assert claims["loss_is_the_quadratic_form"] is True
     assert [e.value for e in claims["departure_at_the_training_noise"]] == pytest.approx([2.5, 2.5])
     far = reached[(reached["sigma"] == 0.1) & (reached["network"] == "control")].set_index("third")["median"]
     assert far["least sure third"] > far["surest third"] == pytest.approx(1)
-    assert claims["loss_is_half_sigma_squared_trace"] is True and claims["training_shrinks_the_trace"] is True
-    off = reached.assign(median=1.02)
-    worse = fig_trace.claims(table.assign(ratio=1.2), changes.assign(high=1.1), off, sigma=0.1)
+    assert claims["ratio_of_traces"].high < 0.51 and claims["ratio_of_traces"].n == 3
+    assert claims["ratio_of_mean_traces"].value == pytest.approx(claims["ratio_of_traces"].value)
+    worse = fig_trace.claims(found, changes, reached.assign(median=1.02), sigma=0.1)
     assert worse["loss_is_the_quadratic_form"] is False
-    assert worse["loss_is_half_sigma_squared_trace"] is False and worse["training_shrinks_the_trace"] is False
     assert len(fig_trace.draw(table, changes).axes) == 2 and len(fig_trace.draw_law(reached).axes) == 2
 
 

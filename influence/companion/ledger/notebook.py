@@ -17,7 +17,7 @@ import yaml
 
 from . import cache, paths
 
-_ORDER = ("sensitivity", "stability", "bridge")  # then adapt_your_model and whatever else stands alone
+_ORDER = ("sensitivity", "stability", "bridge", "beyond")  # then adapt_your_model and whatever else stands alone
 LAST = "00_overview"
 _ANNOTATIONS = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": tuple, "dict": dict}
 

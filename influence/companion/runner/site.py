@@ -35,6 +35,7 @@ _SECTIONS = {
     "bridge": _BOTH,
     "sensitivity": "Sensitivity: Shu & Zhu, AAAI 2019",
     "stability": "Stability: Zheng, Song, Leung & Goodfellow, CVPR 2016",
+    "beyond": "Beyond both papers",
     "": "On your own model",
 }
 

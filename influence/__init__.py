@@ -22,6 +22,7 @@ from influence.stability import (
     stability_loss,
     triplet_loss,
 )
+from influence.weights import WeightInfluence, weight_influence
 
 __all__ = [  # noqa: RUF022 (grouped by purpose)
     # the metric tensor
@@ -36,7 +37,9 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "Regularised",
     "Released",
     "first_order_influence",
+    "WeightInfluence",
     "patch_influence",
+    "weight_influence",
     # whole data sets
     "read_scores",
     "refine",

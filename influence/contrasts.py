@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,23 +11,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Classes:
-    """The K - 1 contrasts of the logits of N examples with the predicted class.
+    """The K - 1 contrasts of the logits of N examples with one class each, the predicted one or another.
 
     Attributes:
         log_probs: ``(N, K)`` float64, log P.
-        order: ``(N, K)``, each example's classes in the order that ends with the predicted one.
+        order: ``(N, K)``, each example's classes in the order that ends with that one.
     """
 
     log_probs: Tensor
     order: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor) -> Classes:
-        """Read off logits ``(N, K)``."""
+    def of(cls, logits: Tensor, last: Tensor | None = None) -> Classes:
+        """Read off logits ``(N, K)``; ``last`` ``(N,)`` are the classes that the others are compared with."""
         log_probs = torch.log_softmax(logits.detach().double(), dim=1)
         classes = logits.shape[1]
         steps = torch.arange(1, classes + 1, device=logits.device)
-        return cls(log_probs, (log_probs.argmax(dim=1, keepdim=True) + steps) % classes)
+        last = log_probs.argmax(dim=1) if last is None else last
+        return cls(log_probs, (last[:, None] + steps) % classes)
 
     @property
     def count(self) -> int:
@@ -44,7 +46,7 @@ class Classes:
         return seeds.scatter_(2, self.order[:, :-1].T[..., None], 1.0)
 
     def embed(self, small: Tensor) -> Tensor:
-        """Put ``(N, B, m, m)`` Grams at their classes: ``(N, B, K, K)`` with zeros for the predicted class."""
+        """Put ``(N, B, m, m)`` Grams at their classes: ``(N, B, K, K)`` with zeros for the last one."""
         padded = torch.nn.functional.pad(small, (0, 1, 0, 1))
         back = self.order.argsort(dim=1)
         example = torch.arange(len(back), device=back.device)[:, None, None]
@@ -93,6 +95,23 @@ class ScoreSums:
     def embed(self, small: Tensor) -> Tensor:
         """``(N, B, m, m)`` Grams in their own scale."""
         return small * self.scale[:, None, :, None] * self.scale[:, None, None, :]
+
+
+def random_signs(log_probs: Tensor, seeds: Sequence[int], samples: int) -> Tensor:
+    """Coefficients a_k = +-sqrt(P_k), ``(N, m, K)`` float64, of m random sums (Sun 2025): E[grad h grad h^T] = G.
+
+    Each example has a seed of its own, so that its signs do not depend on the others of its chunk.
+    """
+    roots, shape = (0.5 * log_probs).exp()[:, None], (samples, log_probs.shape[1])
+    drawn = [torch.randint(2, shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return (2 * torch.stack(drawn) - 1).to(roots) * roots
+
+
+def draw_seeds(count: int, generator: torch.Generator | None) -> list[int]:
+    """A seed for each example; None draws from PyTorch's default generator."""
+    device = torch.device("cpu") if generator is None else generator.device
+    seeds: list[int] = torch.randint(2**62, (count,), generator=generator, device=device).tolist()
+    return seeds
 
 
 LogitRows = Classes | ScoreSums

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -29,6 +29,19 @@ from influence.memory import examples_that_fit, in_chunks
 from influence.pixels import InputGrams, Patches
 
 Engine = InputGrams | ParameterGrams
+
+
+class Chunked(Protocol):
+    """What computes a chunk of examples, and knows what one takes."""
+
+    @property
+    def perturbed(self) -> Sequence[nn.Parameter]:
+        """The parameters that must require a gradient."""
+
+    def bytes_per_example(self, inputs: Inputs, passes: int | None = None) -> int:
+        """Memory that an example takes in so many backward passes; None: those that the classes need."""
+
+
 Part = TypeVar("Part")
 _WRT = ("input", "parameters", "layers")
 _TENSORS = ("log_probs", "gram", "dims")
@@ -237,7 +250,7 @@ def computation(
         inputs = inputs.perturbing(wrt.partition(":")[2] or None)
         dims, engine = {wrt: inputs.x[0].numel()}, InputGrams(model)
     else:
-        groups, parameters = _parameter_blocks(model, wrt, trainable_only=trainable_only)
+        groups, parameters = parameter_blocks(model, wrt, trainable_only=trainable_only)
         dims = {block: sum(parameters[name].numel() for name in names) for block, names in groups.items()}
         engine = ParameterGrams(model, groups, parameters)
     require_deterministic(model)
@@ -248,7 +261,7 @@ def in_parts(
     compute: Callable[[slice], Part],
     model: nn.Module,
     inputs: Inputs,
-    engine: Engine,
+    engine: Chunked,
     *,
     passes: int | None = None,
     chunk_size: int | None,
@@ -261,7 +274,7 @@ def in_parts(
         return list(in_chunks(compute, len(inputs), size, may_halve=chunk_size is None))
 
 
-def _parameter_blocks(
+def parameter_blocks(
     model: nn.Module, wrt: str | Sequence[str], *, trainable_only: bool
 ) -> tuple[dict[str, list[str]], dict[str, nn.Parameter]]:
     """Names of the parameters in each block, and the parameters by name; a shared one has one name."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from influence.checks import require_count
-from influence.contrasts import ScoreSums
+from influence.contrasts import ScoreSums, draw_seeds, random_signs
 from influence.inputs import Batch, Inputs
 from influence.metric import computation, in_parts, metric_tensor
 from influence.pixels import InputGrams, Patches
@@ -52,15 +52,12 @@ def trace(
         return metric_tensor(model, x, wrt=wrt, trainable_only=trainable_only, chunk_size=chunk_size).trace()
     require_count(samples=samples, chunk_size=chunk_size)
     inputs, _, engine = computation(model, x, wrt, trainable_only=trainable_only)
-    device = torch.device("cpu") if generator is None else generator.device
-    seeds: list[int] = torch.randint(2**62, (len(inputs),), generator=generator, device=device).tolist()
+    seeds = draw_seeds(len(inputs), generator)
 
     def compute(chosen: slice) -> Tensor:
         def rows(logits: Tensor) -> ScoreSums:
             log_probs = torch.log_softmax(logits.detach().double(), dim=1)
-            roots, shape = (0.5 * log_probs).exp()[:, None], (samples, logits.shape[1])
-            drawn = [torch.randint(2, shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds[chosen]]
-            return ScoreSums.of(log_probs, (2 * torch.stack(drawn) - 1).to(roots) * roots)
+            return ScoreSums.of(log_probs, random_signs(log_probs, seeds[chosen], samples))
 
         return engine(inputs[chosen], rows)[1].diagonal(dim1=-2, dim2=-1).mean(dim=-1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -241,8 +242,8 @@ def test_a_rule_that_is_wrong_or_fails_is_not_believed(
         pass
 
     def wrong(*arguments: Any) -> Any:
-        for name, gram in linear._grams(*arguments):
-            yield name, gram * 1.001
+        for found in linear._gradients(*arguments):
+            yield replace(found, rows=found.rows * 1.001)
 
     def fails(*arguments: Any) -> Any:
         raise KeyError("an attribute that the node has not")
@@ -270,7 +271,7 @@ def test_a_reverse_pass_that_is_wrong_or_fails_is_not_believed(monkeypatch: pyte
         raise RuntimeError("no such thing")
 
     for vjp in (wrong, fails):
-        broken = rules.Rule(rule.places, rule.grams, vjp)
+        broken = rules.Rule(rule.places, rule.gradients, vjp)
         monkeypatch.setitem(rules.RULES, "NativeLayerNormBackward0", broken)
         assert_right(net, x, "layers")
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from influence.grams.linear import weight_gram
-from influence.grams.reverse import vector_gram
+from influence.grams.gradients import AnyGradient, Gradient, ProductGradient
 from influence.grams.rules import RULES, Grads, Layout, Node, Rule, Site, require_form, shape_of
 
 # Positions from which on a matrix product for each example is faster on a CPU than a library's 1x1 convolution.
@@ -34,7 +33,7 @@ def im2col(x: Tensor, kernel: Sequence[int], out: Sequence[int], node: Node) -> 
     return view.reshape(x.shape[0], x.shape[1] * math.prod(kernel), math.prod(out))
 
 
-def _grams(site: Site, grad: Tensor, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+def _gradients(site: Site, grad: Tensor, layout: Layout) -> Iterator[AnyGradient]:
     node, weight, bias = site.node, site.operand(1), site.operand(2)
     if weight is not None:
         require_form(not weight.picks)
@@ -46,9 +45,12 @@ def _grams(site: Site, grad: Tensor, layout: Layout) -> Iterator[tuple[str, Tens
         else:
             grads, inputs = grad, im2col(saved, kernel, grad.shape[3:], node)
         grads = layout.channels(grads, 1).unflatten(2, (groups, -1))
-        yield weight.name, weight_gram(grads.transpose(0, 1), layout.channels(inputs, 0).unflatten(1, (groups, -1)))
+        inputs = layout.channels(inputs, 0).unflatten(1, (groups, -1))
+        shape, turned = tuple(node._saved_weight.shape), node._saved_transposed
+        yield ProductGradient(weight, grads.transpose(0, 1), inputs, shape, turned)
     if bias is not None:
-        yield vector_gram(bias, layout.channels(grad, 1).sum(dim=-1).transpose(0, 1))
+        shifts = layout.channels(grad, 1).transpose(0, 1)
+        yield Gradient.of(bias, shifts.sum(dim=-1), lambda: shifts.square().sum(dim=-1))
 
 
 def _vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
@@ -80,4 +82,4 @@ def _vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
     return [result.unflatten(0, grads[0].shape[:2]), None, None]
 
 
-RULES["ConvolutionBackward0"] = Rule(frozenset({1, 2}), _grams, _vjp)
+RULES["ConvolutionBackward0"] = Rule(frozenset({1, 2}), _gradients, _vjp)

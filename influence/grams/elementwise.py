@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from influence.grams.reverse import vector_gram
+from influence.grams.gradients import Gradient
 from influence.grams.rules import RULES, Grads, Layout, Node, Rule, Site, require_form, shape_of
 
 
@@ -26,19 +27,23 @@ def _sum_to_operand(site: Site, grad: Tensor, layout: Layout) -> Tensor:
     return parts.transpose(0, 1).reshape(layout.examples, len(grad), *shape)
 
 
-def _grams(site: Site, grad: Tensor, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+def _gradients(site: Site, grad: Tensor, layout: Layout) -> Iterator[Gradient]:
     node, operand = site.node, site.operands[0]
     require_form(len(site.operands) == 1)
     if node.name() == "MulBackward0":
         # A product with another parameter alone keeps no data.
         other = node._saved_other if operand.place == 0 else node._saved_self
         require_form(isinstance(other, Tensor))
-        rows = torch.cat([_sum_to_operand(site, (part * other.detach())[None], layout) for part in grad], dim=1)
+        factor = other.detach()
     else:
-        rows = _sum_to_operand(site, grad, layout)
         # A difference has the Gram of a sum.
-        rows = rows * node._saved_alpha if operand.place == 1 else rows
-    yield vector_gram(operand, rows)
+        factor = grad.new_tensor(node._saved_alpha if operand.place == 1 else 1.0)
+
+    def summed(*, squared: bool) -> Tensor:
+        terms = (part * factor for part in grad)
+        return torch.cat([_sum_to_operand(site, (t.square() if squared else t)[None], layout) for t in terms], dim=1)
+
+    yield Gradient.of(operand, summed(squared=False), partial(summed, squared=True))
 
 
 def _add_vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
@@ -52,6 +57,6 @@ def _relu_entries(node: Node, grad: Tensor, over: bool) -> Tensor:
 
 
 for _kind in ("Add", "Sub", "Mul"):
-    RULES[f"{_kind}Backward0"] = Rule(frozenset({0, 1}), _grams, _add_vjp if _kind == "Add" else None)
-RULES["ExpandBackward0"] = Rule(frozenset({0}), _grams)
+    RULES[f"{_kind}Backward0"] = Rule(frozenset({0, 1}), _gradients, _add_vjp if _kind == "Add" else None)
+RULES["ExpandBackward0"] = Rule(frozenset({0}), _gradients)
 RULES["ReluBackward0"] = Rule(entries=_relu_entries)

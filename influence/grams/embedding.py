@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch.nn import functional as F
 
-from influence.grams.rules import RULES, Layout, Rule, Site, require_form
-from influence.kernels.gram import products
+from influence.grams.gradients import TokenGradient
+from influence.grams.rules import RULES, Layout, Rule, Site, require_form, shape_of
 
 
-def _grams(site: Site, grad: Tensor, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+def _gradients(site: Site, grad: Tensor, layout: Layout) -> Iterator[TokenGradient]:
     node, operand = site.node, site.operands[0]
     require_form(not node._saved_scale_grad_by_freq and not operand.picks)
     rows = layout.split(grad.flatten(1, -2), 1).permute(1, 0, 3, 2)
@@ -23,7 +23,7 @@ def _grams(site: Site, grad: Tensor, layout: Layout) -> Iterator[tuple[str, Tens
     padding = node._saved_padding_idx
     if padding < 2**63:
         first = first * (mine != padding)[:, :, None]
-    yield operand.name, products((rows @ first[:, None]).flatten(2))
+    yield TokenGradient(operand, (rows @ first[:, None]).mT, mine, shape_of(*node.next_functions[0]))
 
 
-RULES["EmbeddingBackward0"] = Rule(frozenset({0}), _grams)
+RULES["EmbeddingBackward0"] = Rule(frozenset({0}), _gradients)

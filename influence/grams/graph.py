@@ -99,16 +99,19 @@ def read_graph(logits: Tensor, parameters: Mapping[str, nn.Parameter]) -> Graph:
 def _climb(name: str, node: Node, users: Users) -> str | tuple[Node, Operand]:
     """Go from a parameter to the one node with a rule that uses it; where there is none, say why."""
     picks: list[Node] = []
+    rearranged: list[Node] = []
     while len(above := users.get(node, [])) == 1:
         node, place = above[0]
         kind = node.name()
         if kind in RULES and place in RULES[kind].places and not _is_position(node, users):
-            return node, Operand(name, place, tuple(reversed(picks)))
+            return node, Operand(name, place, tuple(reversed(picks)), tuple(reversed(rearranged)))
         if kind not in _PICK | _REARRANGE:
             return f"no rule for {kind.removesuffix('0').removesuffix('Backward')}"
         if picks or kind in _PICK:
             # Once entries were picked, every step belongs to the way back.
             picks.append(node)
+        else:
+            rearranged.append(node)
     return f"used {len(above)} times"
 
 

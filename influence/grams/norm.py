@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from influence.grams.reverse import vector_gram
+from influence.grams.gradients import Gradient
 from influence.grams.rules import RULES, Grads, Layout, Node, Rule, Site, require_form
 
 
-def _grams(site: Site, grads: Tensor, normal: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Gradients ``(m, N, C, T)`` and normalised input ``(N, C, T)`` to the Grams of scale and shift."""
+def _gradients(site: Site, grads: Tensor, normal: Tensor) -> Iterator[Gradient]:
+    """From gradients ``(m, N, C, T)`` and normalised input ``(N, C, T)`` to those of scale and shift."""
     # Both sums over the positions in one pass over the gradients.
-    sums = torch.stack([normal, torch.ones_like(normal)], dim=2).to(grads.dtype) @ grads.permute(1, 2, 3, 0)
+    factors, terms = torch.stack([normal, torch.ones_like(normal)], dim=2).to(grads.dtype), grads.permute(1, 2, 3, 0)
+    sums = factors @ terms
     for place in (1, 2):
         operand = site.operand(place)
         if operand is not None:
-            yield vector_gram(operand, sums[:, :, place - 1].mT)
+            own = factors[:, :, place - 1 : place]
+            yield Gradient.of(operand, sums[:, :, place - 1].mT, partial(_squares, own, terms))
+
+
+def _squares(factors: Tensor, terms: Tensor) -> Tensor:
+    """Squared lengths ``(N, m, C)`` of what sums of ``(N, C, 1, T)`` times ``(N, C, T, m)`` add up."""
+    return (factors.square() @ terms.square()).squeeze(2).mT
 
 
 # -- batch ------------------------------------------------------------------------------------------------------------
@@ -35,12 +43,12 @@ def _deviation(node: Node) -> Tensor:
     return deviation
 
 
-def _batch_grams(site: Site, grad: Tensor, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+def _batch_gradients(site: Site, grad: Tensor, layout: Layout) -> Iterator[Gradient]:
     node, shape = site.node, (-1, *(1,) * (grad.ndim - 3))
     require_form(_evaluates(node))
     centred = node._saved_input.detach() - node._saved_running_mean.view(shape)
     normal = centred * _deviation(node).to(grad.dtype).view(shape)
-    return _grams(site, layout.channels(grad, 1), layout.channels(normal, 0))
+    return _gradients(site, layout.channels(grad, 1), layout.channels(normal, 0))
 
 
 def _batch_entries(node: Node, grad: Tensor, over: bool) -> Tensor | None:
@@ -67,17 +75,17 @@ def _normalised(node: Node) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     return (saved - node._saved_result1) * node._saved_result2, node._saved_result2, axes
 
 
-def _group_grams(site: Site, grad: Tensor, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+def _group_gradients(site: Site, grad: Tensor, layout: Layout) -> Iterator[Gradient]:
     normal = _normalised(site.node)[0].view(grad.shape[1:])
-    return _grams(site, layout.channels(grad, 1), layout.channels(normal, 0))
+    return _gradients(site, layout.channels(grad, 1), layout.channels(normal, 0))
 
 
-def _layer_grams(site: Site, grad: Tensor, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+def _layer_gradients(site: Site, grad: Tensor, layout: Layout) -> Iterator[Gradient]:
     normal, _, axes = _normalised(site.node)
     require_form(grad.ndim - 1 > len(axes))
     # (..., rows, *features) to (..., N, F, r)
     grads, normal = (tensor.flatten(-len(axes)) for tensor in (grad, normal))
-    return _grams(site, layout.split(grads.flatten(1, -2), 1).mT, layout.split(normal.flatten(0, -2), 0).mT)
+    return _gradients(site, layout.split(grads.flatten(1, -2), 1).mT, layout.split(normal.flatten(0, -2), 0).mT)
 
 
 def _vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
@@ -94,7 +102,7 @@ def _vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
 
 
 for _kind in ("Native", "Cudnn", "Miopen"):
-    RULES[f"{_kind}BatchNormBackward0"] = Rule(frozenset({1, 2}), _batch_grams, entries=_batch_entries)
-RULES["NativeGroupNormBackward0"] = Rule(frozenset({1, 2}), _group_grams, _vjp)
-RULES["NativeLayerNormBackward0"] = Rule(frozenset({1, 2}), _layer_grams, _vjp)
-RULES["FusedRmsNormBackward0"] = Rule(frozenset({1}), _layer_grams)
+    RULES[f"{_kind}BatchNormBackward0"] = Rule(frozenset({1, 2}), _batch_gradients, entries=_batch_entries)
+RULES["NativeGroupNormBackward0"] = Rule(frozenset({1, 2}), _group_gradients, _vjp)
+RULES["NativeLayerNormBackward0"] = Rule(frozenset({1, 2}), _layer_gradients, _vjp)
+RULES["FusedRmsNormBackward0"] = Rule(frozenset({1}), _layer_gradients)

@@ -1,4 +1,4 @@
-"""Grams of the parameters for a chunk of examples: one forward and one reverse pass, rules where they hold.
+"""Gradients of parameters, and their Grams, for a chunk of examples: one forward and one reverse pass, with rules.
 
 Nothing that a rule assumes is trusted. In every chunk the gradients must be PyTorch's own and lie at the examples they
 are taken for (``independence.Weighting``), and the logits must be the same in another batch; in the first one the Gram
@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from influence.contrasts import Classes, LogitRows
+from influence.grams.gradients import AnyGradient
 from influence.grams.graph import Graph, read_graph
 from influence.grams.reverse import reverse
 from influence.grams.rules import RULES, Layout, Node, Site
@@ -35,23 +36,37 @@ _ANNOUNCED: set[tuple[str, tuple[str, ...]]] = set()
 _FOR_EACH_COMPARED = 8
 
 
-class ParameterGrams:
-    """Contrast Grams of blocks of parameters, chunk by chunk.
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass of N examples, read and found independent.
 
-    ``blocks`` are the names of the parameters in each; ``refused`` are those that take the autograd path, with the
-    reason.
+    Attributes:
+        logits: ``(N, K)`` with their graph.
+        graph: Of the logits.
+        dtype: The coarsest that occurred.
+        rows: The m rows of each example's Jacobian that are looked for.
+        seeds: ``(m, N, K)``, what their backward passes start from.
+        probes: ``(R, m)`` float64, random combinations of the rows of the first R examples, for the comparison with
+            autograd; R is 0 where it has been made.
     """
 
-    def __init__(
-        self, model: nn.Module, blocks: Mapping[str, Sequence[str]], parameters: Mapping[str, nn.Parameter]
-    ) -> None:
+    logits: Tensor
+    graph: Graph
+    dtype: torch.dtype
+    rows: LogitRows
+    seeds: Tensor
+    probes: Tensor
+
+
+class ParameterPasses:
+    """What every computation on the gradients of parameters begins with: a verified pass, chunk by chunk.
+
+    ``refused`` are the parameters that take the autograd path, with the reason.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         self._model = model
-        self._of: dict[str, list[int]] = {}
-        for b, names in enumerate(blocks.values()):
-            for name in names:
-                self._of.setdefault(name, []).append(b)
-        self._parameters = {name: parameter for name, parameter in parameters.items() if name in self._of}
-        self._blocks = len(blocks)
+        self._parameters = dict(parameters)
         self._generator = torch.Generator().manual_seed(0)
         self._compared = False
         # Logits of the first example alone, until they have been compared.
@@ -62,6 +77,100 @@ class ParameterGrams:
     def perturbed(self) -> list[nn.Parameter]:
         """The parameters that must require a gradient."""
         return list(self._parameters.values())
+
+    def _forward(self, inputs: Inputs, rows: Callable[[Tensor], LogitRows]) -> Pass:
+        logits = forward(self._model, inputs)
+        graph = read_graph(logits, {name: p for name, p in self._parameters.items() if name not in self.refused})
+        self.refused.update(graph.refused)
+        dtype, chosen = graph.coarsest_dtype(), rows(logits)
+        seeds = chosen.seeds(logits.dtype)
+        require_independent(self._model, inputs, logits.detach(), dtype)
+        compared = 0 if self._compared else 1 if len(inputs) < 2 * _FOR_EACH_COMPARED else 2
+        probes = torch.randn(compared, chosen.count, generator=self._generator, dtype=torch.float64).to(seeds.device)
+        return Pass(logits, graph, dtype, chosen, seeds, probes)
+
+    def _collect_all(
+        self, graph: Graph, seeds: Tensor, dtype: torch.dtype, take: Callable[[list[AnyGradient]], None]
+    ) -> None:
+        """Hand the gradients at each site of a graph to ``take``, for ``(m, N, ...)`` seeds.
+
+        What fails on the way, or is not PyTorch's own gradient, is refused.
+        """
+        weighting = Weighting.draw(seeds, dtype, self._generator)
+        waiting = dict(graph.sites)
+        truth: dict[Node, Tensor | None] = {}
+
+        def refuse(site: Site, reason: object) -> None:
+            self.refused.update(dict.fromkeys((operand.name for operand in site.operands), str(reason)))
+
+        def collect(site: Site, grad: Tensor) -> None:
+            del waiting[site.node]
+            try:
+                layout = _layout(site, grad, truth.pop(site.node), weighting)
+                take(list(RULES[site.node.name()].gradients(site, grad, layout)))  # type: ignore[misc]
+            except Exception as error:  # whatever a rule stumbles over, autograd has another way
+                if is_out_of_memory(error):
+                    raise
+                refuse(site, error)
+
+        try:
+            truth = _pytorch_gradients(graph, weighting.row(seeds)[0])
+            reverse(graph, seeds, collect)
+        except Exception as error:  # the same for the way to the sites
+            if is_out_of_memory(error):
+                raise
+            for site in waiting.values():
+                refuse(site, f"its graph cannot be followed ({error})")
+        for node, site in waiting.items():
+            row = truth.get(node)
+            if row is not None and bool(row.any()):
+                refuse(site, "its gradient does not arrive")
+
+    def _by_pytorch(self, inputs: Inputs, batched: Tensor, seed: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """Autograd's gradient of each parameter from a seed ``(1, K)`` for one example alone.
+
+        The example must have the logits that it has in the batch.
+        """
+        logits, self._first = self._first if self._first is not None else alone(self._model, inputs), None
+        require_same(self._model, inputs, logits.detach(), batched, dtype)
+        return gradients(logits, self.perturbed, seed, retain=False)
+
+    def _rows_of_refused(self, inputs: Inputs, rows: LogitRows) -> Iterator[tuple[str, Tensor]]:
+        """Gradients ``(m, *shape)`` of the refused parameters for one example, row by row by autograd."""
+        leaves = {name: parameter for name, parameter in self._parameters.items() if name in self.refused}
+        logits = forward(self._model, inputs)
+        seeds, tensors = rows.seeds(logits.dtype), list(leaves.values())
+        found = [gradients(logits, tensors, seed, retain=k < len(seeds) - 1) for k, seed in enumerate(seeds)]
+        for name, made in zip(leaves, zip(*found, strict=True), strict=True):
+            yield name, torch.stack(made)
+
+    def _announce(self) -> None:
+        """Say once which parameters go the slower way."""
+        names = tuple(sorted(self.refused))
+        key = (type(self._model).__name__, names)
+        if not names or key in _ANNOUNCED:
+            return
+        _ANNOUNCED.add(key)
+        shown = "; ".join(f"{name}: {self.refused[name]}" for name in names[:5])
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        _LOG.warning(
+            f"{key[0]}: {len(names)} of {len(self._parameters)} parameters have no exact rule and take the slower, "
+            f"equally exact autograd path ({shown}{more})"
+        )
+
+
+class ParameterGrams(ParameterPasses):
+    """Contrast Grams of blocks of parameters, chunk by chunk; ``blocks`` are the names of the parameters in each."""
+
+    def __init__(
+        self, model: nn.Module, blocks: Mapping[str, Sequence[str]], parameters: Mapping[str, nn.Parameter]
+    ) -> None:
+        self._of: dict[str, list[int]] = {}
+        for b, names in enumerate(blocks.values()):
+            for name in names:
+                self._of.setdefault(name, []).append(b)
+        super().__init__(model, {name: parameter for name, parameter in parameters.items() if name in self._of})
+        self._blocks = len(blocks)
 
     def bytes_per_example(self, inputs: Inputs, passes: int | None = None) -> int:
         """Memory that an example takes in so many backward passes; None: those that the classes need."""
@@ -79,25 +188,18 @@ class ParameterGrams:
         Returns log P ``(N, K)``, the contrast Grams ``(N, B, K, K)``, or ``(N, B, m, m)`` for other rows, and the
         coarsest dtype that occurred.
         """
-        logits = forward(self._model, inputs)
-        graph = read_graph(logits, {name: p for name, p in self._parameters.items() if name not in self.refused})
-        self.refused.update(graph.refused)
-        dtype, chosen = graph.coarsest_dtype(), rows(logits)
-        seeds = chosen.seeds(logits.dtype)
-        require_independent(self._model, inputs, logits.detach(), dtype)
-        compared = 0 if self._compared else 1 if len(inputs) < 2 * _FOR_EACH_COMPARED else 2
-        probes = torch.randn(compared, chosen.count, generator=self._generator, dtype=torch.float64).to(seeds.device)
-        squares = []
-        for n, probe in enumerate(probes):
-            seed = (probe @ seeds[:, n].double()).to(logits.dtype)[None]
-            squares.append(self._squares(inputs[n : n + 1], logits[n : n + 1].detach(), seed, dtype))
-        gram = logits.new_zeros(len(inputs), self._blocks, chosen.count, chosen.count, dtype=torch.float64)
-        narrow = NarrowLayer.of(logits, chosen)
+        made = self._forward(inputs, rows)
+        chosen, dtype, squares = made.rows, made.dtype, []
+        for n, probe in enumerate(made.probes):
+            seed = (probe @ made.seeds[:, n].double()).to(made.seeds.dtype)[None]
+            squares.append(self._squares(inputs[n : n + 1], made.logits[n : n + 1].detach(), seed, dtype))
+        gram = made.seeds.new_zeros(len(inputs), self._blocks, chosen.count, chosen.count, dtype=torch.float64)
+        narrow = NarrowLayer.of(made.logits, chosen)
         if narrow is None:
-            quadratic = self._collect_all(graph, seeds, gram, dtype, probes)
+            quadratic = self._add(made.graph, made.seeds, gram, dtype, made.probes)
         else:
-            quadratic = self._through_features(graph, narrow, gram, dtype, probes)
-        del graph, logits
+            quadratic = self._through_features(made.graph, narrow, gram, dtype, made.probes)
+        del made, narrow
         if squares:
             self._compared = True
             if self._refuse_what_differs(torch.stack(squares), quadratic, dtype):
@@ -105,7 +207,10 @@ class ParameterGrams:
         self._announce()
         if self.refused:
             for n in range(len(inputs)):
-                self._by_autograd(inputs[n : n + 1], chosen[n], gram[n])
+                for name, row in self._rows_of_refused(inputs[n : n + 1], chosen[n]):
+                    part = products(row.reshape(1, len(row), -1))[0]
+                    for block in self._of[name]:
+                        gram[n, block] += part
         return chosen.log_probs, chosen.embed(gram), dtype
 
     def _through_features(
@@ -114,66 +219,34 @@ class ParameterGrams:
         """Send the classes through the last layer, and its features, which are fewer, through all before it."""
         last = {node: site for node, site in graph.sites.items() if node is graph.root[0]}
         seeds = narrow.classes.seeds(narrow.weight.dtype)
-        quadratic = self._collect_all(replace(graph, sites=last), seeds, gram, dtype, probes)
+        quadratic = self._add(replace(graph, sites=last), seeds, gram, dtype, probes)
         below = {node: site for node, site in graph.sites.items() if node not in last}
         features = gram.new_zeros(len(gram), self._blocks, narrow.width, narrow.width)
         graph = replace(graph, sites=below, root=(narrow.edge.node, narrow.edge.output_nr))
         probes = (probes[:, None] @ narrow.contrasts[: len(probes)]).squeeze(1)
-        quadratic |= self._collect_all(graph, narrow.seeds(len(gram)), features, dtype, probes)
+        quadratic |= self._add(graph, narrow.seeds(len(gram)), features, dtype, probes)
         for b in range(self._blocks):
             gram[:, b] += narrow.spread(features[:, b])
         return quadratic
 
-    def _collect_all(
-        self, graph: Graph, seeds: Tensor, gram: Tensor, dtype: torch.dtype, probes: Tensor
-    ) -> dict[str, Tensor]:
-        """Add the Grams of all sites of a graph for ``(m, N, ...)`` seeds to ``(N, B, m, m)``; see ``_quadratic``."""
-        weighting = Weighting.draw(seeds, dtype, self._generator)
-        waiting = dict(graph.sites)
-        truth: dict[Node, Tensor | None] = {}
+    def _add(self, graph: Graph, seeds: Tensor, gram: Tensor, dtype: torch.dtype, probes: Tensor) -> dict[str, Tensor]:
+        """Add the Grams of all sites of a graph to ``(N, B, m, m)``; see ``_quadratic``."""
         quadratic: dict[str, Tensor] = {}
 
-        def refuse(site: Site, reason: object) -> None:
-            self.refused.update(dict.fromkeys((operand.name for operand in site.operands), str(reason)))
-
-        def collect(site: Site, grad: Tensor) -> None:
-            del waiting[site.node]
-            try:
-                layout = _layout(site, grad, truth.pop(site.node), weighting)
-                parts = list(RULES[site.node.name()].grams(site, grad, layout))  # type: ignore[misc]
-            except Exception as error:  # whatever a rule stumbles over, autograd has another way
-                if is_out_of_memory(error):
-                    raise
-                refuse(site, error)
-                return
+        def take(found: list[AnyGradient]) -> None:
+            parts = [(one.operand.name, one.gram()) for one in found]
             for name, part in parts:
                 for block in self._of[name]:
                     gram[:, block].add_(part)
             if len(probes):
                 quadratic.update(_quadratic(parts, probes))
 
-        try:
-            truth = _pytorch_gradients(graph, weighting.row(seeds)[0])
-            reverse(graph, seeds, collect)
-        except Exception as error:  # the same for the way to the sites
-            if is_out_of_memory(error):
-                raise
-            for site in waiting.values():
-                refuse(site, f"its graph cannot be followed ({error})")
-        for node, site in waiting.items():
-            row = truth.get(node)
-            if row is not None and bool(row.any()):
-                refuse(site, "its gradient does not arrive")
+        self._collect_all(graph, seeds, dtype, take)
         return quadratic
 
     def _squares(self, inputs: Inputs, batched: Tensor, seed: Tensor, dtype: torch.dtype) -> Tensor:
-        """For each parameter the squared length ``(P,)`` of its gradient from a seed for one example alone, float64.
-
-        The example must have the logits that it has in the batch.
-        """
-        logits, self._first = self._first if self._first is not None else alone(self._model, inputs), None
-        require_same(self._model, inputs, logits.detach(), batched, dtype)
-        grads = [grad.flatten() for grad in gradients(logits, self.perturbed, seed, retain=False)]
+        """For each parameter the squared length ``(P,)`` of autograd's gradient from a seed, float64."""
+        grads = [grad.flatten() for grad in self._by_pytorch(inputs, batched, seed, dtype)]
         # To single precision at least; a copy in double would take longer than the gradient.
         wide = [grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads]
         return torch.stack([torch.dot(grad, grad).double() for grad in wide])
@@ -187,31 +260,6 @@ class ParameterGrams:
         wrong = {name for name, holds in zip(self._parameters, right, strict=True) if not holds} - self.refused.keys()
         self.refused.update(dict.fromkeys(wrong, "its Gram is not autograd's"))
         return bool(wrong)
-
-    def _by_autograd(self, inputs: Inputs, rows: LogitRows, gram: Tensor) -> None:
-        """Add the Grams of the refused parameters of one example, ``(B, m, m)``, class by class."""
-        leaves = {name: parameter for name, parameter in self._parameters.items() if name in self.refused}
-        logits = forward(self._model, inputs)
-        seeds, tensors = rows.seeds(logits.dtype), list(leaves.values())
-        found = [gradients(logits, tensors, seed, retain=k < len(seeds) - 1) for k, seed in enumerate(seeds)]
-        for name, row in zip(leaves, zip(*found, strict=True), strict=True):
-            part = products(torch.stack(row).reshape(1, len(row), -1))[0]
-            for block in self._of[name]:
-                gram[block] += part
-
-    def _announce(self) -> None:
-        """Say once which parameters go the slower way."""
-        names = tuple(sorted(self.refused))
-        key = (type(self._model).__name__, names)
-        if not names or key in _ANNOUNCED:
-            return
-        _ANNOUNCED.add(key)
-        shown = "; ".join(f"{name}: {self.refused[name]}" for name in names[:5])
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        _LOG.warning(
-            f"{key[0]}: {len(names)} of {len(self._parameters)} parameters have no exact rule and take the slower, "
-            f"equally exact autograd path ({shown}{more})"
-        )
 
 
 def _pytorch_gradients(graph: Graph, seed: Tensor) -> dict[Node, Tensor | None]:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from influence.grams.graph import Graph
-from influence.grams.rules import RULES, Grads, Node, Operand, Site, shape_of
-from influence.kernels.gram import products
+from influence.grams.rules import RULES, Grads, Node, Site, shape_of
 from influence.kernels.relu_norm_backward import fused, relu_norm_backward_triton
 from influence.memory import is_out_of_memory
 
@@ -159,16 +158,3 @@ def _formula(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads:
         rows = [run(dict(zip(given, row, strict=True))) for row in zip(*given.values(), strict=True)]
         below = {i: torch.stack([row[i] for row in rows]) for i in rows[0]}
     return [below.get(i) for i in range(len(wanted))]
-
-
-def vector_gram(operand: Operand, rows: Tensor) -> tuple[str, Tensor]:
-    """Name and Gram ``(N, m, m)`` of a parameter itself, from gradients ``(N, m, *shape)`` of what its node takes.
-
-    They go back through whatever picked entries of the parameter.
-    """
-    flat = rows.flatten(0, 1)
-    for node in operand.picks:
-        back = vjp(node, [flat], [True])[0]
-        assert back is not None
-        flat = back
-    return operand.name, products(flat.reshape(*rows.shape[:2], -1))

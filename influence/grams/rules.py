@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from influence.grams.gradients import AnyGradient
 
 # A node of the autograd graph. PyTorch types its attributes nowhere.
 Node = Any
@@ -21,12 +24,14 @@ Grads = list[Tensor | None]
 class Operand:
     """A parameter at one input of a node, ``next_functions[place]``.
 
-    ``picks`` are the nodes between them, from the input on, that pick entries of it; none where they only rearrange.
+    Between them, from the input on, are ``picks``, nodes of which the last picks entries of the parameter and the
+    others do that or rearrange, and ``rearranged``, nodes that only rearrange it.
     """
 
     name: str
     place: int
     picks: tuple[Node, ...]
+    rearranged: tuple[Node, ...]
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,9 @@ class Rule:
 
     Attributes:
         places: Inputs at which it may take a parameter that has a Gram here.
-        grams: Gives the name and the Gram ``(N, m, m)`` float64 of each parameter of a site, from the gradients
-            ``(m, ...)`` of its output and the layout of these. It raises an error where the node is not of the form
-            that the rule was made for; any error sends the site's parameters to the autograd path.
+        gradients: Gives those of each parameter of a site, example by example, from the gradients ``(m, ...)`` of its
+            output and the layout of these. It raises an error where the node is not of the form that the rule was made
+            for; any error sends the site's parameters to the autograd path.
         vjp: Gives the gradients of the inputs, from the node, those of its outputs and which inputs are asked for;
             None where the node is not of the form that it was made for.
         entries: The same where one input takes a gradient, each entry a multiple of that of the output, over which it
@@ -83,7 +88,7 @@ class Rule:
     """
 
     places: frozenset[int] = frozenset()
-    grams: Callable[[Site, Tensor, Layout], Iterable[tuple[str, Tensor]]] | None = None
+    gradients: Callable[[Site, Tensor, Layout], Iterable[AnyGradient]] | None = None
     vjp: Callable[[Node, Grads, Sequence[bool]], Grads | None] | None = None
     entries: Callable[[Node, Tensor, bool], Tensor | None] | None = None
 

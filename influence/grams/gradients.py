@@ -1,0 +1,165 @@
+"""Gradients of a parameter where it meets the data, one for each row of a Jacobian and each example.
+
+They stay as their node made them; their Gram, or the entries of a few examples, are made from that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from influence.grams.reverse import vjp
+from influence.grams.rules import Node, Operand
+from influence.kernels.contraction import cheaper, ghost_gram, materialised_gram
+from influence.kernels.gram import products
+
+# A sum over positions that leaves less than so many eps of the length of its terms is rounding.
+_CANCELLED = 16.0
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Gradients ``rows``, ``(N, m, *shape)``, of what the picks of an operand leave of it.
+
+    ``squares`` gives, in the same shape, the sums of the squares of what was added up for each entry.
+    """
+
+    operand: Operand
+    rows: Tensor
+    squares: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, operand: Operand, rows: Tensor, squares: Callable[[], Tensor]) -> Gradient:
+        """From gradients ``(N, m, *shape)`` of what the node takes: back through whatever picked entries."""
+        return cls(operand, _through(operand.picks, rows), lambda: _through(operand.picks, squares()))
+
+    @property
+    def width(self) -> int:
+        """Entries p for one row of one example."""
+        return math.prod(self.rows.shape[2:])
+
+    def gram(self) -> Tensor:
+        """``(N, m, m)`` float64."""
+        return products(self.rows.reshape(*self.rows.shape[:2], -1))
+
+    def entries(self, chosen: slice) -> Tensor:
+        """Of some examples: ``(n, m, p)``, 0 where a sum left nothing but rounding."""
+        rows, terms = self.rows[chosen].reshape(*self.rows[chosen].shape[:2], -1), self.terms(chosen)
+        return rows.masked_fill(rows.abs() <= _CANCELLED * torch.finfo(rows.dtype).eps * terms, 0.0)
+
+    def terms(self, chosen: slice) -> Tensor:
+        """The length of what was added up for each entry, or a bound: ``(n, m, p)``, or what broadcasts to it."""
+        return self._squares[chosen].sqrt()
+
+    @cached_property
+    def _squares(self) -> Tensor:
+        return self.squares().reshape(*self.rows.shape[:2], -1)
+
+    def to_parameter(self, values: Tensor, chosen: slice) -> Tensor:
+        """Sum values ``(n, p)`` for the entries of some examples over these, as the node takes the parameter."""
+        return values.sum(dim=0).view(self.rows.shape[2:])
+
+
+def _through(picks: Sequence[Node], rows: Tensor) -> Tensor:
+    flat = rows.flatten(0, 1)
+    for node in picks:
+        back = vjp(node, [flat], [True])[0]
+        assert back is not None
+        flat = back
+    return flat.unflatten(0, rows.shape[:2])
+
+
+@dataclass(frozen=True)
+class ProductGradient:
+    """Gradients W_k = sum_t g_k[t] a[t]^T of a weight.
+
+    ``rows`` are g, ``(N, m, G, P, T)``: m rows, G groups, P outputs, T positions; ``inputs`` a, ``(N, G, D, T)``. The
+    node takes the weight in the given shape, which holds ``(G, P, D)``, or ``(G, D, P)`` where it is ``turned``.
+    """
+
+    operand: Operand
+    rows: Tensor
+    inputs: Tensor
+    shape: tuple[int, ...]
+    turned: bool = False
+
+    @property
+    def width(self) -> int:
+        """G P D."""
+        return math.prod(self.shape)
+
+    def gram(self) -> Tensor:
+        """``(N, m, m)`` float64, by the cheaper of two ways."""
+        examples, classes, groups, outputs, positions = self.rows.shape
+        rows, columns = self.rows.transpose(1, 2).flatten(0, 1), self.inputs.flatten(0, 1)
+        sizes = {"positions": positions, "inputs": columns.shape[1], "outputs": outputs, "classes": classes}
+        shared = positions**2 * columns.shape[1]
+        if cheaper(**sizes, double=self.rows.itemsize == 8, shared=shared) == "ghost":
+            wide = columns.double()
+            gram = ghost_gram(rows, wide.mT @ wide)
+        else:
+            gram = materialised_gram(rows, columns)
+        return gram.view(examples, groups, classes, classes).sum(dim=1)
+
+    def entries(self, chosen: slice) -> Tensor:
+        """Of some examples: ``(n, m, G P D)``, 0 where the sum over positions left nothing but rounding."""
+        rows = self.rows[chosen]
+        made = rows @ self.inputs[chosen].unsqueeze(1).mT
+        if rows.shape[-1] > 1:
+            made.masked_fill_(made.abs() <= _CANCELLED * torch.finfo(rows.dtype).eps * self._terms(chosen), 0.0)
+        return made.flatten(2)
+
+    def terms(self, chosen: slice) -> Tensor:
+        """A bound of the length of what was added up for each entry: ``(n, m, G P D)``."""
+        return self._terms(chosen).flatten(2)
+
+    def _terms(self, chosen: slice) -> Tensor:
+        return self.rows[chosen].norm(dim=-1)[..., None] * self.inputs[chosen].norm(dim=-1)[:, None, :, None]
+
+    def to_parameter(self, values: Tensor, chosen: slice) -> Tensor:
+        """Sum values ``(n, G P D)`` over examples, in the shape in which the node takes the weight."""
+        total = values.sum(dim=0).view(*self.rows.shape[2:4], -1)
+        return (total.mT if self.turned else total).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class TokenGradient:
+    """Gradients ``rows``, ``(N, m, L, D)``, of the rows of a table of some shape that ``tokens``, ``(N, L)``, name.
+
+    Of the positions with the same token the first has the gradient, the others none.
+    """
+
+    operand: Operand
+    rows: Tensor
+    tokens: Tensor
+    shape: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """L D."""
+        return math.prod(self.rows.shape[2:])
+
+    def gram(self) -> Tensor:
+        """``(N, m, m)`` float64."""
+        return products(self.rows.flatten(2))
+
+    def entries(self, chosen: slice) -> Tensor:
+        """Of some examples: ``(n, m, L D)``."""
+        return self.rows[chosen].flatten(2)
+
+    def terms(self, chosen: slice) -> Tensor:
+        """The entries themselves, few of which are sums."""
+        return self.entries(chosen).abs()
+
+    def to_parameter(self, values: Tensor, chosen: slice) -> Tensor:
+        """Sum values ``(n, L D)`` for the tokens of some examples: ``(V, D)``."""
+        rows = values.view(-1, self.rows.shape[3])
+        return rows.new_zeros(self.shape).index_add_(0, self.tokens[chosen].flatten(), rows)
+
+
+AnyGradient = Gradient | ProductGradient | TokenGradient

@@ -1,0 +1,284 @@
+"""Influence of single weights, averaged over examples: one reverse pass, and no Jacobian of all weights.
+
+Each node's Jacobian is made for a few examples at a time (``grams/gradients.py``), reduced to three numbers for each
+weight and dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from influence.checks import require_count, require_deterministic, require_labels
+from influence.contrasts import Classes, LogitRows, ScoreSums, draw_seeds, random_signs
+from influence.grams.gradients import AnyGradient
+from influence.grams.graph import read_graph
+from influence.grams.parameters import ParameterPasses
+from influence.grams.reverse import vjp
+from influence.grams.rules import Operand, shape_of
+from influence.independence import alone
+from influence.inputs import Batch, Inputs
+from influence.kernels.tolerances import REVERSE
+from influence.measures import given_labels, log_ceiling
+from influence.metric import in_parts, parameter_blocks
+
+# Entries of a node's Jacobian made at once: those of a CPU stay in its cache.
+_PIECE = {"cpu": 2**20}
+_PIECE_ELSEWHERE = 2**26
+
+
+@dataclass(frozen=True)
+class WeightInfluence:
+    """Of every single weight, by the name of its parameter and in its shape: means over the examples, float64.
+
+    Attributes:
+        fi: FI of that weight alone (p = 1); no unit. 0 where no class depends on it.
+        trace: G_jj = sum_k P_k (d_j log P_k)^2, in (unit of the weight)^-2.
+        gradient: of the loss -log P_y.
+        examples: How many the means are over.
+    """
+
+    fi: dict[str, Tensor]
+    trace: dict[str, Tensor]
+    gradient: dict[str, Tensor]
+    examples: int
+
+
+def weight_influence(
+    model: nn.Module,
+    x: Batch,
+    labels: Tensor | Sequence[int] | Literal["predicted"] | None = None,
+    *,
+    wrt: str | Sequence[str] = "parameters",
+    trainable_only: bool = False,
+    samples: int | None = None,
+    generator: torch.Generator | None = None,
+    chunk_size: int | None = None,
+) -> WeightInfluence:
+    r"""FI of each weight by itself, the mean over the examples.
+
+    .. math:: FI_j = \frac{(\partial_j \log P_y)^2}{\sum_k P_k (\partial_j \log P_k)^2} \le \frac{1 - P_y}{P_y}
+
+    (Shu & Zhu 2019, section 2, with p = 1; averaged over examples as in Dai et al. 2025, arXiv 2504.03714). It is free
+    of the size of the gradient, and not at its ceiling: a weight reaches one direction of the K - 1. A gradient that is
+    a sum over positions and cancels to rounding, as that of the bias of an attention's keys does, counts as zero.
+
+    Args:
+        model: As for ``metric_tensor``.
+        x: As for ``metric_tensor``, N examples.
+        labels: As for ``first_order_influence``.
+        wrt: "parameters", or a list of names of modules or parameters.
+        trainable_only: Whether parameters that require no gradient are left out.
+        samples: None: exact, by K - 1 backward passes. m >= 1: the trace by m random sums over the classes, as in
+            ``trace``, for many classes; FI, which it divides, is then an estimate, cut at its ceiling.
+        generator: Of the signs of these sums; None: PyTorch's default one.
+        chunk_size: As for ``metric_tensor``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As ``metric_tensor`` and ``first_order_influence``.
+
+    Example:
+        >>> found = weight_influence(nn.Linear(5, 3), torch.ones(2, 5), [0, 1])
+        >>> found.fi["weight"].shape, found.examples
+        (torch.Size([3, 5]), 2)
+    """
+    require_count(chunk_size=chunk_size, samples=samples)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if wrt in ("input", "layers"):
+        raise ValueError(f"wrt must be 'parameters' or a list of modules or parameters, got {wrt!r}.")
+    inputs, given = Inputs.of(x), given_labels(labels)
+    groups, parameters = parameter_blocks(model, wrt, trainable_only=trainable_only)
+    wanted = {name for names in groups.values() for name in names}
+    require_deterministic(model)
+    seeds = None if samples is None else draw_seeds(len(inputs), generator)
+    passes = _WeightPasses(model, {name: p for name, p in parameters.items() if name in wanted}, samples)
+
+    def compute(chosen: slice) -> None:
+        every = None if given is None else (given, len(inputs))
+        passes.add(inputs[chosen], every, chosen, None if seeds is None else seeds[chosen])
+
+    in_parts(compute, model, inputs, passes, passes=None if samples is None else samples + 1, chunk_size=chunk_size)
+    fi, trace, gradient = (
+        {name: total[number] / len(inputs) for name, total in passes.totals.items()} for number in range(_NUMBERS)
+    )
+    return WeightInfluence(fi, trace, gradient, len(inputs))
+
+
+_NUMBERS = 3  # FI, trace and gradient
+
+
+class _WeightPasses(ParameterPasses):
+    """Adds up the three numbers of every weight, ``totals``: ``(3, *shape)`` float64 for each parameter."""
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], samples: int | None) -> None:
+        super().__init__(model, parameters)
+        self._samples = samples
+        self.totals = {
+            name: torch.zeros(_NUMBERS, *p.shape, dtype=torch.float64, device=p.device)
+            for name, p in parameters.items()
+        }
+
+    def bytes_per_example(self, inputs: Inputs, passes: int | None = None) -> int:
+        """Memory that an example takes in so many backward passes; None: in K - 1."""
+        logits = self._first = alone(self._model, inputs)
+        return read_graph(logits, {}).bytes_per_example(passes or logits.shape[1] - 1)
+
+    def add(
+        self,
+        inputs: Inputs,
+        labels: tuple[Tensor | Sequence[int], int] | None,
+        chosen: slice,
+        seeds: Sequence[int] | None,
+    ) -> None:
+        """Add a chunk: the ``chosen`` ones of the labels of so many examples; None: the predicted classes."""
+        given: list[Tensor] = []
+
+        def rows(logits: Tensor) -> LogitRows:
+            if labels is None:
+                y = logits.detach().argmax(dim=1)
+            else:
+                everything, count = labels
+                y = require_labels(everything, examples=count, classes=logits.shape[1], device=logits.device)[chosen]
+            given[:] = [y]
+            if seeds is None:
+                return Classes.of(logits, y)
+            log_probs = torch.log_softmax(logits.detach().double(), dim=1)
+            one = nn.functional.one_hot(y, logits.shape[1]).to(log_probs)[:, None]
+            return ScoreSums.of(log_probs, torch.cat([one, random_signs(log_probs, seeds, int(self._samples or 0))], 1))
+
+        made = self._forward(inputs, rows)
+        chosen_rows, dtype, probes, score = made.rows, made.dtype, made.probes, _Score.of(made.rows, given[0])
+        truth = []
+        for n, probe in enumerate(probes):
+            seed = (probe @ made.seeds[:, n].double()).to(made.seeds.dtype)[None]
+            grads = self._by_pytorch(inputs[n : n + 1], made.logits[n : n + 1].detach(), seed, dtype)
+            truth.append(dict(zip(self._parameters, grads, strict=True)))
+        found: dict[str, Tensor] = {}
+        differ: set[str] = set()
+
+        def take(parts: list[AnyGradient]) -> None:
+            new = {part.operand.name: _reduced(part, score) for part in parts}
+            for n, probe in enumerate(probes):
+                largest = max(_length(part, n, probe) for part in parts)
+                for part in parts:
+                    gap = _combined(part, n, probe) - truth[n][part.operand.name]
+                    if not float(gap.norm()) <= REVERSE[dtype] * largest:
+                        differ.add(part.operand.name)
+            found.update(new)
+
+        self._collect_all(made.graph, made.seeds, dtype, take)
+        del made
+        lost = {name for one in truth for name, grad in one.items() if name not in found and bool(grad.any())}
+        self._compared = True
+        if wrong := (differ | lost) - self.refused.keys():
+            self.refused.update(dict.fromkeys(wrong, "its gradient is not autograd's"))
+            self.add(inputs, labels, chosen, seeds)
+            return
+        self._announce()
+        for name in found.keys() - self.refused.keys():
+            self.totals[name] += found[name]
+        for n in range(len(inputs) if self.refused else 0):
+            for name, jacobian in self._rows_of_refused(inputs[n : n + 1], chosen_rows[n]):
+                numbers = score(jacobian.reshape(1, len(jacobian), -1), slice(n, n + 1))
+                self.totals[name] += torch.stack(numbers).view_as(self.totals[name])
+
+
+def _reduced(part: AnyGradient, score: _Score) -> Tensor:
+    """The three numbers ``(3, *shape)`` of the entries of a parameter, summed over the examples."""
+    examples, rows = part.rows.shape[:2]
+    step = max(1, _PIECE.get(part.rows.device.type, _PIECE_ELSEWHERE) // max(1, rows * part.width))
+    total: Tensor | None = None
+    for start in range(0, examples, step):
+        chosen = slice(start, start + step)
+        numbers = torch.stack([part.to_parameter(n, chosen) for n in score(part.entries(chosen), chosen)])
+        total = numbers if total is None else total.add_(numbers)
+    assert total is not None
+    return torch.stack([_arranged(number, part.operand) for number in total])
+
+
+def _combined(part: AnyGradient, n: int, probe: Tensor) -> Tensor:
+    """v^T J of one example, as the parameter lies."""
+    chosen = slice(n, n + 1)
+    jacobian = part.entries(chosen)
+    jacobian = jacobian.to(torch.promote_types(jacobian.dtype, torch.float32))
+    return _arranged(part.to_parameter((probe.to(jacobian.dtype) @ jacobian), chosen), part.operand)
+
+
+def _length(part: AnyGradient, n: int, probe: Tensor) -> float:
+    """The length of what v^T J adds up: where it cancels, rounding has the size of that."""
+    return float((part.terms(slice(n, n + 1))[0].double().norm(dim=1) * probe.abs()).sum())
+
+
+def _arranged(values: Tensor, operand: Operand) -> Tensor:
+    """Values for what a node takes, or its picks leave, as the parameter itself lies."""
+    for node in operand.rearranged:
+        if node.name() != "ToCopyBackward0":  # which would round them
+            back = vjp(node, [values.reshape(1, *shape_of(node))], [True])[0]
+            assert back is not None
+            values = back[0]
+    return values
+
+
+@dataclass(frozen=True)
+class _Score:
+    """What makes FI, trace and gradient of N examples from rows of Jacobians, ``__call__``.
+
+    Exact, from contrasts t_k of the other classes with y: with Q_k = P_k / (1 - P_y), a = sum_k Q_k t_k and
+    v = sum_k Q_k (t_k - a)^2, both sums of what is not negative,
+
+        d_j (-log P_y) = (1 - P_y) a,   G_jj = (1 - P_y) (v + P_y a^2),   FI_j = (1 - P_y) a^2 / (v + P_y a^2).
+
+    Sampled, from the gradient of log P_y and of m random sums h: G_jj is the mean of their squares.
+
+    Attributes:
+        weights: ``(N, m)`` float64, Q, or the factors of the rows.
+        of_label: ``(N, 1)`` float64, P_y.
+        of_rest: ``(N, 1)`` float64, 1 - P_y.
+        ceiling: ``(N, 1)`` float64, of FI.
+        sampled: Whether the rows are the gradient and random sums.
+    """
+
+    weights: Tensor
+    of_label: Tensor
+    of_rest: Tensor
+    ceiling: Tensor
+    sampled: bool
+
+    @classmethod
+    def of(cls, rows: LogitRows, labels: Tensor) -> _Score:
+        """For the rows of a pass and the labels ``(N,)``."""
+        log_probs = rows.log_probs
+        others = log_probs.scatter(1, labels[:, None], -torch.inf)
+        log_rest = others.logsumexp(dim=1, keepdim=True)
+        of_label = log_probs.gather(1, labels[:, None]).exp()
+        if isinstance(rows, Classes):
+            weights = (others - log_rest).gather(1, rows.order[:, :-1]).exp()
+        else:
+            weights = rows.scale
+        ceiling = log_ceiling(log_probs, labels).exp()[:, None]
+        return cls(weights, of_label, log_rest.exp(), ceiling, isinstance(rows, ScoreSums))
+
+    def __call__(self, jacobian: Tensor, chosen: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """FI, trace and gradient ``(n, p)`` float64 of some examples, from their rows ``(n, m, p)``."""
+        jacobian = jacobian.to(torch.promote_types(jacobian.dtype, torch.float32))
+        weights = self.weights[chosen]
+        if self.sampled:
+            gradient = -jacobian[:, 0].double() * weights[:, :1]
+            scale = weights[:, None, 1:].square() / (weights.shape[1] - 1)
+            trace = (scale @ jacobian[:, 1:].double().square()).squeeze(1)
+            fi = (gradient.square() / trace).nan_to_num(nan=0.0, posinf=torch.inf)
+            return torch.minimum(fi, self.ceiling[chosen]), trace, gradient
+        of_label, of_rest = self.of_label[chosen], self.of_rest[chosen]
+        single = weights[:, None].to(jacobian.dtype)
+        mean = single @ jacobian
+        spread = (single @ (jacobian - mean).square_()).squeeze(1).double()
+        mean = mean.squeeze(1).double()
+        square = mean.square()
+        whole = spread + of_label * square
+        fi = (of_rest * square / whole).nan_to_num(nan=0.0)
+        return fi, of_rest * whole, of_rest * mean

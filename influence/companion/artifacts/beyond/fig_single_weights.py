@@ -1,0 +1,165 @@
+"""Single weights and single pixels, where FI is below its ceiling: does what it ranks first hurt most?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ... import style
+from ...ledger import cache
+from ...ledger.reference import Estimate
+from ...ledger.results import Run
+from ...scores.evaluation import mean_interval
+from ...scores.weightwise import TREATMENTS, ablations, occlusions
+from ..common import bound, networks
+
+# The share of the weights, and of an image's pixels, by which the claims are judged.
+_JUDGED = 0.01
+# Scores of a weight: colour and line.
+_LINES = {
+    **style.SCORES,
+    "snip": ("#E69F00", "-"),
+    "fisher": ("#CC79A7", "-"),
+    "size": ("#000000", "--"),
+}
+_NAMES = {
+    "exact": "FI",
+    "saliency": "gradient",
+    "snip": "SNIP: |weight × gradient|",
+    "trace": "trace",
+    "fisher": "weight² × trace",
+    "size": "size",
+    "random": "at random",
+}
+
+
+def compute(run: Run) -> dict[str, pd.DataFrame]:
+    """Accuracy and loss after the first weights of each ranking, or the first pixels, are taken away.
+
+    Parameters of the run: datasets, models, seeds (of the networks, the images and the rankings at random), scored
+    (training images from which weights are ranked), tested (test images for the networks without some weights; 0 for
+    all), covered (test images whose pixels are covered), shares (of the weights, and of an image's pixels).
+
+    Returns:
+        "weights" of `weightwise.ablations` and "pixels" of `weightwise.occlusions`, both with the columns dataset,
+        model, seed and images (tested).
+    """
+    chosen = run.parameters
+    found: dict[str, list[pd.DataFrame]] = {"weights": [], "pixels": []}
+    for network in networks(run):
+        train, test, model = network.dataset.train, network.dataset.test, network.trained.model
+        scored = train.sample(chosen["scored"], seed=network.seed)
+        tested = test.sample(chosen["tested"] or None, seed=network.seed)
+        covered = test.sample(chosen["covered"], seed=network.seed)
+        grey = float(train.images.double().mean())
+        key = {"model": network.trained.key, "data": network.dataset.digest, "seed": network.seed}
+        key |= {"shares": list(chosen["shares"]), "device": run.device.type}
+        options: Any = {"seed": network.seed, "device": run.device}
+        parts = {
+            "weights": (
+                len(tested),
+                {"scored": chosen["scored"], "tested": chosen["tested"]},
+                bound(ablations, model, scored, tested, chosen["shares"], **options),
+            ),
+            "pixels": (
+                len(covered),
+                {"covered": chosen["covered"], "value": grey},
+                bound(occlusions, model, covered, chosen["shares"], value=grey, **options),
+            ),
+        }
+        for name, (count, sizes, make) in parts.items():
+            frame = cache.table(f"single/{name}-{network.name}", key | sizes, make)
+            found[name].append(frame.assign(images=count, **network.columns))
+    return {name: pd.concat(frames, ignore_index=True) for name, frames in found.items()}
+
+
+def table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Accuracy lost and loss gained, mean over networks with 95% t intervals.
+
+    Returns:
+        One row per what ("weights" or "pixels"), treatment, ranking and share: networks, images, count (how many were
+        taken away), lost (of the accuracy) and risen (of the loss, nats), each with _low and _high.
+    """
+    rows = []
+    for what, changes in _changes(tables).items():
+        counted = "weights" if what == "weights" else "pixels"
+        for (treatment, ranking, share), group in changes.groupby(["treatment", "ranking", "share"], sort=False):
+            row = {"what": what, "treatment": treatment, "ranking": ranking, "share": share, "networks": len(group)}
+            row |= {"images": int(group["images"].iloc[0]), "count": int(group[counted].iloc[0])}
+            for column in ("lost", "risen"):
+                interval = mean_interval(group[column])
+                row |= dict(zip((column, f"{column}_low", f"{column}_high"), interval, strict=True))
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _changes(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """The rows of the tables with what was lost and risen against the same network as it is."""
+    found = {}
+    for what, frame in tables.items():
+        network = ["dataset", "model", "seed"]
+        before = frame[frame["ranking"] == "none"].set_index(network)
+        changed = frame[frame["ranking"] != "none"].reset_index(drop=True)
+        own = before.loc[pd.MultiIndex.from_frame(changed[network])]
+        changed["lost"] = own["accuracy"].to_numpy() - changed["accuracy"]
+        changed["risen"] = changed["loss"] - own["loss"].to_numpy()
+        found[what] = changed if "treatment" in changed else changed.assign(treatment="covered")
+    return found
+
+
+def claims(tables: Mapping[str, pd.DataFrame]) -> dict[str, list[Estimate] | Estimate]:
+    """By rules fixed before the run, on the first 1% (of the weights set to 0; of the pixels covered).
+
+    The accuracy lost by FI's ranking less that by another, paired by network, the mean over networks:
+    fi_weights_hurt_most and fi_pixels_hurt_most against each other ranking but that at random, which
+    fi_weights_hurt_more_than_random and fi_pixels_hurt_more_than_random are about.
+    """
+    found: dict[str, list[Estimate] | Estimate] = {}
+    for what, changes in _changes(tables).items():
+        judged = changes[(changes["share"] == _JUDGED) & changes["treatment"].isin([TREATMENTS[0], "covered"])]
+        lost = judged.pivot(index=["dataset", "model", "seed"], columns="ranking", values="lost")
+        beyond = {
+            ranking: Estimate(*mean_interval(lost["exact"] - lost[ranking]), len(lost), f"against {_NAMES[ranking]}")
+            for ranking in _NAMES
+            if ranking != "exact" and ranking in lost
+        }
+        found[f"fi_{what}_hurt_most"] = [e for ranking, e in beyond.items() if ranking != "random"]
+        found[f"fi_{what}_hurt_more_than_random"] = beyond["random"]
+    return found
+
+
+def draw(summary: pd.DataFrame) -> Figure:
+    """Accuracy lost against the share taken away, one line for each ranking: weights set to 0, in 4 bits; pixels."""
+    figure = Figure(figsize=(style.WIDTH * 1.25, 3.4))
+    panels = figure.subplots(1, 3)
+    kinds = [("weights", "set to 0"), ("weights", "4 bits"), ("pixels", "covered")]
+    for axes, (what, treatment) in zip(panels, kinds, strict=True):
+        part = summary[(summary["what"] == what) & (summary["treatment"] == treatment)]
+        _lines(axes, part)
+        images, count = part["images"].iloc[0], part["networks"].iloc[0]
+        axes.set_title(f"{what} {treatment}\n{count} networks, {images:,} test images", fontsize=8)
+        axes.set_xlabel(f"share of the {what} (%)")
+    panels[0].set_ylabel("accuracy lost (points)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7, title="first by", title_fontsize=7)
+    return figure
+
+
+def _lines(axes: Axes, part: pd.DataFrame) -> None:
+    for place, (ranking, line) in enumerate(part.groupby("ranking", sort=False)):
+        colour, dashes = _LINES[str(ranking)]
+        # Side by side, so that the bars of one share can be told apart.
+        x = 100 * line["share"] * 1.05 ** (place - 3)
+        low, high = line["lost"] - line["lost_low"], line["lost_high"] - line["lost"]
+        bars = [100 * low, 100 * high] if (line["networks"] > 1).all() else None
+        look: Any = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": 2.5, "elinewidth": 0.8}
+        axes.errorbar(x, 100 * line["lost"], yerr=bars, label=_NAMES[str(ranking)], linewidth=1.2, **look)
+    axes.set_xscale("log")
+    shares = sorted(100 * part["share"].unique())
+    axes.set_xticks(shares, [f"{share:g}" for share in shares])
+    axes.minorticks_off()
+    axes.axhline(0, color="black", linewidth=0.4)

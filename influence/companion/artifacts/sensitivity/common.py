@@ -10,19 +10,17 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ... import style
 from ...images import outliers
-from ...images.data import DataError, Split
-from ...ledger import cache, paths
+from ...ledger import cache
 from ...ledger.results import Run
 from ...scores import imagewise
 from ...scores.definition import influence_by_definition
 from ...scores.detection import detection, two_sample
 from ...scores.imagewise import predicted_class_scores
-from ...zoo import pretrained, training
+from ...zoo import training
 from ..common import Subject, bound, classifier, dataset, networks
 
 
@@ -113,80 +111,47 @@ def gap(frame: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
 SYNTHETIC = "flipped"
 
 
-def noisy_scores(
+def flipped_scores(
     run: Run,
     dataset_name: str,
     models: Sequence[str],
-    kinds: Sequence[str],
     *,
     seed: int,
     images: int | None,
     share: float,
     without: Sequence[str] = (),
 ) -> pd.DataFrame:
-    """Every score of training images under the labels given to them, by each network.
+    """Every score of images whose labels were flipped, by each network, which was trained on right ones.
 
-    All networks were trained on verified labels: this asks how well a score finds wrong labels where the network was
-    not fitted to them. Images are drawn from the validation part, which our own networks have not seen; the
-    pretrained ones have.
+    Images are drawn from the validation part, which the networks have not seen.
 
     Args:
         run: the artifact.
-        dataset_name: "cifar10", or one whose labels are flipped.
-        models: names of `models.NAMES` and, for CIFAR-10, of `pretrained.NAMES`.
-        kinds: "flipped", or labels of CIFAR-10N.
+        dataset_name: whose labels are flipped.
+        models: names of `models.NAMES`.
         seed: of the networks, the choice of images and the flips.
         images: how many, drawn at random; None for all.
-        share: of the labels that "flipped" replaces.
+        share: of the labels that are replaced.
         without: scores to leave out.
 
     Returns:
-        One row per model, kind and image: wrong (bool: the given label is not the verified one) and the columns of
-        `scores.all_scores`.
-
-    Raises:
-        DataError: labels of CIFAR-10N for another data set, or not in the order of the training images.
+        One row per model and image: kind ("flipped"), wrong (bool: the given label is not the right one) and the
+        columns of `scores.all_scores`.
     """
-    split = dataset(run, dataset_name).valid.sample(images, seed=seed)
+    whole = dataset(run, dataset_name)
+    split = whole.valid.sample(images, seed=seed)
+    given = {SYNTHETIC: outliers.flip_labels(split.labels, share=share, classes=len(whole.classes), seed=seed)}
     frames = []
     for model in models:
-        network, key = _network(run, dataset_name, model, seed)
-        given = {kind: _given(run, dataset_name, split, kind, share=share, seed=seed) for kind in kinds}
-        entry: dict[str, object] = {
-            "model": key,
-            "data": dataset(run, dataset_name).digest,
-            "images": images,
-            "seed": seed,
-        }
-        entry |= {"kinds": list(kinds), "share": share, "without": list(without), "device": run.device.type}
-        compute = bound(imagewise.all_scores, network, split, given=given, device=run.device, without=without)
-        frame = cache.table(f"labels/{dataset_name}-{model}", entry, compute)
-        verified = dict(zip(split.index.tolist(), split.labels.tolist(), strict=True))
-        wrong = frame["label"] != frame["image"].map(verified)
+        trained = classifier(run, dataset_name, model, seed=seed)
+        key: dict[str, object] = {"model": trained.key, "data": whole.digest, "images": images, "seed": seed}
+        key |= {"share": share, "without": list(without), "device": run.device.type}
+        compute = bound(imagewise.all_scores, trained.model, split, given=given, device=run.device, without=without)
+        frame = cache.table(f"labels/{dataset_name}-{model}", key, compute)
+        right = dict(zip(split.index.tolist(), split.labels.tolist(), strict=True))
+        wrong = frame["label"] != frame["image"].map(right)
         frames.append(frame.rename(columns={"given": "kind"}).assign(model=model, wrong=wrong))
     return pd.concat(frames, ignore_index=True)
-
-
-def _network(run: Run, dataset_name: str, model: str, seed: int) -> tuple[nn.Module, str]:
-    if model in pretrained.NAMES:
-        network, digest = pretrained.load(model, paths.data_dir(), device=run.device)
-        run.add_input(model, digest)
-        return network, digest
-    trained = classifier(run, dataset_name, model, seed=seed)
-    return trained.model, trained.key
-
-
-def _given(run: Run, dataset_name: str, split: Split, kind: str, *, share: float, seed: int) -> Tensor:
-    if kind == SYNTHETIC:
-        classes = len(dataset(run, dataset_name).classes)
-        return outliers.flip_labels(split.labels, share=share, classes=classes, seed=seed)
-    if dataset_name != "cifar10":
-        raise DataError(f"labels {kind!r} belong to cifar10, not to {dataset_name!r}")
-    given, verified = outliers.human_labels(kind, paths.data_dir())
-    if not torch.equal(verified[split.index], split.labels):
-        raise DataError("CIFAR-10N: its verified labels are not those of the training images, another order?")
-    run.add_input(f"cifar10n {kind}", cache.fingerprint(given.tolist()))
-    return given[split.index]
 
 
 def detection_table(frame: pd.DataFrame, *, seed: int = 0, also: Sequence[str] = ()) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ from ...scores import imagewise
 from ...scores.detection import auroc_difference
 from ...zoo import recipes, training
 from ..common import bound
-from .common import SYNTHETIC, detection_table, noisy_scores
+from .common import SYNTHETIC, detection_table, flipped_scores
 
 CONFIDENT = "confident"  # self-confidence less the class's mean: confident learning (Northcutt et al. 2021)
 _FOLDS = 4
@@ -39,15 +40,27 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
         "scores", one row per model, kind and image: wrong (bool: the given label is not the verified one), confident
         (for CIFAR-10N) and the columns of `imagewise.all_scores`.
     """
-    p, frames = run.parameters, []
-    seed, images = p["seeds"][0], p["images"] or None
-    for kind in p["kinds"]:
-        if kind == SYNTHETIC:
-            options = {"seed": seed, "images": images, "share": p["share"], "without": p["without"]}
-            frames.append(noisy_scores(run, p["dataset"], p["models"], [kind], **options))
-        else:
-            frames.append(_out_of_sample(run, kind, seed=seed, images=images, without=p["without"]))
+    p, images = run.parameters, run.parameters["images"] or None
+    options: dict[str, Any] = {"seed": p["seeds"][0], "images": images, "share": p["share"], "without": p["without"]}
+    frames = [of_kind(run, kind, p["dataset"], p["models"], **options) for kind in p["kinds"]]
     return {"scores": pd.concat(frames, ignore_index=True)}
+
+
+def of_kind(
+    run: Run,
+    kind: str,
+    dataset_name: str,
+    models: Sequence[str],
+    *,
+    seed: int,
+    images: int | None,
+    share: float,
+    without: Sequence[str],
+) -> pd.DataFrame:
+    """The scores of one kind of labels, as `compute` says."""
+    if kind == SYNTHETIC:
+        return flipped_scores(run, dataset_name, models, seed=seed, images=images, share=share, without=without)
+    return _out_of_sample(run, kind, seed=seed, images=images, without=without)
 
 
 def _out_of_sample(run: Run, kind: str, *, seed: int, images: int | None, without: Sequence[str]) -> pd.DataFrame:

@@ -22,8 +22,8 @@ from ...scores.detection import agreement
 from ...scores.layerwise import layer_noise_scores
 from ...zoo import training
 from ..common import Subject, bound, classifier, dataset
-from . import fig_vulnerable_areas
-from .common import both_parts, ceiling_check, detection_table, gap, noisy_scores
+from . import fig_label_noise, fig_vulnerable_areas
+from .common import both_parts, ceiling_check, detection_table, gap
 
 _CHECKED, _EPSILON, _SHARE = 16, 1e-3, 0.2  # images of the checks; e of the four tasks; flipped labels
 _LAYER_IMAGES, _CLASSES = 64, 10
@@ -64,12 +64,13 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     """What the constants, the cut and the unit do, and every score on each of the paper's four tasks.
 
     Parameters of the run: dataset, model, seeds (the first), images (training images to score, 0 for all), epsilons;
-    sigma and draws (of the noise on a layer's parameters); labels, detectors, label_images, without (wrong labels, as
-    in `noisy_scores`); part_images (as in Setup 3); changed, counts (as in Setup 4).
+    sigma and draws (of the noise on a layer's parameters); labels (the first), detectors (the first, for flipped
+    labels), label_images, without (wrong labels, as in `fig_label_noise`); part_images (as in Setup 3); changed, counts
+    (as in Setup 4).
 
     Returns:
         "scores" (of `sensitivity`), "definition" (of `ceiling_check`), "units" (`change`: one number, of `unit_check`),
-        "layers" (of `layer_noise`), "labels" (of `noisy_scores`: the first network and kind), "parts" (of
+        "layers" (of `layer_noise`), "labels" (of `fig_label_noise.of_kind`), "parts" (of
         `both_parts`), "pixels" (of `fig_vulnerable_areas.intervention_table`).
     """
     p, seed = run.parameters, run.parameters["seeds"][0]
@@ -83,7 +84,7 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
         "definition": ceiling_check(run, [name], [model], seed=seed, images=_CHECKED),
         "units": pd.DataFrame({"change": [unit_check(run, name, model, seed=seed, images=_CHECKED)]}),
         "layers": layer_noise(run, name, model, seed=seed, **noise),
-        "labels": noisy_scores(run, name, p["detectors"][:1], p["labels"][:1], seed=seed, **labels),
+        "labels": fig_label_noise.of_kind(run, p["labels"][0], name, p["detectors"][:1], seed=seed, **labels),
         "parts": both_parts(run, network, images=p["part_images"] or None, epsilon=_EPSILON),
         "pixels": pixel_table(run, name, model, seed=seed, **pixels),
     }
@@ -307,8 +308,11 @@ def claims(table: pd.DataFrame, check: float, definition_gap: float) -> dict[str
 _UNITS = {"0-255": "o", "0-1": "s", "standardised": "^"}
 
 
-def draw_released_against_loss(curve: pd.DataFrame, scores: pd.DataFrame) -> Figure:
-    """Left, released FI against the loss: closed form for each e and the measured images. Right, exact FI likewise."""
+def draw_released_against_loss(curve: pd.DataFrame, images: pd.DataFrame) -> Figure:
+    """Left, released FI against the loss: closed form for each e and the measured images. Right, exact FI likewise.
+
+    `images` are those of the task of wrong labels, whose losses reach both sides of the peak.
+    """
     figure = Figure(figsize=(style.WIDTH * 1.1, 3.2))
     left, right = figure.subplots(1, 2, sharey=True, sharex=True)
     epsilons = sorted(curve["epsilon"].unique())
@@ -318,14 +322,12 @@ def draw_released_against_loss(curve: pd.DataFrame, scores: pd.DataFrame) -> Fig
         left.plot(
             group["loss"], group["high"], color=colours[float(str(epsilon))], label=f"$e$ = {epsilon:g}", linewidth=1
         )
-    shown = scores[(scores["unit"] == "0-255") & (scores["score"] == "released") & (scores["epsilon"] == 1e-3)]
-    seen = shown[shown["value"] > 0]
-    zeros = len(shown) - len(seen)
-    label = f"images, $e$ = 0.001\n({zeros / len(shown):.1%} of {len(shown)} are 0)"
-    left.scatter(seen["loss"], seen["value"], s=6, color="black", linewidths=0, label=label, zorder=3)
-    exact = scores[(scores["unit"] == "0-255") & (scores["score"] == "exact")]
+    seen = images[images["released_1e-3"] > 0]
+    zeros = len(images) - len(seen)
+    label = f"images, $e$ = 0.001\n({zeros / len(images):.1%} of {len(images):,} are 0)"
+    left.scatter(seen["loss"], seen["released_1e-3"], s=6, color="black", linewidths=0, label=label, zorder=3)
     right.scatter(
-        exact["loss"], exact["value"], s=6, color=style.COLOURS["exact"], linewidths=0, label="images, exact FI"
+        images["loss"], images["exact"], s=6, color=style.COLOURS["exact"], linewidths=0, label="images, exact FI"
     )
     one = curve[curve["epsilon"] == epsilons[0]]
     for axes in (left, right):

@@ -84,6 +84,29 @@ def scores_by_autograd(model: nn.Module, x: Tensor) -> Tensor:
     return torch.stack([fi, eigenvalues.sum(dim=1), eigenvalues[:, -1]], dim=1)[..., None, None]
 
 
+def single_weights(model: nn.Module, x: Tensor) -> Tensor:
+    """FI and trace of every weight for the predicted class, means over the examples, as sums over each layer."""
+    found = influence.weight_influence(model, x, "predicted")
+    sums = [torch.stack([one[name].sum() for name in found.fi]) for one in (found.fi, found.trace)]
+    return torch.stack(sums)[..., None, None]
+
+
+def single_weights_by_autograd(model: nn.Module, x: Tensor) -> Tensor:
+    """The same from the contrasts z_k - z_y with the predicted class, one example and one class at a time."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    sums = torch.zeros(2, len(names), dtype=torch.float64, device=x.device)
+    for image in x:
+        logits = model(image[None])[0]
+        probs, label = logits.detach().double().softmax(dim=0), int(logits.argmax())
+        rows = [torch.autograd.grad(z - logits[label], parameters, retain_graph=True) for z in logits]
+        for i, grads in enumerate(zip(*rows, strict=True)):
+            contrasts = torch.stack(grads).double()
+            mean = torch.tensordot(probs, contrasts, 1)
+            trace = torch.tensordot(probs, (contrasts - mean).square(), 1)
+            sums[:, i] += torch.stack([torch.where(trace > 0, mean.square() / trace, 0.0).sum(), trace.sum()]) / len(x)
+    return sums[..., None, None]
+
+
 def floor(model: nn.Module, x: Tensor) -> Tensor:
     """What nothing can beat: one forward and K - 1 backward passes to the input, no Gram at all."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -226,6 +249,7 @@ METHODS: dict[str, Method] = {
     "influence, parameters": ours_parameters,
     "influence, input": ours_input,
     "influence.score, input": score_input,
+    "influence, single weights": single_weights,
     "autograd loop": autograd_loop,
     "vmap(jacrev)": vmap_jacrev,
     "BackPACK BatchGrad": backpack_batch_grad,
@@ -236,7 +260,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-SCORES = ("influence.score, input",)
+SCORES = ("influence.score, input", "influence, single weights")
 
 
 def truth(name: str) -> Method:
@@ -246,5 +270,6 @@ def truth(name: str) -> Method:
         "influence, parameters": parameters_by_autograd,
         "influence, input": input_by_autograd,
         "influence.score, input": scores_by_autograd,
+        "influence, single weights": single_weights_by_autograd,
     }
     return by_autograd.get(name, ours_parameters if name.endswith(", parameters") else ours)

@@ -10,16 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from influence.grams.reverse import vjp
 from influence.grams.rules import Node, Operand
 from influence.kernels.contraction import cheaper, ghost_gram, materialised_gram
 from influence.kernels.gram import products
-
-# A sum over positions that leaves less than so many eps of the length of its terms is rounding.
-_CANCELLED = 16.0
 
 
 @dataclass(frozen=True)
@@ -48,13 +44,13 @@ class Gradient:
         return products(self.rows.reshape(*self.rows.shape[:2], -1))
 
     def entries(self, chosen: slice) -> Tensor:
-        """Of some examples: ``(n, m, p)``, 0 where a sum left nothing but rounding."""
-        rows, terms = self.rows[chosen].reshape(*self.rows[chosen].shape[:2], -1), self.terms(chosen)
-        return rows.masked_fill(rows.abs() <= _CANCELLED * torch.finfo(rows.dtype).eps * terms, 0.0)
+        """Of some examples: ``(n, m, p)``."""
+        rows = self.rows[chosen]
+        return rows.reshape(*rows.shape[:2], -1)
 
     def terms(self, chosen: slice) -> Tensor:
-        """The length of what was added up for each entry, or a bound: ``(n, m, p)``, or what broadcasts to it."""
-        return self._squares[chosen].sqrt()
+        """What was squared and added up over the rows before any sum could cancel: ``(n, p)``."""
+        return self._squares[chosen].sum(dim=1)
 
     @cached_property
     def _squares(self) -> Tensor:
@@ -107,19 +103,14 @@ class ProductGradient:
         return gram.view(examples, groups, classes, classes).sum(dim=1)
 
     def entries(self, chosen: slice) -> Tensor:
-        """Of some examples: ``(n, m, G P D)``, 0 where the sum over positions left nothing but rounding."""
-        rows = self.rows[chosen]
-        made = rows @ self.inputs[chosen].unsqueeze(1).mT
-        if rows.shape[-1] > 1:
-            made.masked_fill_(made.abs() <= _CANCELLED * torch.finfo(rows.dtype).eps * self._terms(chosen), 0.0)
-        return made.flatten(2)
+        """Of some examples: ``(n, m, G P D)``."""
+        rows, columns = self.rows[chosen], self.inputs[chosen].unsqueeze(1).mT
+        return (rows * columns if rows.shape[-1] == 1 else rows @ columns).flatten(2)
 
     def terms(self, chosen: slice) -> Tensor:
-        """A bound of the length of what was added up for each entry: ``(n, m, G P D)``."""
-        return self._terms(chosen).flatten(2)
-
-    def _terms(self, chosen: slice) -> Tensor:
-        return self.rows[chosen].norm(dim=-1)[..., None] * self.inputs[chosen].norm(dim=-1)[:, None, :, None]
+        """A bound of what was squared and added up over the rows before any sum could cancel: ``(n, G P D)``."""
+        rows, inputs = self.rows[chosen].square().sum(dim=(1, 4)), self.inputs[chosen].square().sum(dim=3)
+        return (rows[..., None] * inputs[:, :, None]).flatten(1)
 
     def to_parameter(self, values: Tensor, chosen: slice) -> Tensor:
         """Sum values ``(n, G P D)`` over examples, in the shape in which the node takes the weight."""
@@ -153,8 +144,8 @@ class TokenGradient:
         return self.rows[chosen].flatten(2)
 
     def terms(self, chosen: slice) -> Tensor:
-        """The entries themselves, few of which are sums."""
-        return self.entries(chosen).abs()
+        """The squares of the entries themselves, few of which are sums."""
+        return self.entries(chosen).square().sum(dim=1)
 
     def to_parameter(self, values: Tensor, chosen: slice) -> Tensor:
         """Sum values ``(n, L D)`` for the tokens of some examples: ``(V, D)``."""

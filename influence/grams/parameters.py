@@ -12,12 +12,13 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from influence.contrasts import Classes, LogitRows
+from influence.contrasts import Classes, LogitRows, Rows
 from influence.grams.gradients import AnyGradient
 from influence.grams.graph import Graph, read_graph
 from influence.grams.reverse import reverse
@@ -30,6 +31,7 @@ from influence.last_layer import NarrowLayer
 from influence.memory import is_out_of_memory
 
 _LOG = logging.getLogger("influence")
+R = TypeVar("R", bound=Rows)
 # Models and parameters whose slower way has been announced.
 _ANNOUNCED: set[tuple[str, tuple[str, ...]]] = set()
 # Of so many examples of the first chunk the Gram of one is compared with autograd's: of one at least, of two at most.
@@ -37,7 +39,7 @@ _FOR_EACH_COMPARED = 8
 
 
 @dataclass(frozen=True)
-class Pass:
+class Pass(Generic[R]):
     """A forward pass of N examples, read and found independent.
 
     Attributes:
@@ -53,7 +55,7 @@ class Pass:
     logits: Tensor
     graph: Graph
     dtype: torch.dtype
-    rows: LogitRows
+    rows: R
     seeds: Tensor
     probes: Tensor
 
@@ -78,7 +80,7 @@ class ParameterPasses:
         """The parameters that must require a gradient."""
         return list(self._parameters.values())
 
-    def _forward(self, inputs: Inputs, rows: Callable[[Tensor], LogitRows]) -> Pass:
+    def _forward(self, inputs: Inputs, rows: Callable[[Tensor], R]) -> Pass[R]:
         logits = forward(self._model, inputs)
         graph = read_graph(logits, {name: p for name, p in self._parameters.items() if name not in self.refused})
         self.refused.update(graph.refused)
@@ -135,7 +137,7 @@ class ParameterPasses:
         require_same(self._model, inputs, logits.detach(), batched, dtype)
         return gradients(logits, self.perturbed, seed, retain=False)
 
-    def _rows_of_refused(self, inputs: Inputs, rows: LogitRows) -> Iterator[tuple[str, Tensor]]:
+    def _rows_of_refused(self, inputs: Inputs, rows: Rows) -> Iterator[tuple[str, Tensor]]:
         """Gradients ``(m, *shape)`` of the refused parameters for one example, row by row by autograd."""
         leaves = {name: parameter for name, parameter in self._parameters.items() if name in self.refused}
         logits = forward(self._model, inputs)

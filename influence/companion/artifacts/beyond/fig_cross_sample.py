@@ -261,7 +261,8 @@ def draw_by_l2(table: pd.DataFrame, fits: pd.DataFrame) -> Figure:
         for name, (colour, words) in PREDICTORS.items():
             line = part[part["quantity"] == name].sort_values("l2")
             bars = np.clip(np.abs(line[["low", "high"]].to_numpy().T - line["spearman"].to_numpy()), 0, 2)
-            axes.errorbar(line["l2"], line["spearman"], bars, fmt="o-", color=colour, markersize=3, label=words)
+            dashes = "o--" if name == "newton" else "o-"  # it lies on the influence function
+            axes.errorbar(line["l2"], line["spearman"], bars, fmt=dashes, color=colour, markersize=3, label=words)
         axes.axvline(best_l2(fits), color="0.6", linestyle=":")
         axes.axhline(0, color="0.6", linewidth=0.8)
         axes.set_xscale("log")

@@ -71,7 +71,7 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
         clipped; "trace" the mean of tr G, per squared unit of pixels in [0, 1].
     """
     chosen = run.parameters
-    split = dataset(run, chosen["dataset"]).test.sample(chosen["images"])
+    split = dataset(run, chosen["dataset"]).test.sample(chosen["images"] or None)
     names = ("sigma", "tested", "corruptions", "severities", "images", "attacked", "traced", "draws")
     about = {name: chosen[name] for name in names}
     rows = []

@@ -226,8 +226,7 @@ def draw(table: pd.DataFrame, fits: pd.DataFrame) -> Figure:
         panels[1].plot([], [], marker, color="0.4", markersize=4, label=among)
     figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7)
     count, images = int(chosen["networks"].iloc[0]), int(fits["images"].iloc[0])
-    title = f"{count} networks, {images:,} training images each, 95% t interval over networks"
-    figure.suptitle(title, fontsize=8)
+    figure.suptitle(f"{count} networks, {images:,} training images each, 95% t interval over networks", fontsize=8)
     return figure
 
 
@@ -266,9 +265,10 @@ def draw_by_l2(table: pd.DataFrame, fits: pd.DataFrame) -> Figure:
         axes.axvline(best_l2(fits), color="0.6", linestyle=":")
         axes.axhline(0, color="0.6", linewidth=0.8)
         axes.set_xscale("log")
-        axes.set_xlabel("penalty l2")
+        axes.set_xlabel("penalty l2, beside the mean loss")
         axes.set_title(among, fontsize=8)
     panels[0].set_ylim(-1.05, 1.05)
     panels[0].set_ylabel("Spearman with |change|")
+    figure.suptitle(f"{int(table['networks'].iloc[0])} networks, 95% t interval over networks", fontsize=8)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7)
     return figure

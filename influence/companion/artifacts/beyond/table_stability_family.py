@@ -141,7 +141,7 @@ def table(runs: pd.DataFrame) -> pd.DataFrame:
     """
     logged = runs["kind"] == "output"
     value = runs["value"].where(~logged, np.log(runs["value"].where(logged, 1.0)))
-    return summary(runs.assign(value=value), value="value", within=("kind", "measure"))
+    return summary(runs.assign(value=value), value="value", within=("kind", "measure", "n"))
 
 
 def claims(runs: pd.DataFrame) -> dict[str, Estimate | list[Estimate]]:
@@ -186,8 +186,9 @@ def draw(found: pd.DataFrame) -> Figure:
         axes.text(j, i, f"{value:+.1f}", ha="center", va="center", fontsize=6, weight=weight, color=tint)
     axes.set_xticks(range(len(columns)), [c.replace("_", " ") for c in columns], rotation=50, ha="right", fontsize=7)
     axes.set_yticks(range(len(rows)), [NAMES[row] for row in rows], fontsize=8)
-    seeds = int(found["seeds"].iloc[0])
-    axes.set_title(f"gain over control, paired, {seeds} seeds (bold: 95% interval excludes 0)", fontsize=8)
+    seeds, images = int(found["seeds"].iloc[0]), part.groupby("measure")["n"].first()
+    counts = f"{images[ORIGINAL]:,} images ({ATTACK}: {images[ATTACK]:,})"
+    axes.set_title(f"gain over control, paired, {seeds} seeds, {counts}; bold: 95% interval excludes 0", fontsize=8)
     figure.colorbar(image, ax=axes, label="gain (pp)")
     return figure
 
@@ -209,5 +210,6 @@ def draw_outputs(found: pd.DataFrame) -> Figure:
         axes.set_xlabel(f"{words}, over the control's")
     panels[0].set_yticks(range(part["arm"].nunique()), [NAMES[arm] for arm in part["arm"].unique()], fontsize=8)
     panels[0].invert_yaxis()
-    figure.suptitle(f"{int(part['seeds'].iloc[0])} seeds, 95% t interval of the logarithm", fontsize=8)
+    seeds, images = int(part["seeds"].iloc[0]), int(part["n"].iloc[0])
+    figure.suptitle(f"{seeds} seeds, {images:,} images, 95% t interval over seeds of the logarithm", fontsize=8)
     return figure

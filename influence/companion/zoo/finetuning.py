@@ -69,6 +69,14 @@ class Arm:
             clean, noisy, labels, alpha=self.alpha, divergence=self.divergence, stop_gradient=self.stop_gradient
         )
 
+    def loss(self, model: nn.Module, x: Tensor, perturbed: Tensor, labels: Tensor) -> Tensor:
+        """The objective on pixels 0..255, (N, C, H, W), and their perturbed copies."""
+        if self.objective != "stability":
+            return self.task(model(x if self.objective == "control" else perturbed).float(), labels)
+        # In evaluation mode one pass over both is two passes: no statistic is taken over the batch.
+        clean, noisy = model(torch.cat([x, perturbed])).float().chunk(2)
+        return self.stable(clean, noisy, labels)
+
 
 def finetune(recipe: Recipe, arm: Arm, dataset: Dataset, *, device: torch.device | str = "cpu") -> Trained:
     """The network of `recipe`, continued with the objective of `arm` for a fixed number of steps; made once."""
@@ -109,8 +117,4 @@ def _loss(arm: Arm, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     noisy = influence.gaussian_perturbation(x, sigma=arm.sigma * 255, clip=(0, 255))
     if arm.perturbation != NOISE:
         noisy = pixels(distortions.apply(arm.perturbation, images), device)
-    if arm.objective != "stability":
-        return arm.task(model(x if arm.objective == "control" else noisy).float(), y)
-    # In evaluation mode one pass over both is two passes: no statistic is taken over the batch.
-    clean, perturbed = model(torch.cat([x, noisy])).float().chunk(2)
-    return arm.stable(clean, perturbed, y)
+    return arm.loss(model, x, noisy, y)

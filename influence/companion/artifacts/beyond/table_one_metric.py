@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -236,7 +237,7 @@ def ranks(table: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row per attack, measure and unit ("kinds", "networks"): n, spearman, low, high: 95% percentile bootstrap
-        over what is ranked, [-1, 1] where there are fewer than eight.
+        over what is ranked, [-1, 1] where there are fewer than eight; 0 where all are alike.
     """
     means = table.drop(columns="network").groupby("kind", sort=False).mean()
     rows = []
@@ -244,11 +245,14 @@ def ranks(table: pd.DataFrame) -> pd.DataFrame:
         for measure in MEASURES:
             for unit, frame in (("kinds", means), ("networks", table)):
                 row = {"attack": name, "measure": measure, "unit": unit, "n": len(frame)}
-                ours = {"spearman": rank_agreement(frame[measure], frame[name]), "spearman_low": -1, "spearman_high": 1}
-                if len(frame) >= _TO_RESAMPLE:
-                    ours = agreement(frame[measure], frame[name], repeats=2000)
-                rows.append(row | {end: ours[f"spearman{end and '_'}{end}"] for end in ("", "low", "high")})
-    return pd.DataFrame(rows).rename(columns={"": "spearman"})
+                row |= {"spearman": 0.0, "low": -1.0, "high": 1.0}
+                if frame[[measure, name]].nunique().min() > 1:
+                    row["spearman"] = rank_agreement(frame[measure], frame[name])
+                    if len(frame) >= _TO_RESAMPLE:
+                        ours = agreement(frame[measure], frame[name], repeats=2000)
+                        row |= {end: ours[f"spearman_{end}"] for end in ("low", "high")}
+                rows.append(row)
+    return pd.DataFrame(rows)
 
 
 _RANKED = (("lambda_max", "kinds"), ("lambda_max", "networks"), ("mean_lambda_max", "kinds"), ("error", "kinds"))
@@ -311,8 +315,8 @@ def draw(table: pd.DataFrame) -> Figure:
             axes.errorbar(row["auroc"], place, xerr=errors, fmt="o", color=colour, markersize=4, capsize=2)
         axes.axvline(part.loc["loss" if task == LABELS else "margin", "auroc"], color="0.5", linestyle=":", linewidth=1)
         title = task if task == LABELS else f"flips by {task}"
-        kinds, several = int(part["kinds"].iloc[0]), int(part["networks"].iloc[0])
-        axes.set_title(f"{title}\nn = {kinds}" + (f" kinds, {several} networks" if several > kinds else " networks"))
+        several, kinds = int(part["networks"].iloc[0]), int(part["kinds"].iloc[0])
+        axes.set_title(f"{title}\nnetworks: {several}" + (f", kinds: {kinds}" if several > kinds else ""))
         axes.set_yticks(range(len(SCORES)), list(SCORES.values()))
         axes.set_ylim(len(SCORES) - 0.5, -0.5)
         axes.set_xlabel("AUROC")
@@ -335,6 +339,7 @@ def draw_ranks(table: pd.DataFrame, ranked: pd.DataFrame) -> Figure:
         value, low, high, n = chosen[["spearman", "low", "high", "n"]].iloc[0]
         axes.set_title(f"{name}: Spearman {value:.2f} [{low:.2f}, {high:.2f}], n = {int(n)} kinds", fontsize=8)
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(r"median $\lambda_{max}$(G), per squared pixel range")
         axes.set_ylabel("accuracy lost (points)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7)

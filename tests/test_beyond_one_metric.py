@@ -16,6 +16,7 @@ from torch import nn
 from influence.companion.artifacts.beyond import table_one_metric as one
 from influence.companion.images.data import Split
 from influence.companion.ledger import reference
+from influence.companion.scores.detection import agreement
 from influence.companion.zoo.recipes import RecipeError
 
 CPU = torch.device("cpu")
@@ -138,6 +139,17 @@ def test_what_a_network_loses() -> None:
     assert table["accuracy"] == pytest.approx(59 / 60) and table["error"] == pytest.approx(1 / 60)
     assert table["PGD 1/255"] == pytest.approx(39 / 60)  # 40 flipped, one of them wrong before
     assert list(one.ranks(lost(1.0, 3)).iloc[0][["n", "spearman", "low", "high"]]) == [3, 1, -1, 1]
+
+
+def test_the_correlation_is_scipys_and_its_bootstrap_that_of_agreement() -> None:
+    generator = np.random.default_rng(1)
+    first = generator.random(12)
+    second = first + 0.3 * generator.random(12)
+    value, low, high = one.correlation(first, second)
+    expected = agreement(first, second, repeats=300)
+    assert value == pytest.approx(expected["spearman"])
+    assert low == pytest.approx(expected["spearman_low"], abs=0.15) and high == pytest.approx(1, abs=0.05)
+    assert one.correlation(first, np.zeros(12)) == (0, -1, 1)
 
 
 def test_an_unknown_network_is_refused() -> None:

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
+from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,7 +24,7 @@ from ...ledger import cache, paths
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores import attacks, imagewise
-from ...scores.detection import agreement, detection
+from ...scores.detection import detection
 from ...scores.evaluation import mean_interval, rank_agreement
 from ...zoo import recipes, training
 from ..common import bound, named
@@ -245,14 +246,24 @@ def ranks(table: pd.DataFrame) -> pd.DataFrame:
         for measure in MEASURES:
             for unit, frame in (("kinds", means), ("networks", table)):
                 row = {"attack": name, "measure": measure, "unit": unit, "n": len(frame)}
-                row |= {"spearman": 0.0, "low": -1.0, "high": 1.0}
-                if frame[[measure, name]].nunique().min() > 1:
-                    row["spearman"] = rank_agreement(frame[measure], frame[name])
-                    if len(frame) >= _TO_RESAMPLE:
-                        ours = agreement(frame[measure], frame[name], repeats=2000)
-                        row |= {end: ours[f"spearman_{end}"] for end in ("low", "high")}
+                found = correlation(frame[measure].to_numpy(), frame[name].to_numpy())
+                row |= dict(zip(("spearman", "low", "high"), found, strict=True))
                 rows.append(row)
     return pd.DataFrame(rows)
+
+
+def correlation(first: np.ndarray, second: np.ndarray, *, repeats: int = 2000) -> tuple[float, float, float]:
+    """Spearman's rank correlation of (n,) values with its percentile bootstrap interval; `ranks` says for how many."""
+    if min(len(np.unique(first)), len(np.unique(second))) < 2:
+        return 0.0, -1.0, 1.0
+    value = rank_agreement(first, second)
+    if len(first) < _TO_RESAMPLE:
+        return value, -1.0, 1.0
+    rows = np.random.default_rng(0).integers(0, len(first), (repeats, len(first)))
+    a, b = (stats.rankdata(values[rows], axis=1) - (len(first) + 1) / 2 for values in (first, second))
+    size = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    low, high = np.quantile(((a * b).sum(1) / np.maximum(size, 1e-9))[size > 0], [0.025, 0.975])
+    return value, float(low), float(high)
 
 
 _RANKED = (("lambda_max", "kinds"), ("lambda_max", "networks"), ("mean_lambda_max", "kinds"), ("error", "kinds"))

@@ -316,7 +316,7 @@ def claims(found: pd.DataFrame, table: pd.DataFrame, ranked: pd.DataFrame) -> di
 def draw(table: pd.DataFrame) -> Figure:
     """AUROC of each score for each task: means over kinds of network with 95% t intervals; dotted: what is to beat."""
     tasks = list(table["task"].unique())
-    figure = Figure(figsize=(style.WIDTH * 1.25, 2.9))
+    figure = Figure(figsize=(style.WIDTH * 1.25, 3.1))
     for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks), sharey=True)), tasks, strict=True):
         part = table[table["task"] == task].set_index("score").loc[list(SCORES)]
         for place, score in enumerate(SCORES):
@@ -332,6 +332,7 @@ def draw(table: pd.DataFrame) -> Figure:
         axes.set_ylim(len(SCORES) - 0.5, -0.5)
         axes.set_xlabel("AUROC")
         axes.grid(axis="x", alpha=0.3)
+    figure.suptitle("means over kinds of network, 95% t intervals; dotted: what a score has to beat", fontsize=8)
     return figure
 
 
@@ -339,7 +340,7 @@ def draw_ranks(table: pd.DataFrame, ranked: pd.DataFrame) -> Figure:
     """Accuracy lost to PGD against the median lambda_max: a point for each network, a colour for each kind."""
     names = _attacks(table)
     kinds = list(table["kind"].unique())
-    figure = Figure(figsize=(style.WIDTH * 1.15, 3.9))
+    figure = Figure(figsize=(style.WIDTH * 1.15, 4.1))
     panels = np.atleast_1d(figure.subplots(1, len(names)))
     for axes, name in zip(panels, names, strict=True):
         for place, (kind, colour) in enumerate(zip(kinds, style.class_colours(len(kinds)), strict=False)):
@@ -353,5 +354,7 @@ def draw_ranks(table: pd.DataFrame, ranked: pd.DataFrame) -> Figure:
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(r"median $\lambda_{max}$(G), per squared pixel range")
         axes.set_ylabel("accuracy lost (points)")
+    images = int(table["images"].iloc[0])
+    figure.suptitle(f"{images} test images of each network; 95% bootstrap intervals over kinds", fontsize=8)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7)
     return figure

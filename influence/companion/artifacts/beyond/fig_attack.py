@@ -1,0 +1,201 @@
+"""mFI-PSO (Shu, Shi, Jia, Zhu, Chen 2020): does FI choose the pixel values whose joint change fools the network?"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import influence
+
+from ... import style
+from ...images.data import Split
+from ...ledger import cache
+from ...ledger.reference import Estimate
+from ...ledger.results import Run
+from ...scores import swarm
+from ...scores.detection import bootstrap_interval, share_interval
+from ...scores.imagewise import chunks, table
+from ...zoo import training
+from ..common import bound, networks
+
+PUBLISHED = "published"  # every value that passes the threshold
+CHOICES = {
+    "fi": "FI",
+    "saliency": "gradient",
+    "trace": "trace of G",
+    "random": "at random",
+    PUBLISHED: "all with FI of .01 or more",
+}
+_THRESHOLD = 0.01  # of FI
+_COLOURS = {"fi": "exact", "saliency": "saliency", "trace": "trace", "random": "random", PUBLISHED: "released"}
+
+
+def compute(run: Run) -> dict[str, pd.DataFrame]:
+    """Every choice of values moved by the same swarm, on test images that each network classifies rightly.
+
+    Parameters of the run: datasets, models and seeds (as of `common.networks`), images (rightly classified test images,
+    drawn at random), share (of the values of an image that each choice but the published one moves), reach (largest
+    change, share of the pixel range), particles and steps (of the swarm).
+
+    Returns:
+        "attacks", one row per network, image and choice: dataset, model, seed, image, passing (share of the image's
+        values with FI of .01 or more), values (how many were moved), p_target (before), changed (bool: the prediction
+        is another one) and reached (bool: it is the target).
+    """
+    chosen, frames = run.parameters, []
+    options = {name: chosen[name] for name in ("share", "reach", "particles", "steps")}
+    for network in networks(run):
+        pool = network.dataset.test.sample(2 * chosen["images"], seed=network.seed)
+        right = training.predict(network.trained.model, pool.images, device=run.device).argmax(1) == pool.labels
+        split = pool.take(right.nonzero()[: chosen["images"], 0].tolist())
+        key = {"model": network.trained.key, "data": split.digest, "seed": network.seed, "device": run.device.type}
+        make = bound(attacked, network.trained.model, split, seed=network.seed, device=run.device, **options)
+        frames.append(cache.table(f"mfi-pso/{network.name}", key | options, make).assign(**network.columns))
+    return {"attacks": pd.concat(frames, ignore_index=True)}
+
+
+def attacked(
+    model: nn.Module,
+    split: Split,
+    *,
+    share: float,
+    reach: float,
+    particles: int,
+    steps: int,
+    seed: int,
+    device: torch.device,
+) -> pd.DataFrame:
+    """What the swarm finds for each choice and image; `compute` says what the columns are."""
+    frames = []
+    for rows, x, _ in chunks(split, 8, device, "swarms"):
+        flat = x.flatten(1)
+        chance = torch.Generator(device).manual_seed(training.mixed_seed(seed, 60_000, int(rows[0])))
+        predicted, target, scores = ranked(model, x, generator=chance)
+        masks = {name: top(score, max(1, round(share * flat.shape[1]))) for name, score in scores.items()}
+        masks[PUBLISHED] = scores["fi"] >= _THRESHOLD
+
+        def margin(moves: Tensor, x: Tensor = x, target: Tensor = target) -> Tensor:
+            """Largest log P of another class less that of the target, (S, N): below 0 the target is predicted."""
+            with torch.no_grad():
+                log_p = F.log_softmax(model((x + moves.view(-1, *x.shape)).flatten(0, 1)).double(), dim=1)
+            at = target.repeat(len(moves))[:, None]
+            others = log_p.scatter(1, at, -torch.inf).amax(1)
+            return (others - log_p.gather(1, at)[:, 0]).view(len(moves), -1)
+
+        for name, mask in masks.items():
+            low, high = (-255 * reach * mask).maximum(-flat), (255 * reach * mask).minimum(255 - flat)
+            # The same draws for every choice.
+            draws = torch.Generator(device).manual_seed(training.mixed_seed(seed, 70_000, int(rows[0])))
+            moves, _ = swarm.minimise(margin, low, high, particles=particles, steps=steps, generator=draws)
+            with torch.no_grad():
+                after = model(x + moves.view_as(x)).argmax(1)
+            found = {"image": split.index[rows], "passing": masks[PUBLISHED].double().mean(1)}
+            found |= {"values": mask.sum(1), "changed": after != predicted, "reached": after == target}
+            frames.append(table(found).assign(choice=name))
+    return pd.concat(frames, ignore_index=True)
+
+
+def ranked(model: nn.Module, x: Tensor, *, generator: torch.Generator) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Predicted class and target, the second most likely one, (N,), and the score (N, D) by which each choice ranks.
+
+    With s_k = d log P_k / d omega of a single pixel value, f = -log P of the target t: FI is s_t^2 / sum_k P_k s_k^2,
+    the gradient |s_t|, the trace sum_k P_k s_k^2.
+    """
+    metric = influence.metric_tensor(model, x, wrt=influence.Patches(size=1))
+    predicted, target = metric.log_probs.topk(2, dim=1).indices.T
+    fi = influence.first_order_influence(metric, target).fi
+    leaf = x.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        log_p = F.log_softmax(model(leaf).double(), dim=1).gather(1, target[:, None])
+        (gradient,) = torch.autograd.grad(log_p.sum(), leaf)
+    chance = torch.rand(fi.shape, generator=generator, device=fi.device, dtype=fi.dtype)
+    found = {"fi": fi, "saliency": gradient.flatten(1).abs().double(), "trace": metric.trace(), "random": chance}
+    return predicted, target, found
+
+
+def top(score: Tensor, count: int) -> Tensor:
+    """Mask (N, D) of the `count` largest of each row."""
+    mask = torch.zeros_like(score, dtype=torch.bool)
+    return mask.scatter(1, score.topk(count, dim=1).indices, True)
+
+
+def summary(attacks: pd.DataFrame) -> pd.DataFrame:
+    """Shares of changed predictions by choice, with Wilson's intervals, and FI's share less theirs, paired by image.
+
+    Returns:
+        One row per dataset, model, seed and choice: images, values (mean), reached (share), passing (mean), changed,
+        low, high, fi_less (share of FI's choice less this one's); passing and fi_less with 95% bootstrap intervals.
+    """
+    rows = []
+    keys = ["dataset", "model", "seed"]
+    for key, group in attacks.groupby(keys, sort=False):
+        wide = group.pivot(index="image", columns="choice", values="changed").astype(float)
+        for choice in CHOICES:
+            part = group[group["choice"] == choice]
+            changed, low, high = share_interval(int(part["changed"].sum()), len(part))
+            less = bootstrap_interval(wide["fi"] - wide[choice])
+            row = {**dict(zip(keys, key, strict=True)), "choice": choice, "images": len(part)}
+            row |= {name: float(part[name].mean()) for name in ("values", "reached")}
+            row |= dict(
+                zip(("passing", "passing_low", "passing_high"), bootstrap_interval(part["passing"]), strict=True)
+            )
+            row |= {"changed": changed, "low": low, "high": high}
+            rows.append(row | dict(zip(("fi_less", "fi_less_low", "fi_less_high"), less, strict=True)))
+    return pd.DataFrame(rows)
+
+
+def claims(found: pd.DataFrame) -> dict[str, list[Estimate]]:
+    """Share of predictions changed by FI's choice less that by the gradient's, by chance's and by the trace's.
+
+    * fi_beats_gradient, fi_beats_random and fi_against_trace: for each network, paired by image.
+    * threshold_passes: the mean share of an image's values that the published threshold lets through;
+      published_choice_changes: the share of predictions changed by moving all of these.
+    """
+    wanted = {
+        "fi_beats_gradient": ("saliency", "fi_less"),
+        "fi_beats_random": ("random", "fi_less"),
+        "fi_against_trace": ("trace", "fi_less"),
+        "threshold_passes": (PUBLISHED, "passing"),
+        "published_choice_changes": (PUBLISHED, "changed"),
+    }
+    claimed: dict[str, list[Estimate]] = {}
+    for item, (choice, value) in wanted.items():
+        prefix = "" if value == "changed" else f"{value}_"
+        claimed[item] = [
+            Estimate(
+                row[value], row[f"{prefix}low"], row[f"{prefix}high"], row["images"], f"{row['dataset']} {row['model']}"
+            )
+            for row in found[found["choice"] == choice].to_dict("records")
+        ]
+    return claimed
+
+
+def draw(found: pd.DataFrame) -> Figure:
+    """Share of predictions changed by each choice, Wilson's 95% intervals, and FI's share less each other's."""
+    groups = list(found.groupby(["dataset", "model", "seed"], sort=False))
+    figure = Figure(figsize=(style.WIDTH, 0.7 + 1.8 * len(groups)))
+    grid = figure.subplots(len(groups), 2, squeeze=False)
+    for row, ((name, model, _), group) in zip(grid, groups, strict=True):
+        part = group.set_index("choice").loc[list(CHOICES)]
+        for place, (choice, line) in enumerate(part.iterrows()):
+            colour = style.SCORES[_COLOURS[str(choice)]][0]
+            for axes, value, ends in ((row[0], "changed", ""), (row[1], "fi_less", "fi_less_")):
+                if value == "changed" or choice not in ("fi", PUBLISHED):
+                    errors = np.clip([[line[value] - line[f"{ends}low"]], [line[f"{ends}high"] - line[value]]], 0, None)
+                    axes.errorbar(100 * line[value], place, xerr=100 * errors, fmt="o", color=colour, capsize=2)
+        names = [f"{CHOICES[str(choice)]} ({moved:.0f})" for choice, moved in part["values"].items()]
+        row[0].set_yticks(range(len(CHOICES)), names)
+        row[1].set_yticks(range(len(CHOICES)), [])
+        row[1].axvline(0, color="0.5", linewidth=1)
+        for axes in row:
+            axes.set_ylim(len(CHOICES) - 0.5, -0.5)
+            axes.grid(axis="x", alpha=0.3)
+        images = int(part["images"].iloc[0])
+        row[0].set_title(f"{style.name(name)}, {style.name(model)}, n = {images} images", loc="left", fontsize=9)
+    grid[-1, 0].set_xlabel("predictions changed (%)")
+    grid[-1, 1].set_xlabel("FI's choice less this one (points)")
+    return figure

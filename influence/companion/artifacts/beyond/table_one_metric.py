@@ -1,0 +1,360 @@
+"""Every score of one metric tensor on the same images: wrong labels, flips by noise and by PGD, ranks of networks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from scipy import stats
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import influence
+from influence.progress import progress_bar
+
+from ... import style
+from ...images import outliers
+from ...images.data import Split
+from ...ledger import cache, paths
+from ...ledger.reference import Estimate
+from ...ledger.results import Run
+from ...scores import attacks, imagewise
+from ...scores.detection import detection
+from ...scores.evaluation import mean_interval, rank_agreement
+from ...zoo import recipes, training
+from ..common import bound, named
+
+WORST = "worst_direction"
+SCORES = {
+    "exact": "FI",
+    "loss": "loss",
+    "margin": "margin",
+    "el2n": "EL2N, one converged network",
+    "trace": "trace of G",
+    "lambda_max": r"$\lambda_{max}$(G)",
+    WORST: "loss after the worst step",
+}
+LABELS, NOISE = "wrong labels", "noise"
+_SHARE = 0.2  # of the labels that are flipped where people gave none
+_PGD_STEPS = 10
+_LEAST = 5  # examples of either sort without which a network says nothing about a task
+_TO_RESAMPLE = 8  # kinds of network without which there is no bootstrap over them
+_WITHOUT = [name for name in imagewise.NAMES if name in ("cook", "grand")]
+MEASURES = {
+    "lambda_max": r"median $\lambda_{max}$(G)",
+    "mean_lambda_max": r"mean $\lambda_{max}$(G)",
+    "trace": "median trace of G",
+    "loss": "mean loss",
+    "error": "error",
+}
+
+
+def attack(radius: float) -> str:
+    """Name of the task to predict the flips by PGD in a ball of this radius, in grey levels of 255."""
+    return f"PGD {radius:g}/255"
+
+
+def compute(run: Run) -> dict[str, pd.DataFrame]:
+    """Every score of test images beside what noise and PGD do to them, and of labelled images beside what is wrong.
+
+    Parameters of the run: networks (names of `common.named`, seed included) on `images` test images, drawn at random;
+    detectors (names of recipes) on `label_images` of the images held out of their training, with the labels that
+    people gave (CIFAR-10N) where they were trained on such, else with a fifth of the labels flipped; seeds (the first
+    is that of the choice), sigma (of the noise, pixels in [0, 1]), copies (noisy ones of each image), radii (of the
+    l_inf balls of PGD, in grey levels of 255, from the smallest; what a smaller ball flips counts for a larger).
+
+    Returns:
+        "flips", one row per network and test image: network, kind (its name without the seed), image, label,
+        predicted, the scores of `SCORES` for the true label, noise (share of the noisy copies whose prediction
+        differs), and for each radius the name of its `attack` (bool: the prediction differs). "labels", one row per
+        detector and image: network, kind, image, label (the given one), predicted, wrong (bool), the same scores.
+    """
+    chosen, flipped, labelled = run.parameters, [], []
+    common: dict[str, Any] = {"seed": chosen["seeds"][0], "device": run.device.type}
+    options = {name: chosen[name] for name in ("sigma", "copies", "radii")}
+    for name in progress_bar(chosen["networks"], desc="flips", unit="network", leave=False):
+        network = named(run, name)
+        split = network.parts["test"].sample(chosen["images"], seed=common["seed"])
+        make = bound(flips, network.model, split, device=run.device, **options)
+        known = {"model": network.key, "data": split.digest, **options, **common}
+        found = cache.table(f"one-metric/flips-{name}", known, make)
+        flipped.append(found.assign(network=name, kind=network.family))
+    for name in progress_bar(chosen["detectors"], desc="wrong labels", unit="network", leave=False):
+        recipe = recipes.named(name)
+        held_out = recipe.dataset()
+        run.add_input(f"{recipe.data} for {name}", held_out.digest)
+        trained = training.fit(recipe, held_out, device=run.device)
+        split = held_out.valid.sample(chosen["label_images"], seed=common["seed"])
+        given, verified = split.labels, split.labels
+        if recipe.labels is None:
+            classes = len(held_out.classes)
+            given = outliers.flip_labels(verified, share=_SHARE, classes=classes, seed=common["seed"])
+        else:
+            verified = outliers.human_labels(recipe.labels, paths.data_dir())[1][split.index]
+        judged = Split(split.images, given, split.index)
+        make = bound(scores, trained.model, judged, radius=chosen["radii"][0], device=run.device)
+        known = {"model": trained.key, "data": judged.digest, "radius": chosen["radii"][0], **common}
+        found = cache.table(f"one-metric/labels-{name}", known, make)
+        about = {"wrong": (given != verified).numpy(), "network": name, "kind": name.rpartition("-")[0]}
+        labelled.append(found.assign(**about))
+    return {"flips": pd.concat(flipped, ignore_index=True), "labels": pd.concat(labelled, ignore_index=True)}
+
+
+def scores(model: nn.Module, split: Split, *, radius: float, device: torch.device) -> pd.DataFrame:
+    """Image, label, predicted and the scores of `SCORES` of each image, y its label in the split.
+
+    The worst step is along the first eigenvector of G (`influence.worst_direction`), on the side where the loss of the
+    predicted class rises, as long as the diagonal of a cube of half side `radius` (grey levels), so that it is as long
+    as what PGD adds at most; the image is clipped to 0..255, and the score is -log P_y there.
+    """
+    frame = imagewise.all_scores(model, split, device=device, without=_WITHOUT)
+    after = []
+    for _, x, y in imagewise.chunks(split, 64, device, "worst steps"):
+        direction, _ = influence.worst_direction(model, x)
+        length = radius * x[0].numel() ** 0.5
+        with torch.no_grad():
+            after.append(loss(model((x + length * direction).clamp(0, 255)), y).cpu())
+    columns = ["image", "label", "predicted", *(name for name in SCORES if name != WORST)]
+    return frame[columns].assign(**{WORST: torch.cat(after).numpy()})
+
+
+def loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log P_y from the other classes, with all digits where P_y is near 1; (N, K) and (N,) to (N,) float64."""
+    wide = logits.double()
+    others = wide.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
+    return F.softplus(others - wide.gather(1, labels[:, None])[:, 0], threshold=100)
+
+
+def flips(
+    model: nn.Module, split: Split, *, sigma: float, copies: int, radii: Sequence[float], device: torch.device
+) -> pd.DataFrame:
+    """The scores of each image, and whether its prediction changes under noise and under PGD; `compute` says how."""
+    generator = torch.Generator(device).manual_seed(0)  # the same draws for every network
+    parts = []
+    for rows, x, _ in imagewise.chunks(split, 64, device, "flips"):
+        with torch.no_grad():
+            predicted = model(x).argmax(1)
+            changed = torch.zeros(len(x), device=x.device)
+            for _copy in range(copies):
+                noisy = 255 * influence.gaussian_perturbation(x / 255, sigma=sigma, generator=generator)
+                changed += model(noisy).argmax(1) != predicted
+        found = {"image": split.index[rows], NOISE: changed.double() / copies}
+        broken = torch.zeros_like(predicted, dtype=torch.bool)
+        for radius in radii:
+            # A smaller ball lies within the larger: what was flipped there stays flipped.
+            left = (~broken).nonzero()[:, 0]
+            if len(left):
+                epsilon = radius / 255
+                moved = attacks.pgd(
+                    model,
+                    x[left],
+                    predicted[left],
+                    epsilon=epsilon,
+                    steps=_PGD_STEPS,
+                    step_size=epsilon / 4,
+                    generator=generator,
+                )
+                with torch.no_grad():
+                    broken = broken.index_put((left,), model(moved).argmax(1) != predicted[left])
+            found[attack(radius)] = broken
+        parts.append(imagewise.table(found))
+    return scores(model, split, radius=radii[0], device=device).merge(pd.concat(parts), on="image")
+
+
+def aurocs(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """AUROC of each score for each task and network, and less that of the score that it is measured against.
+
+    Flips are predicted on images that are classified rightly, where the true label is the predicted one; a noise flip
+    is one in any copy. Against the margin for flips, against the loss for wrong labels. A network with fewer than five
+    examples on either side is left out.
+
+    Returns:
+        One row per task, network and score: kind, images, positives, auroc, difference.
+    """
+    flipped = tables["flips"]
+    right = flipped[flipped["label"] == flipped["predicted"]]
+    tasks = [(LABELS, tables["labels"], "wrong", "loss"), (NOISE, right, NOISE, "margin")]
+    tasks += [(name, right, name, "margin") for name in _attacks(right)]
+    rows = []
+    for task, frame, column, against in tasks:
+        for (kind, network), group in frame.groupby(["kind", "network"], sort=False):
+            positive = group[column].to_numpy() > 0
+            if min(positive.sum(), (~positive).sum()) < _LEAST:
+                continue
+            values = {score: detection(group[score], positive, repeats=0)["auroc"] for score in SCORES}
+            about = {"task": task, "kind": kind, "network": network, "images": len(group), "positives": positive.sum()}
+            rows += [
+                {**about, "score": score, "auroc": value, "difference": value - values[against]}
+                for score, value in values.items()
+            ]
+    columns = ["task", "kind", "network", "images", "positives", "score", "auroc", "difference"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def summary(found: pd.DataFrame) -> pd.DataFrame:
+    """Mean over kinds of network of `aurocs` (of each kind the mean over seeds) with its 95% t interval over kinds.
+
+    Returns:
+        One row per task and score: kinds, networks, images and positives (means over networks), auroc, low, high,
+        difference, difference_low, difference_high.
+    """
+    rows = []
+    for (task, score), group in found.groupby(["task", "score"], sort=False):
+        kinds = group.groupby("kind", sort=False)[["auroc", "difference"]].mean()
+        row = {"task": task, "score": score, "kinds": len(kinds), "networks": len(group)}
+        row |= {name: float(group[name].mean()) for name in ("images", "positives")}
+        for name, ends, least in (("auroc", "", 0), ("difference", "difference_", -1)):
+            mean, low, high = mean_interval(kinds[name])
+            row |= {name: mean, f"{ends}low": max(low, least), f"{ends}high": min(high, 1)}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def networks(flipped: pd.DataFrame) -> pd.DataFrame:
+    """One row per network: kind, images, accuracy, error, the measures of `MEASURES`, and the accuracy lost to PGD.
+
+    lambda_max and trace are per squared unit of the pixel range; the accuracy lost is the share of all images that are
+    classified rightly and flipped, in a column for each attack.
+    """
+    rows = []
+    for (kind, network), group in flipped.groupby(["kind", "network"], sort=False):
+        right = group["label"] == group["predicted"]
+        row = {"kind": kind, "network": network, "images": len(group)}
+        row |= {"accuracy": right.mean(), "error": 1 - right.mean()}
+        row |= {name: 255.0**2 * group[name].median() for name in ("lambda_max", "trace")}
+        row |= {"mean_lambda_max": 255.0**2 * group["lambda_max"].mean(), "loss": group["loss"].mean()}
+        row |= {name: (right & group[name]).mean() for name in _attacks(group)}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def ranks(table: pd.DataFrame) -> pd.DataFrame:
+    """Spearman's correlation of each measure with the accuracy lost, over kinds (means over seeds) and over networks.
+
+    Returns:
+        One row per attack, measure and unit ("kinds", "networks"): n, spearman, low, high: 95% percentile bootstrap
+        over what is ranked, [-1, 1] where there are fewer than eight; 0 where all are alike.
+    """
+    means = table.drop(columns="network").groupby("kind", sort=False).mean()
+    rows = []
+    for name in _attacks(table):
+        for measure in MEASURES:
+            for unit, frame in (("kinds", means), ("networks", table)):
+                row = {"attack": name, "measure": measure, "unit": unit, "n": len(frame)}
+                found = correlation(frame[measure].to_numpy(), frame[name].to_numpy())
+                row |= dict(zip(("spearman", "low", "high"), found, strict=True))
+                rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def correlation(first: np.ndarray, second: np.ndarray, *, repeats: int = 2000) -> tuple[float, float, float]:
+    """Spearman's rank correlation of (n,) values with its percentile bootstrap interval; `ranks` says for how many."""
+    if min(len(np.unique(first)), len(np.unique(second))) < 2:
+        return 0.0, -1.0, 1.0
+    value = rank_agreement(first, second)
+    if len(first) < _TO_RESAMPLE:
+        return value, -1.0, 1.0
+    rows = np.random.default_rng(0).integers(0, len(first), (repeats, len(first)))
+    a, b = (stats.rankdata(values[rows], axis=1) - (len(first) + 1) / 2 for values in (first, second))
+    size = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    low, high = np.quantile(((a * b).sum(1) / np.maximum(size, 1e-9))[size > 0], [0.025, 0.975])
+    return value, float(low), float(high)
+
+
+_RANKED = (("lambda_max", "kinds"), ("lambda_max", "networks"), ("mean_lambda_max", "kinds"), ("error", "kinds"))
+
+
+def _attacks(table: pd.DataFrame) -> list[str]:
+    return [str(column) for column in table if str(column).startswith("PGD")]
+
+
+def _difference(row: Mapping[Any, Any]) -> tuple[float, float, float]:
+    return row["difference"], row["difference_low"], row["difference_high"]
+
+
+def claims(found: pd.DataFrame, table: pd.DataFrame, ranked: pd.DataFrame) -> dict[str, bool | list[Estimate]]:
+    """What `results/reference/beyond.csv` has rules for; a task that no network can say anything about is left out.
+
+    * wrong_labels_need_the_label: trace and lambda_max, which see no label, less the loss.
+    * noise_flips_metric, pgd_flips_metric: trace and lambda_max less the margin; PGD at every radius.
+    * *_worst_direction: the loss after the worst step less the loss (wrong labels) or the margin (flips).
+    * lambda_max_ranks_kinds: Spearman's correlation of the median lambda_max with the accuracy lost at every radius;
+      lambda_max_ranks_networks, mean_lambda_max_ranks_kinds and error_ranks_kinds stand beside it.
+    * fi_orders_as_the_loss: no AUROC of FI is further than 1e-9 from that of the loss.
+    """
+    metric, pgd = ("trace", "lambda_max"), [task for task in table["task"].unique() if task.startswith("PGD")]
+    of = {
+        "wrong_labels_need_the_label": ([LABELS], metric),
+        "wrong_labels_worst_direction": ([LABELS], [WORST]),
+        "noise_flips_metric": ([NOISE], metric),
+        "noise_flips_worst_direction": ([NOISE], [WORST]),
+        "pgd_flips_metric": (pgd, metric),
+        "pgd_flips_worst_direction": (pgd, [WORST]),
+    }
+    claimed: dict[str, bool | list[Estimate]] = {}
+    for item, (tasks, measures) in of.items():
+        rows = table[table["task"].isin(tasks) & table["score"].isin(measures)].to_dict("records")
+        if rows:
+            claimed[item] = [
+                Estimate(*_difference(row), n=row["kinds"], of=f"{row['task']}, {row['score']}") for row in rows
+            ]
+    for measure, unit in _RANKED:
+        rows = ranked[(ranked["measure"] == measure) & (ranked["unit"] == unit)].to_dict("records")
+        claimed[f"{measure}_ranks_{unit}"] = [
+            Estimate(row["spearman"], row["low"], row["high"], row["n"], row["attack"]) for row in rows
+        ]
+    values = found.pivot(index=["task", "network"], columns="score", values="auroc")
+    claimed["fi_orders_as_the_loss"] = bool(((values["exact"] - values["loss"]).abs() <= 1e-9).all())
+    return claimed
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """AUROC of each score for each task: means over kinds of network with 95% t intervals; dotted: what is to beat."""
+    tasks = list(table["task"].unique())
+    figure = Figure(figsize=(style.WIDTH * 1.25, 3.1))
+    for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks), sharey=True)), tasks, strict=True):
+        part = table[table["task"] == task].set_index("score").loc[list(SCORES)]
+        for place, score in enumerate(SCORES):
+            row = part.loc[score]
+            errors = np.clip([[row["auroc"] - row["low"]], [row["high"] - row["auroc"]]], 0, None)
+            colour = style.SCORES.get(score, ("#D55E00", ""))[0]
+            axes.errorbar(row["auroc"], place, xerr=errors, fmt="o", color=colour, markersize=4, capsize=2)
+        axes.axvline(part.loc["loss" if task == LABELS else "margin", "auroc"], color="0.5", linestyle=":", linewidth=1)
+        title = task if task == LABELS else f"flips by {task}"
+        several, kinds = int(part["networks"].iloc[0]), int(part["kinds"].iloc[0])
+        axes.set_title(f"{title}\nnetworks: {several}" + (f", kinds: {kinds}" if several > kinds else ""))
+        axes.set_yticks(range(len(SCORES)), list(SCORES.values()))
+        axes.set_ylim(len(SCORES) - 0.5, -0.5)
+        axes.set_xlabel("AUROC")
+        axes.grid(axis="x", alpha=0.3)
+    figure.suptitle("means over kinds of network, 95% t intervals; dotted: what a score has to beat", fontsize=8)
+    return figure
+
+
+def draw_ranks(table: pd.DataFrame, ranked: pd.DataFrame) -> Figure:
+    """Accuracy lost to PGD against the median lambda_max: a point for each network, a colour for each kind."""
+    names = _attacks(table)
+    kinds = list(table["kind"].unique())
+    figure = Figure(figsize=(style.WIDTH * 1.15, 4.1))
+    panels = np.atleast_1d(figure.subplots(1, len(names)))
+    for axes, name in zip(panels, names, strict=True):
+        for place, (kind, colour) in enumerate(zip(kinds, style.class_colours(len(kinds)), strict=False)):
+            part = table[table["kind"] == kind]
+            look = {"marker": "osD^vP*X<>"[place % 10], "color": colour, "label": style.network(kind)}
+            axes.scatter(part["lambda_max"], 100 * part[name], s=28, **look)
+        chosen = ranked[(ranked["attack"] == name) & (ranked["measure"] == "lambda_max") & (ranked["unit"] == "kinds")]
+        value, low, high, n = chosen[["spearman", "low", "high", "n"]].iloc[0]
+        axes.set_title(f"{name}: Spearman {value:.2f} [{low:.2f}, {high:.2f}], n = {int(n)} kinds", fontsize=8)
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel(r"median $\lambda_{max}$(G), per squared pixel range")
+        axes.set_ylabel("accuracy lost (points)")
+    images = int(table["images"].iloc[0])
+    figure.suptitle(f"{images} test images of each network; 95% bootstrap intervals over kinds", fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7)
+    return figure

@@ -1,7 +1,8 @@
 """The metric tensor of a classifier in class space: for each example the K x K Gram of its logit Jacobian.
 
 A layer's Gram is made in ``grams/parameters.py`` (a chunk of examples, and what is verified), ``grams/reverse.py``,
-the layer's rule, as in ``grams/linear.py``, and ``kernels/contraction.py``; that of the input in ``pixels.py``.
+the layer's rule, as in ``grams/linear.py``, ``grams/gradients.py`` and ``kernels/contraction.py``; that of the input in
+``pixels.py``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Exact Grams of the parameters, read off the autograd graph of a forward pass.
+"""Exact gradients of parameters for every class and example, read off the autograd graph of a forward pass.
 
 ``parameters`` runs a chunk of examples: ``graph`` finds where the parameters enter, ``reverse`` sends the gradients of
-all classes back, and the rules of ``linear``, ``convolution``, ``norm``, ``embedding`` and ``elementwise`` turn them
-into Grams. A new operator is a ``rules.Rule`` in the file of its family.
+all classes back, and the rules of ``linear``, ``convolution``, ``norm``, ``embedding`` and ``elementwise`` give those of
+the parameters, of which ``gradients`` makes Grams or entries. A new operator is a ``rules.Rule`` in the file of its
+family.
 """
 
 from influence.grams import convolution, elementwise, embedding, linear, norm

@@ -1,8 +1,8 @@
 """Exact gradients of parameters for every class and example, read off the autograd graph of a forward pass.
 
 ``parameters`` runs a chunk of examples: ``graph`` finds where the parameters enter, ``reverse`` sends the gradients of
-all classes back, and the rules of ``linear``, ``convolution``, ``norm``, ``embedding`` and ``elementwise`` give those of
-the parameters, of which ``gradients`` makes Grams or entries. A new operator is a ``rules.Rule`` in the file of its
+all classes back, the rules of ``linear``, ``convolution``, ``norm``, ``embedding`` and ``elementwise`` give those of
+the parameters, and ``gradients`` makes Grams or entries of them. A new operator is a ``rules.Rule`` in the file of its
 family.
 """
 

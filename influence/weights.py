@@ -198,7 +198,7 @@ def _reduced(part: AnyGradient, score: _LossRows) -> Tensor:
     total: Tensor | None = None
     for start in range(0, examples, step):
         chosen = slice(start, start + step)
-        numbers = score.numbers(part.entries(chosen), chosen, floor=limit * part.terms(chosen).double())
+        numbers = score.numbers(part.entries(chosen), chosen, floor=limit * part.terms(chosen))
         parts = torch.stack([part.to_parameter(n, chosen) for n in numbers])
         total = parts if total is None else total.add_(parts)
     assert total is not None
@@ -321,17 +321,18 @@ class _LossRows:
         Where the squares of all rows are no more than ``floor`` the weight counts as one that moves nothing.
         """
         jacobian = jacobian.to(torch.promote_types(jacobian.dtype, torch.float32))
-        first = jacobian[:, 0].double()
-        squares = torch.zeros_like(jacobian[:, 0])
+        first, squares = jacobian[:, 0], torch.zeros_like(jacobian[:, 0])
         for row in jacobian[:, 1:].unbind(dim=1):
             squares.addcmul_(row, row)  # one pass over memory; a norm over the rows is 50 times slower on a CPU
-        others = squares.double()
-        nothing = first.square() + others <= floor
-        first, others = first.masked_fill(nothing, 0.0), others.masked_fill(nothing, 0.0)
+        own = first.square()
+        nothing = own + squares <= floor
         scale, of_label, of_rest = self.scale[chosen], self.of_label[chosen], self.of_rest[chosen]
         if self.samples:
-            mean = others / self.samples
-            fi = torch.where(nothing, 0.0, first.square() / mean).clamp(max=of_rest / of_label)
-            return fi, scale.square() * mean, scale * first
-        whole = others + of_label * first.square()
-        return torch.where(nothing, 0.0, of_rest * first.square() / whole), of_rest * whole, of_rest * first
+            whole, factor, steps = squares / self.samples, torch.ones_like(scale), scale
+        else:
+            whole, factor, steps = squares + of_label.to(own.dtype) * own, of_rest, of_rest
+        # In the precision of the network up to here: wider entries would take longer than their products.
+        ratio = (own / whole).masked_fill_(nothing, 0.0).double()
+        trace, gradient = (part.masked_fill(nothing, 0.0).double() for part in (whole, first))
+        trace = trace * (scale.square() if self.samples else of_rest)
+        return (ratio * factor).clamp_(max=of_rest / of_label), trace, gradient * steps

@@ -97,6 +97,21 @@ def require_independent(model: nn.Module, inputs: Inputs, batched: Tensor, dtype
         require_same(model, turned, turned.logits(model).detach(), batched[-count:].flip(0), dtype)
 
 
+def require_reproducible(first: Tensor, again: Tensor, dtype: torch.dtype) -> None:
+    """Refuse a model whose gradients, here their squared lengths ``(P,)``, differ between two calls.
+
+    Under an output layer of zeros such a model still has the same logits in every call.
+
+    Raises:
+        RuntimeError: If they differ by more than rounding of ``dtype``.
+    """
+    if bool(((first - again).abs() > 2 * REVERSE[dtype] * torch.maximum(first, again)).any()):
+        raise RuntimeError(
+            "two calls of the model with the same input give the same logits with different gradients: something in it "
+            "is random, or changes with every call. Call model.eval() and switch the rest off."
+        )
+
+
 def refuse_dependent() -> None:
     """Refuse a batch in which a gradient of one example's logits reaches another example."""
     raise RuntimeError(

@@ -20,7 +20,7 @@ from influence.grams.graph import read_graph
 from influence.grams.parameters import ParameterPasses
 from influence.grams.reverse import vjp
 from influence.grams.rules import Operand, shape_of
-from influence.independence import alone
+from influence.independence import alone, require_reproducible
 from influence.inputs import Batch, Inputs
 from influence.kernels.tolerances import REVERSE
 from influence.measures import given_labels, log_ceiling
@@ -155,10 +155,10 @@ class _WeightPasses(ParameterPasses):
 
         made = self._forward(inputs, rows)
         score, dtype, probes = made.rows, made.dtype, made.probes
-        truth = []
-        for n, probe in enumerate(probes):
-            seed = (probe @ made.seeds[:, n].double()).to(made.seeds.dtype)[None]
-            grads = self._by_pytorch(inputs[n : n + 1], made.logits[n : n + 1].detach(), seed, dtype)
+        truth, logits = [], made.logits.detach()
+        initial = [(v @ made.seeds[:, n].double()).to(made.seeds.dtype)[None] for n, v in enumerate(probes)]
+        for n, seed in enumerate(initial):
+            grads = self._by_pytorch(inputs[n : n + 1], logits[n : n + 1], seed, dtype)
             truth.append(dict(zip(self._parameters, grads, strict=True)))
         found: dict[str, Tensor] = {}
         differ: set[str] = set()
@@ -178,6 +178,8 @@ class _WeightPasses(ParameterPasses):
         lost = {name for one in truth for name, grad in one.items() if name not in found and bool(grad.any())}
         self._compared = True
         if wrong := (differ | lost) - self.refused.keys():
+            again = self._by_pytorch(inputs[:1], logits[:1], initial[0], dtype)
+            require_reproducible(_squares(list(truth[0].values())), _squares(again), dtype)
             self.refused.update(dict.fromkeys(wrong, "its gradient is not autograd's"))
             self.add(inputs, labels, chosen, seeds)
             return
@@ -188,6 +190,10 @@ class _WeightPasses(ParameterPasses):
             for name, jacobian in self._rows_of_refused(inputs[n : n + 1], score[n]):
                 numbers = score.numbers(jacobian.reshape(1, len(jacobian), -1), slice(n, n + 1))
                 self.totals[name] += torch.stack(numbers).view_as(self.totals[name])
+
+
+def _squares(grads: Sequence[Tensor]) -> Tensor:
+    return torch.stack([grad.double().square().sum() for grad in grads])
 
 
 def _reduced(part: AnyGradient, score: _LossRows) -> Tensor:

@@ -276,6 +276,29 @@ def test_a_reverse_pass_that_is_wrong_or_fails_is_not_believed(monkeypatch: pyte
         assert_right(net, x, "layers")
 
 
+def test_gradients_that_change_from_call_to_call_are_refused() -> None:
+    """Under an output layer of zeros the logits do not show it."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head, self.calls = nn.Linear(4, 6), nn.Linear(6, 3), 0
+            nn.init.zeros_(self.head.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.head(self.body(x) + self.calls * torch.linspace(0, 1, 6, dtype=x.dtype))
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 4, dtype=torch.float64)
+    for compute in (
+        lambda net: influence.metric_tensor(net, x, wrt="parameters"),
+        lambda net: influence.weight_influence(net, x, [0, 1, 2, 0]),
+    ):
+        with pytest.raises(RuntimeError, match="same logits with different gradients"):
+            compute(Counting().double().eval())
+
+
 # -- precision --------------------------------------------------------------------------------------------------------
 
 

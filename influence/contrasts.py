@@ -12,24 +12,23 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Classes:
-    """The K - 1 contrasts of the logits of N examples with one class each, the predicted one or another.
+    """The K - 1 contrasts of the logits of N examples with the predicted class.
 
     Attributes:
         log_probs: ``(N, K)`` float64, log P.
-        order: ``(N, K)``, each example's classes in the order that ends with that one.
+        order: ``(N, K)``, each example's classes in the order that ends with the predicted one.
     """
 
     log_probs: Tensor
     order: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor, last: Tensor | None = None) -> Classes:
-        """Read off logits ``(N, K)``; ``last`` ``(N,)`` are the classes that the others are compared with."""
+    def of(cls, logits: Tensor) -> Classes:
+        """Read off logits ``(N, K)``."""
         log_probs = torch.log_softmax(logits.detach().double(), dim=1)
         classes = logits.shape[1]
         steps = torch.arange(1, classes + 1, device=logits.device)
-        last = log_probs.argmax(dim=1) if last is None else last
-        return cls(log_probs, (last[:, None] + steps) % classes)
+        return cls(log_probs, (log_probs.argmax(dim=1, keepdim=True) + steps) % classes)
 
     @property
     def count(self) -> int:
@@ -47,7 +46,7 @@ class Classes:
         return seeds.scatter_(2, self.order[:, :-1].T[..., None], 1.0)
 
     def embed(self, small: Tensor) -> Tensor:
-        """Put ``(N, B, m, m)`` Grams at their classes: ``(N, B, K, K)`` with zeros for the last one."""
+        """Put ``(N, B, m, m)`` Grams at their classes: ``(N, B, K, K)`` with zeros for the predicted class."""
         padded = torch.nn.functional.pad(small, (0, 1, 0, 1))
         back = self.order.argsort(dim=1)
         example = torch.arange(len(back), device=back.device)[:, None, None]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from influence.companion.artifacts.beyond import fig_attack
 from influence.companion.images.data import Split
 from influence.companion.ledger import reference
-from influence.companion.scores import swarm
+from influence.companion.scores import pixelwise, swarm
 from truth import input_jacobian
 
 CPU = torch.device("cpu")
@@ -96,7 +96,7 @@ def test_choices_rank_by_their_formula(network: nn.Module, split: Split) -> None
         expected = {"fi": s[target[n]].square() / trace, "saliency": s[target[n]].abs(), "trace": trace}
         for name, value in expected.items():
             torch.testing.assert_close(scores[name][n], value, rtol=1e-3, atol=1e-9)
-    mask = fig_attack.top(scores["fi"], 3)
+    mask = pixelwise.top_entries(scores["fi"], 3)
     assert (mask.sum(1) == 3).all() and scores["fi"][mask].min() >= 0
     assert (scores["fi"].masked_fill(mask, -1).amax(1) <= scores["fi"].masked_fill(~mask, 9e9).amin(1)).all()
 

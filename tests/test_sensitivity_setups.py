@@ -156,7 +156,7 @@ def test_masks_of_the_intervention() -> None:
     score = torch.zeros(1, 2, 6, 6, dtype=torch.float64)
     score[0, 1, 2:5, 1:4] = 1
     score[0, 0, 0, 0] = 5
-    entries = pixelwise._top_entries(score, 10)
+    entries = pixelwise.top_entries(score, 10)
     assert int(entries.sum()) == 10 and bool(entries[0, 0, 0, 0]) and bool(entries[0, 1, 2:5, 1:4].all())
     patch = pixelwise._top_patch(score, 3)
     assert int(patch.sum()) == 9 and bool(patch[0, 1, 2:5, 1:4].all())

@@ -44,7 +44,7 @@ def intervene(
         changes = {"farther": farther} | {f"step {step}": (x + step * downhill).clamp(0, 255) for step in STEPS}
         before, predicted = log_p.exp().max(1)
         for name, score in ranked.items():
-            masks = {("entries", count): _top_entries(score, count) for count in counts}
+            masks = {("entries", count): top_entries(score, count) for count in counts}
             masks["patch", patch * patch] = _top_patch(score, patch)
             for (target, count), mask in masks.items():
                 for change, value in changes.items():
@@ -86,7 +86,8 @@ def rankings(
     return ranked | {"random": noise}, gradient, log_p.detach()
 
 
-def _top_entries(score: Tensor, count: int) -> Tensor:
+def top_entries(score: Tensor, count: int) -> Tensor:
+    """Mask of the `count` largest scores of each image, in the shape of the scores (N, ...)."""
     flat = score.flatten(1)
     mask = torch.zeros_like(flat, dtype=torch.bool)
     return mask.scatter(1, flat.topk(count, dim=1).indices, True).view_as(score)

@@ -19,6 +19,7 @@ from ...ledger.results import Run
 from ...scores import swarm
 from ...scores.detection import bootstrap_interval, share_interval
 from ...scores.imagewise import chunks, table
+from ...scores.pixelwise import top_entries
 from ...zoo import training
 from ..common import bound, networks
 
@@ -75,7 +76,7 @@ def attacked(
         flat = x.flatten(1)
         chance = torch.Generator(device).manual_seed(training.mixed_seed(seed, 60_000, int(rows[0])))
         predicted, target, scores = ranked(model, x, generator=chance)
-        masks = {name: top(score, max(1, round(share * flat.shape[1]))) for name, score in scores.items()}
+        masks = {name: top_entries(score, max(1, round(share * flat.shape[1]))) for name, score in scores.items()}
         masks[PUBLISHED] = scores["fi"] >= _THRESHOLD
 
         def margin(moves: Tensor, x: Tensor = x, target: Tensor = target) -> Tensor:
@@ -115,12 +116,6 @@ def ranked(model: nn.Module, x: Tensor, *, generator: torch.Generator) -> tuple[
     chance = torch.rand(fi.shape, generator=generator, device=fi.device, dtype=fi.dtype)
     found = {"fi": fi, "saliency": gradient.flatten(1).abs().double(), "trace": metric.trace(), "random": chance}
     return predicted, target, found
-
-
-def top(score: Tensor, count: int) -> Tensor:
-    """Mask (N, D) of the `count` largest of each row."""
-    mask = torch.zeros_like(score, dtype=torch.bool)
-    return mask.scatter(1, score.topk(count, dim=1).indices, True)
 
 
 def summary(attacks: pd.DataFrame) -> pd.DataFrame:

@@ -6,7 +6,9 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..ledger import cache
+
+_kernels: set[int] = set()  # process ids of those that run now
 
 
 def execute(
@@ -41,6 +45,7 @@ def execute(
     import papermill
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
+    from jupyter_client.provisioning import LocalProvisioner
     from nbclient.exceptions import CellTimeoutError
 
     class ThisInterpreter(AsyncKernelManager):
@@ -55,7 +60,12 @@ def execute(
             """Start it with its own messages in our log."""
             with log.open("a", encoding="utf-8") as file:
                 await self._async_start_kernel(stderr=file, env={**os.environ, **environment}, **options)
+            assert isinstance(self.provisioner, LocalProvisioner)  # what that spec asks for
+            if pid := self.provisioner.pid:
+                started.add(pid)
+                _kernels.add(pid)
 
+    started: set[int] = set()
     deadline = time.monotonic() + limit
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -74,6 +84,15 @@ def execute(
         )
     except CellTimeoutError:
         raise TimeoutError(f"over its limit of {limit:g} s") from None
+    finally:
+        _kernels.difference_update(started)
+
+
+def kill_kernels() -> None:
+    """End every kernel that runs, so that the threads that wait for them end too."""
+    for pid in tuple(_kernels):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def refresh(source: Path, executed_path: Path) -> None:
@@ -97,9 +116,11 @@ def refresh(source: Path, executed_path: Path) -> None:
 
 @contextlib.contextmanager
 def logged(path: Path) -> Iterator[None]:
-    """Send what papermill reports, the notebook's own output with it, and a traceback to a file."""
+    """Send what papermill reports in this thread, the notebook's own output with it, and a traceback to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+    thread = threading.get_ident()  # other notebooks run in others
+    handler.addFilter(lambda record: record.thread == thread)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("papermill")
     logger.addHandler(handler)

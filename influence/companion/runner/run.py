@@ -1,7 +1,8 @@
 """Run the notebooks of a profile that are not up to date.
 
-Everything that can be wrong with a request is found before the first notebook starts. Notebooks run one at a time:
-parallel kernels race for ports, and for the cores.
+Everything that can be wrong with a request is found before the first notebook starts. Short notebooks (smoke
+networks, or published results drawn) run side by side, one on each core: their small tensors gain little from a second
+thread. Long ones run one at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from . import audit, execute, needs
 
 _TIME_LIMIT = {SMOKE: 3600.0}  # seconds a notebook may take; other profiles:
 _LONG = 48 * 3600.0
+_MOST_AT_ONCE = 8  # kernels, of about 1 GB each
 
 
 class UsageError(Exception):
@@ -123,19 +126,31 @@ def run(options: argparse.Namespace) -> int:
             half_written.unlink(missing_ok=True)
         limit = options.time_limit or _TIME_LIMIT.get(profile, _LONG)
         width = max((len(job.notebook.stem) for job in jobs), default=0)
-        outcomes = []
-        for job in jobs:
-            # Asked again: the overview depends on what the others have just found.
+        cores = len(os.sched_getaffinity(0))
+        long = profile != SMOKE and (options.recompute or options.retrain)
+        at_once = 1 if long else min(cores, _MOST_AT_ONCE)
+        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(cores // at_once))
+
+        def finish(job: Job) -> Outcome:
+            # Asked when its turn comes: the overview depends on what the others have just found.
             if not force and _up_to_date(job):
-                outcome = Outcome(job.notebook.stem, "unchanged", None, job.verdict)
+                found = Outcome(job.notebook.stem, "unchanged", None, job.verdict)
             elif job.notebook.stem in lacking:
-                outcome = Outcome(job.notebook.stem, "no data", None, lacking[job.notebook.stem])
+                found = Outcome(job.notebook.stem, "no data", None, lacking[job.notebook.stem])
             else:
-                outcome = _execute(job, limit, environment)
-            outcomes.append(outcome)
-            print(outcome.line(width), flush=True)
-            if refresh and outcome.status == "ok":
+                found = _execute(job, limit, environment)
+            if refresh and found.status == "ok":
                 execute.refresh(job.notebook.path, job.executed)
+            return found
+
+        outcomes = []
+        for last in (False, True):
+            part = [job for job in jobs if (job.notebook.stem == notebook.LAST) == last]
+            for ended in _side_by_side(finish, part, at_once):
+                outcomes.append(ended)
+                print(ended.line(width), flush=True)
+        order = [job.notebook.stem for job in jobs]
+        outcomes.sort(key=lambda ended: order.index(ended.stem))
     width = max(width, len("artifact"))
     print(f"\n{'artifact':<{width}}  {'status':<9}  {'seconds':>9}  verdict")
     for outcome in outcomes:
@@ -144,6 +159,20 @@ def run(options: argparse.Namespace) -> int:
     count = {status: sum(o.status == status for o in outcomes) for status in statuses}
     print(f"profile {profile}: " + ", ".join(f"{n} {status}" for status, n in count.items()))
     return 1 if count["failed"] or lacking else 0
+
+
+def _side_by_side(finish: Callable[[Job], Outcome], jobs: Sequence[Job], at_once: int) -> Iterator[Outcome]:
+    """The outcomes of the jobs as they end, so many at once."""
+    with ThreadPoolExecutor(at_once) as pool:
+        waiting = [pool.submit(finish, job) for job in jobs]
+        try:
+            for future in as_completed(waiting):
+                yield future.result()
+        except BaseException:  # Ctrl-C, before all others
+            pool.shutdown(wait=False, cancel_futures=True)
+            while wait(waiting, timeout=0.1).not_done:  # again and again: one may just be starting its kernel
+                execute.kill_kernels()
+            raise
 
 
 def _up_to_date(job: Job) -> bool:
@@ -176,6 +205,8 @@ def _execute(job: Job, limit: float, environment: Mapping[str, str]) -> Outcome:
 def _environment(data: str | None, device: str | None, *, retrain: bool = False) -> dict[str, str]:
     """What the kernels get on top of our own environment."""
     found = {"TQDM_DISABLE": "1", "PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    # glibc keeps freed tensors: page faults of new ones cost up to a third of the time.
+    found |= {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
     # The package beside these notebooks, also where another copy is installed.
     found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.PACKAGE.parent), os.environ.get("PYTHONPATH")]))
     if data:

@@ -263,7 +263,7 @@ def fit(recipe: Recipe, dataset: Dataset, *, device: torch.device | str = "cpu")
     """The classifier of `recipe`: published with the results, or trained here before, else trained now.
 
     Raises:
-        TrainingError: another process is training it, or stored weights are damaged.
+        TrainingError: stored weights are damaged.
     """
     from . import published
 
@@ -336,14 +336,16 @@ def made_once(
     """Load the checkpoint of `key` into `model`, or make it, store it and load it.
 
     `make` trains the model in place; it gets the file for the state of an interrupted training. `recipe`, a dataclass,
-    is noted beside the weights; `half` rounds the parameters to float16: the rounded network is the network.
+    is noted beside the weights; `half` rounds the parameters to float16: the rounded network is the network. What
+    another process is making is waited for.
 
     Raises:
-        TrainingError: another process is making it, or its weights are damaged.
+        TrainingError: its weights are damaged.
     """
     name = f"{name}-{key[:16]}"
     weights, notes, resume = (folder() / f"{name}.{suffix}" for suffix in ("safetensors", "json", "resume.pt"))
-    with alone(name):
+    folder().mkdir(parents=True, exist_ok=True)
+    with FileLock(folder() / f"{name}.lock"):
         if not (weights.exists() and notes.exists()):
             history, seconds = make(resume)
             save_weights(weights, model, half=half)

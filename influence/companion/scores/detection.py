@@ -26,9 +26,11 @@ def bootstrap_interval(
         ValueError: no values.
     """
     x = vector(values)
-    generator = np.random.default_rng(seed)
-    means = [x[generator.integers(0, len(x), len(x))].mean() for _ in range(repeats)]
-    return float(x.mean()), *_interval(np.array(means), level)
+    if len(x) == 1:
+        return float(x[0]), float(x[0]), float(x[0])
+    options = {"n_resamples": repeats, "confidence_level": level, "method": "percentile"}
+    low, high = stats.bootstrap((x,), np.mean, rng=np.random.default_rng(seed), **options).confidence_interval
+    return float(x.mean()), float(low), float(high)
 
 
 def _interval(samples: np.ndarray, level: float) -> tuple[float, float]:

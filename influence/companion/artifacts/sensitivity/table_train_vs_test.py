@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from scipy import stats
 
 from ... import style
 from ...ledger.reference import Estimate
@@ -14,8 +16,6 @@ from ..common import over_seeds
 from .common import predicted_influence
 
 QUANTILES = (0.75, 0.80, 0.85, 0.90, 0.95, 0.98, 0.99, 1.0)
-
-
 TAIL = 0.95  # the quantile of the claim
 _REPEATS = 200
 
@@ -33,7 +33,7 @@ def quantiles(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         for estimator in ("exact", "released"):
             values = group[estimator].to_numpy()
             found = np.quantile(values, QUANTILES)
-            lows, highs = np.quantile(_resampled(values, QUANTILES, generator), [0.025, 0.975], axis=0)
+            lows, highs = _interval(lambda drawn, axis: np.quantile(drawn, QUANTILES, axis=axis), generator, values)
             for q, value, low, high in zip(QUANTILES, found, lows, highs, strict=True):
                 limits = {"low": np.nan, "high": np.nan} if q == 1 else {"low": low, "high": high}
                 key = {"dataset": name, "model": model, "seed": seed, "estimator": estimator, "part": part}
@@ -53,18 +53,22 @@ def claims(tables: Mapping[str, pd.DataFrame]) -> dict[str, list[Estimate]]:
         found, drawn, images = [], [], 0
         for _, group in networks.groupby("seed"):
             test, train = (group["released"][group["part"] == part].to_numpy() for part in ("test", "train"))
-            found.append(np.quantile(test, TAIL) - np.quantile(train, TAIL))
-            pair = (_resampled(values, (TAIL,), generator)[:, 0] for values in (test, train))
-            drawn.append(np.quantile(np.subtract(*pair), [0.025, 0.975]))
+            found.append(_tails_apart(test, train))
+            drawn.append(_interval(_tails_apart, generator, test, train))
             images = len(test)
         low, high = np.array(drawn).T
         estimates.append(over_seeds(*map(pd.Series, (found, low, high)), n=images, of=f"{name} {model}"))
     return {"upper_quantiles_are_larger_on_the_test_set": estimates}
 
 
-def _resampled(values: np.ndarray, quantiles: Sequence[float], generator: np.random.Generator) -> np.ndarray:
-    count = len(values)
-    return np.array([np.quantile(values[generator.integers(0, count, count)], quantiles) for _ in range(_REPEATS)])
+def _tails_apart(test: np.ndarray, train: np.ndarray, axis: int = -1) -> Any:
+    return np.quantile(test, TAIL, axis=axis) - np.quantile(train, TAIL, axis=axis)
+
+
+def _interval(statistic: Callable[..., Any], generator: np.random.Generator, *samples: np.ndarray) -> Any:
+    """95% percentile bootstrap interval of a statistic of independent samples: (low, high)."""
+    options: dict[str, Any] = {"n_resamples": _REPEATS, "method": "percentile", "rng": generator}
+    return stats.bootstrap(samples, statistic, vectorized=True, **options).confidence_interval
 
 
 def draw(table: pd.DataFrame) -> Figure:

@@ -119,7 +119,9 @@ run_tests() {
     local failed=0
     "$python" -m ruff check . || failed=1
     "$python" -m mypy influence || failed=1
-    "$python" -m pytest "$@" || failed=1
+    # One process on each core, each with one thread: most tensors are small.
+    OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest -n "$(nproc)" --maxprocesses 8 --dist loadgroup "$@" ||
+        failed=1
     return "$failed"
 }
 

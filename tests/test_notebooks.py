@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from influence.companion.ledger import notebook, paths
+from influence.companion.ledger import manifest, notebook, paths, reference
 from influence.companion.ledger.notebook import Notebook
 from influence.companion.runner import run
 
@@ -131,6 +132,44 @@ def test_starts_under_its_own_name_and_saves(book: Notebook) -> None:
     assert sum(ast.unparse(c.func) == "run.save" for c in calls) == 1
 
 
+def _numbers(text: str) -> list[tuple[float, int]]:
+    """Numbers as they are written, without their sign, each with its decimal places; formulas and code left out."""
+    text = re.sub(r"\$[^$]*\$|`[^`]*`|\]\([^)]*\)|arXiv [\d.]+|\w*[A-Za-z_][\w-]*|\b(19|20)\d\d\b", " ", text)
+    found = re.findall(r"(?<![\d.])(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=\d)", text)
+    return [(float(number.replace(",", "")), len(number.partition(".")[2])) for number in found]
+
+
+def _shown(book: Notebook) -> set[float]:
+    """Every number of its parameters and outputs, text and tables, without its sign."""
+    row = manifest.read("cpu", root=paths.ROOT / "results").get(book.stem, {})
+    rules = [rule.value for rule in reference.load(book.stem)]
+    texts = [json.dumps([row.get("parameters", {}), row.get("findings", {}), rules])]
+    for output in (output for cell in book.cells() for output in cell["outputs"]):
+        texts.append("".join(output.get("text", "")))
+        texts += ["".join(text) for kind, text in output.get("data", {}).items() if kind == "text/html"]
+    plain = re.sub(r"<[^>]*>", " ", " ".join(texts))
+    return {abs(float(number)) for number in re.findall(r"-?\d+\.?\d*(?:e[-+]?\d+)?", plain)}
+
+
+def _not_shown(book: Notebook) -> list[str]:
+    """Numbers of "What we find" and "What comes out" that the notebook shows nowhere, as they are or as a share."""
+    cells = ["".join(cell["source"]) for cell in book.content["cells"] if cell["cell_type"] == "markdown"]
+    found = [text.partition("## What we find")[2].partition("\n## ")[0] for text in cells]
+    found += re.findall(r"\*\*What comes out\.\*\*[^\n]*", cells[0] if cells else "")
+    shown = _shown(book) | {0.95}  # the level of the intervals
+    missing = []
+    for number, places in _numbers(" ".join(found)):
+        if not any(abs(number - factor * value) <= 0.5001 * 10**-places for value in shown for factor in (1, 100)):
+            missing.append(f"{number:.{places}f}")
+    return missing
+
+
+@each
+def test_sentences_say_what_is_shown(book: Notebook) -> None:
+    """A number that changes when results are computed anew must not stay behind in a sentence."""
+    assert _not_shown(book) == []
+
+
 @pytest.mark.parametrize("path", sorted(paths.PROFILES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_profile_fits_the_notebooks(path: Path) -> None:
     assert run.plan(path.stem)  # refuses unknown stems and parameters, and wrong types
@@ -146,6 +185,7 @@ def test_every_profile_gives_what_the_notebook_leaves_open(book: Notebook) -> No
 
 
 @pytest.mark.notebooks
+@pytest.mark.xdist_group("kernels")  # two processes that start kernels at once may choose the same port
 @pytest.mark.timeout(3600)
 @each
 def test_outputs(book: Notebook, tmp_path: Path) -> None:
@@ -193,6 +233,15 @@ def test_changed_output_fails(tiny: nbformat.NotebookNode, tmp_path: Path) -> No
     finished = _nbval(_written(tiny, tmp_path).path, timeout=60)
     assert finished.returncode == 1
     assert "auc 0.92" in finished.stdout
+
+
+def test_a_number_that_is_not_shown_is_seen(tiny: nbformat.NotebookNode, tmp_path: Path) -> None:
+    sentence = "## What we find\n\n$x_2 = 7$: the AUROC is .91 [.9, .92], 91% of 1,500 in 2019.\n\n## After\n\n12"
+    tiny.cells.append(nbformat.v4.new_markdown_cell(sentence))
+    tiny.cells[2].outputs = [nbformat.v4.new_output("stream", text="0.9051 [0.9, 0.9173], n = 1500\n")]
+    assert _not_shown(_written(tiny, tmp_path)) == []
+    tiny.cells[-1].source = sentence.replace("AUROC is .91", "AUROC is .93").replace("1,500", "1,600")
+    assert _not_shown(_written(tiny, tmp_path)) == ["0.93", "1600"]
 
 
 def test_form_of_the_tiny_notebook(tiny: nbformat.NotebookNode, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from torch import nn
 import influence
 from benchmarks import kernels, stability
 from benchmarks import run as benchmarks
+from influence.companion.ledger import manifest
 from influence.companion.runner import cli, listing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,6 +70,54 @@ def test_table_of_artifacts(readme: str) -> None:
     assert found[1].strip() == listing.artifacts_markdown(), (
         "renew it with: python -m influence.companion list --markdown"
     )
+
+
+# Every number of "What we found" that was measured: the words around it, where it is published, and its unit there.
+_ACCURACY, _JPEG = "sensitivity/table_accuracy", "stability/fig_jpeg_quality"
+MEASURED = {
+    r"networks with (\S+)% \(no augmentation\)": ((_ACCURACY, "cifar10_paper-densenet121-cifar10_test"), 100),
+    r"to (\S+)% of CIFAR-10 right": ((_ACCURACY, "cifar10_base-inception-cifar10_test"), 100),
+    r"and (\S+)% of MNIST": ((_ACCURACY, "mnist_paper-resnet50-mnist_test"), 100),
+    r"\(AUROC (\S+) out of sample\)": (("sensitivity/fig_label_noise", "aggre_label_noisy-resnet20_auroc_loss"), 1),
+    r"\((\S+) points at quality 10\)": ((_JPEG, "jpeg-10", "stability 0.01"), 100),
+    r"at α = 1 it is (\S+) points": ((_JPEG, "jpeg-10", "stability 1"), 100),
+    r"for (\S+) point on clean images": ((_JPEG, "original", "stability 1"), -100),
+    r"Augmentation costs (\S+)\.": ((_JPEG, "original", "augmentation"), -100),
+    r"effects in reverse \((\S+)\)": (("beyond/fig_cross_sample", "cross_sample_fi_orders_changes"), 1),
+}
+_WORDS = {"one": "1", "five": "5"}
+
+
+def _published(stem: str, name: str, arm: str | None = None) -> float:
+    """A finding of the ledger, or the gain of an arm in the artifact's table."""
+    if arm is None:
+        found = manifest.read("cpu", root=ROOT / "results")[stem]["findings"][name]
+        return float(found[0]["value"] if isinstance(found, list) else found)
+    table = pd.read_csv(ROOT / "results" / "cpu" / "tables" / f"{stem}.csv").set_index(["distortion", "arm"])
+    return float(table.loc[(name, arm), "gain"])
+
+
+def _untrue(text: str) -> list[str]:
+    """What "What we found" says otherwise than the published results."""
+    section = text[text.index("What we found") : text.index("## Read")].replace("\n", " ")
+    section, wrong = re.sub(r" +", " ", section), []
+    for pattern, (source, factor) in MEASURED.items():
+        found = re.search(pattern, section)
+        assert found, f"no sentence with {pattern}"
+        said, value = _WORDS.get(found[1], found[1]).replace("−", "-"), factor * _published(*source)
+        if float(said) != round(value, len(said.partition(".")[2])):
+            wrong.append(f"{found[0]!r}: {value:.4g} is published")
+    return wrong
+
+
+def test_sentences_are_true_of_the_published_results(readme: str) -> None:
+    assert _untrue(readme) == []
+
+
+@pytest.mark.parametrize(("true", "false"), [("AUROC .96", "AUROC .97"), ("α = 1 it is 12", "α = 1 it is 11")])
+def test_an_untrue_sentence_is_seen(readme: str, true: str, false: str) -> None:
+    assert true in readme
+    assert len(_untrue(readme.replace(true, false))) == 1
 
 
 # -- what the README tells its readers to type ------------------------------------------------------------------------

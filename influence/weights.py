@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from influence.checks import require_count, require_deterministic, require_labels
 from influence.contrasts import ScoreSums, draw_seeds, random_signs
-from influence.grams.gradients import AnyGradient
+from influence.grams.gradients import AnyGradient, ProductGradient
 from influence.grams.graph import read_graph
 from influence.grams.parameters import ParameterPasses
 from influence.grams.reverse import vjp
@@ -189,7 +189,8 @@ class _WeightPasses(ParameterPasses):
         for n in range(len(inputs) if self.refused else 0):
             for name, jacobian in self._rows_of_refused(inputs[n : n + 1], score[n]):
                 numbers = score.numbers(jacobian.reshape(1, len(jacobian), -1), slice(n, n + 1))
-                self.totals[name] += torch.stack(numbers).view_as(self.totals[name])
+                found_here = [factor * values.double()[0] for values, factor in numbers]
+                self.totals[name] += torch.stack(found_here).view_as(self.totals[name])
 
 
 def _squares(grads: Sequence[Tensor]) -> Tensor:
@@ -198,17 +199,32 @@ def _squares(grads: Sequence[Tensor]) -> Tensor:
 
 def _reduced(part: AnyGradient, score: _LossRows) -> Tensor:
     """The three numbers ``(3, *shape)`` of the entries of a parameter, summed over the examples."""
+    most = _PIECE.get(part.rows.device.type, _PIECE_ELSEWHERE)
+    # All examples of a few outputs at once: a sum over them is then written once for each weight.
+    pieces = part.pieces(most) if isinstance(part, ProductGradient) else [part]
+    total = torch.cat([_summed(piece, score, most) for piece in pieces], dim=1)
+    return torch.stack([_arranged(number, part.operand) for number in total])
+
+
+def _summed(part: AnyGradient, score: _LossRows, most: int) -> Tensor:
+    """The same of a piece, as its node takes the parameter: a few examples at a time where all are too many."""
     examples, rows = part.rows.shape[:2]
-    step = max(1, _PIECE.get(part.rows.device.type, _PIECE_ELSEWHERE) // max(1, rows * part.width))
+    step = max(1, most // max(1, rows * part.width))
     limit = (_CANCELLED * torch.finfo(part.rows.dtype).eps) ** 2
     total: Tensor | None = None
     for start in range(0, examples, step):
         chosen = slice(start, start + step)
         numbers = score.numbers(part.entries(chosen), chosen, floor=limit * part.terms(chosen))
-        parts = torch.stack([part.to_parameter(n, chosen) for n in numbers])
+        parts = torch.stack([_weighted(part, values, factor, chosen) for values, factor in numbers])
         total = parts if total is None else total.add_(parts)
     assert total is not None
-    return torch.stack([_arranged(number, part.operand) for number in total])
+    return total
+
+
+def _weighted(part: AnyGradient, values: Tensor, factor: Tensor, chosen: slice) -> Tensor:
+    """Sum of values with float64 factors of a few examples: of their ratios in the precision of the network."""
+    largest = factor.max().clamp(min=torch.finfo(factor.dtype).tiny)
+    return part.to_parameter(values, (factor / largest).to(values.dtype), chosen).double() * largest
 
 
 def _combined(part: AnyGradient, n: int, probe: Tensor) -> Tensor:
@@ -216,7 +232,8 @@ def _combined(part: AnyGradient, n: int, probe: Tensor) -> Tensor:
     chosen = slice(n, n + 1)
     jacobian = part.entries(chosen)
     jacobian = jacobian.to(torch.promote_types(jacobian.dtype, torch.float32))
-    return _arranged(part.to_parameter((probe.to(jacobian.dtype) @ jacobian), chosen), part.operand)
+    one = jacobian.new_ones(1)
+    return _arranged(part.to_parameter(probe.to(jacobian.dtype) @ jacobian, one, chosen), part.operand)
 
 
 def _length(part: AnyGradient, n: int, probe: Tensor) -> float:
@@ -321,10 +338,12 @@ class _LossRows:
         """What the backward passes start from, ``(m, N, K)``."""
         return self.coefficients.transpose(0, 1).to(dtype)
 
-    def numbers(self, jacobian: Tensor, chosen: slice, *, floor: Tensor | float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-        """FI, trace and gradient ``(n, p)`` float64 of some examples from their rows ``(n, m, p)``.
+    def numbers(self, jacobian: Tensor, chosen: slice, *, floor: Tensor | float = 0.0) -> list[tuple[Tensor, Tensor]]:
+        """FI, trace and gradient of some examples from their rows ``(n, m, p)``, each as values and their factors.
 
-        Where the squares of all rows are no more than ``floor`` the weight counts as one that moves nothing.
+        Values are ``(n, p)``, in the precision of the network, since wider entries would take longer than their
+        products; factors ``(n,)`` are float64. Where the squares of all rows are no more than ``floor`` the weight
+        counts as one that moves nothing.
         """
         jacobian = jacobian.to(torch.promote_types(jacobian.dtype, torch.float32))
         first, squares = jacobian[:, 0], torch.zeros_like(jacobian[:, 0])
@@ -332,13 +351,13 @@ class _LossRows:
             squares.addcmul_(row, row)  # one pass over memory; a norm over the rows is 50 times slower on a CPU
         own = first.square()
         nothing = own + squares <= floor
-        scale, of_label, of_rest = self.scale[chosen], self.of_label[chosen], self.of_rest[chosen]
+        scale, of_label, of_rest = (part[chosen] for part in (self.scale, self.of_label, self.of_rest))
         if self.samples:
-            whole, factor, steps = squares / self.samples, torch.ones_like(scale), scale
+            whole, limit = squares.div_(self.samples), of_rest / of_label
+            factors = torch.ones_like(scale), scale.square(), scale
         else:
-            whole, factor, steps = squares + of_label.to(own.dtype) * own, of_rest, of_rest
-        # In the precision of the network up to here: wider entries would take longer than their products.
-        ratio = (own / whole).masked_fill_(nothing, 0.0).double()
-        trace, gradient = (part.masked_fill(nothing, 0.0).double() for part in (whole, first))
-        trace = trace * (scale.square() if self.samples else of_rest)
-        return (ratio * factor).clamp_(max=of_rest / of_label), trace, gradient * steps
+            whole, limit = squares.addcmul_(own, of_label.to(own.dtype)), 1 / of_label
+            factors = of_rest, of_rest, of_rest
+        ratio = own.div_(whole).masked_fill_(nothing, 0.0).clamp_(max=limit.to(own.dtype))
+        values = ratio, whole.masked_fill_(nothing, 0.0), first.masked_fill(nothing, 0.0)
+        return [(value, factor[:, 0]) for value, factor in zip(values, factors, strict=True)]

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from influence.grams.reverse import vjp
@@ -56,9 +57,9 @@ class Gradient:
     def _squares(self) -> Tensor:
         return self.squares().reshape(*self.rows.shape[:2], -1)
 
-    def to_parameter(self, values: Tensor, chosen: slice) -> Tensor:
-        """Sum values ``(n, p)`` for the entries of some examples over these, as the node takes the parameter."""
-        return values.sum(dim=0).view(self.rows.shape[2:])
+    def to_parameter(self, values: Tensor, weights: Tensor, chosen: slice) -> Tensor:
+        """Sum values ``(n, p)`` for the entries of examples with weights ``(n,)``, as the node takes the parameter."""
+        return (weights @ values).view(self.rows.shape[2:])
 
 
 def _through(picks: Sequence[Node], rows: Tensor) -> Tensor:
@@ -104,17 +105,40 @@ class ProductGradient:
 
     def entries(self, chosen: slice) -> Tensor:
         """Of some examples: ``(n, m, G P D)``."""
-        rows, columns = self.rows[chosen], self.inputs[chosen].unsqueeze(1).mT
-        return (rows * columns if rows.shape[-1] == 1 else rows @ columns).flatten(2)
+        rows, columns = self.rows[chosen], self.inputs[chosen].mT
+        if rows.shape[-1] == 1:
+            return (rows * columns[:, None]).flatten(2)
+        # One product for all rows of a group: batched by rows, matmul would copy the inputs for each of them.
+        found = rows.transpose(1, 2).flatten(2, 3) @ columns
+        return found.unflatten(2, (rows.shape[1], -1)).transpose(1, 2).flatten(2)
 
     def terms(self, chosen: slice) -> Tensor:
         """A bound of what was squared and added up over the rows before any sum could cancel: ``(n, G P D)``."""
-        rows, inputs = self.rows[chosen].square().sum(dim=(1, 4)), self.inputs[chosen].square().sum(dim=3)
-        return (rows[..., None] * inputs[:, :, None]).flatten(1)
+        rows, inputs = self._squares
+        return (rows[chosen, ..., None] * inputs[chosen, :, None]).flatten(1)
 
-    def to_parameter(self, values: Tensor, chosen: slice) -> Tensor:
-        """Sum values ``(n, G P D)`` over examples, in the shape in which the node takes the weight."""
-        total = values.sum(dim=0).view(*self.rows.shape[2:4], -1)
+    @cached_property
+    def _squares(self) -> tuple[Tensor, Tensor]:
+        return _squares_of_rows(self.rows).sum(dim=1), _squares_of_rows(self.inputs)
+
+    def pieces(self, most: int) -> list[ProductGradient]:
+        """The gradients of some outputs each, with at most so many entries in all; one where they cannot be parted."""
+        if self.turned or self.rows.shape[2] > 1:
+            return [self]
+        examples, classes, _, outputs, _ = self.rows.shape
+        inputs = self.inputs.shape[2]
+        step = max(1, most // (examples * classes * inputs))
+        squares, parts = self._squares, []
+        for start in range(0, outputs, step):
+            rows = self.rows[:, :, :, start : start + step]
+            part = replace(self, rows=rows, shape=(rows.shape[3], *self.shape[1:]))
+            part.__dict__["_squares"] = squares[0][..., start : start + step], squares[1]
+            parts.append(part)
+        return parts
+
+    def to_parameter(self, values: Tensor, weights: Tensor, chosen: slice) -> Tensor:
+        """Sum values ``(n, G P D)`` with weights ``(n,)``, in the shape in which the node takes the weight."""
+        total = (weights @ values).view(*self.rows.shape[2:4], -1)
         return (total.mT if self.turned else total).reshape(self.shape)
 
 
@@ -147,10 +171,15 @@ class TokenGradient:
         """The squares of the entries themselves, few of which are sums."""
         return self.entries(chosen).square().sum(dim=1)
 
-    def to_parameter(self, values: Tensor, chosen: slice) -> Tensor:
-        """Sum values ``(n, L D)`` for the tokens of some examples: ``(V, D)``."""
-        rows = values.view(-1, self.rows.shape[3])
+    def to_parameter(self, values: Tensor, weights: Tensor, chosen: slice) -> Tensor:
+        """Sum values ``(n, L D)`` for the tokens of some examples with weights ``(n,)``: ``(V, D)``."""
+        rows = (weights[:, None] * values).view(-1, self.rows.shape[3])
         return rows.new_zeros(self.shape).index_add_(0, self.tokens[chosen].flatten(), rows)
+
+
+def _squares_of_rows(values: Tensor) -> Tensor:
+    """Sums of squares over the last dimension."""
+    return torch.linalg.vector_norm(values, dim=-1).square_()
 
 
 AnyGradient = Gradient | ProductGradient | TokenGradient

@@ -291,6 +291,8 @@ def test_labels_of_a_model_with_more_outputs_are_questioned() -> None:
     assert _words(subject, scores) == ""
     fewer = replace(subject, material=replace(subject.material, classes=("a", "b")))
     assert "name 2 classes, the model has K = 5" in _words(fewer, scores)
+    fewer = replace(subject, material=replace(subject.material, classes=("0", "1", "2")))
+    assert "largest label is 2, the model has K = 5" in _words(fewer, scores)
 
 
 def test_large_images_in_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

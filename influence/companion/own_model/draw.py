@@ -77,14 +77,14 @@ def weights(table: pd.DataFrame, places: pd.DataFrame, *, count: int = 12) -> Fi
     left.set_xscale("log")
     left.set_xticks(shares, [f"{share:g}" for share in shares])
     left.minorticks_off()
-    left.set_ylim(bottom=0)
+    left.set_ylim(bottom=-2)  # so that lines at 0 are seen
     left.set_xlabel("share of the weights set to 0 (%)")
     left.set_ylabel("accuracy (%)")
     how = f"{table['samples'].iloc[0]} random sums each" if table["samples"].iloc[0] else "exact"
     left.set_title(f"ranked from {table['examples'].iloc[0]} examples ({how}),\ntested on {table['n'].iloc[0]}")
     top = places.nlargest(count, "first")[::-1]
     right.barh(range(len(top)), 100 * top["first"] / places["first"].sum(), color=style.RANKINGS[PLACED][1])
-    right.plot(100 * top["weights"] / places["weights"].sum(), range(len(top)), "k|", label="of all weights")
+    right.plot(100 * top["weights"] / places["weights"].sum(), range(len(top)), "k|", label="share of all weights")
     right.set_yticks(range(len(top)), top["layer"] + "\n" + top["kind"], fontsize=6)
     right.set_xlabel("share in the layer (%)")
     right.set_title(f"the first {JUDGED:.0%} by {style.RANKINGS[PLACED][0]}")

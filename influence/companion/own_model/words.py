@@ -49,8 +49,10 @@ def _warnings(subject: Subject, scores: pd.DataFrame) -> list[str]:
     lines = []
     named = len(subject.material.classes)
     if named < subject.classes:
+        numbered = subject.material.classes == tuple(map(str, range(named)))
+        given = f"The largest label is {named - 1:,}" if numbered else f"The data name {named:,} classes"
         lines.append(
-            f"**Labels.** The data name {named:,} classes, the model has K = {subject.classes:,} outputs: label k is "
+            f"**Labels.** {given}, the model has K = {subject.classes:,} outputs: label k is "
             "taken for output k. Where the model counts its classes otherwise, every score of a label below is "
             "meaningless; relabel the data by a function of yours."
         )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from influence.companion import style
 from influence.companion.artifacts.beyond import fig_single_weights
 from influence.companion.images.data import Split
 from influence.companion.ledger.reference import load
@@ -67,7 +68,7 @@ def test_ablations_take_the_first_and_give_them_back() -> None:
 def test_four_bits() -> None:
     model = network()
     weight = model[3].weight.detach().clone()
-    with weightwise._without(model, torch.arange(18, 18 + 54), "4 bits"):
+    with weightwise.without(model, torch.arange(18, 18 + 54), "4 bits"):
         step = weight.abs().max() / 7
         assert torch.allclose(model[3].weight, (weight / step).round() * step)
         assert model[3].weight.unique().numel() <= 15
@@ -93,7 +94,7 @@ def test_occlusions_cover_pixels() -> None:
 def tables(gap: float, spread: float = 0.001) -> dict[str, pd.DataFrame]:
     """Three networks where FI costs so much more accuracy than every other ranking."""
     rows: dict[str, list[dict[str, object]]] = {"weights": [], "pixels": []}
-    for what, names in (("weights", fig_single_weights._NAMES), ("pixels", ("exact", "saliency", "trace", "random"))):
+    for what, names in (("weights", style.RANKINGS), ("pixels", ("exact", "saliency", "trace", "random"))):
         for seed in range(3):
             of = {"dataset": "cifar10", "model": "resnet20", "seed": seed, "images": 100, "loss": 1.0, what: 5}
             rows[what].append({**of, "ranking": "none", "treatment": "none", "share": 0.0, "accuracy": 0.9})

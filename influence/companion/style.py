@@ -40,6 +40,16 @@ SCORES: dict[str, tuple[str, str]] = {
     "saliency": ("#009E73", "-"),
     "random": ("#999999", ":"),
 }
+# Rankings of single weights or pixels: name, colour and line.
+RANKINGS: dict[str, tuple[str, str, str]] = {
+    "exact": ("FI", *SCORES["exact"]),
+    "saliency": ("gradient", *SCORES["saliency"]),
+    "snip": ("SNIP: |weight × gradient|", "#E69F00", "-"),
+    "trace": ("trace", *SCORES["trace"]),
+    "fisher": ("weight² × trace", "#CC79A7", "-"),
+    "size": ("size", "#000000", "--"),
+    "random": ("at random", *SCORES["random"]),
+}
 NAMES = {
     "resnet50": "ResNet50",
     "densenet121": "DenseNet121",

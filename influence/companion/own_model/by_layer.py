@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 import influence
 
@@ -26,7 +27,9 @@ def layers(subject: Subject, *, images: int, relative: float = 0.01, seed: int =
 
     Returns:
         One row per layer, in the order of the network: layer, kind, parameters (their number), divergence (nats, mean
-        over examples), alignment (mean FI / ceiling; NaN where K > 64), share (of the sum over layers), examples.
+        over examples), alignment (mean FI / ceiling; NaN where K > 64), share (of the sum over layers), error (standard
+        error of the share, over examples and random signs; NaN for one example), examples, samples (random sums of the
+        classes for each example; 0 where the trace is exact).
     """
     examples = subject.material.measured.sample(images, seed=seed)
     rows: list[dict[str, Any]] = []
@@ -37,23 +40,32 @@ def layers(subject: Subject, *, images: int, relative: float = 0.01, seed: int =
             flat = torch.cat(owned)
             rows.append({**names, "parameters": len(flat), "square": float(flat.square().mean())})
     frame = pd.DataFrame(rows)
-    trace, alignment = (_drawn if subject.many_classes else _exact)(subject, examples)
-    divergence = 0.5 * relative**2 * frame.pop("square") * trace
-    frame = frame.assign(divergence=divergence, alignment=alignment, share=divergence / max(divergence.sum(), 1e-300))
-    return frame.assign(examples=len(examples))
+    samples = 0
+    if subject.many_classes:
+        samples = min(DRAWS, max(_FEWEST_DRAWS, -(-_DRAWS_IN_ALL // len(examples))))
+        traces, alignment = _drawn(subject, examples, samples), np.full(len(frame), np.nan)
+    else:
+        traces, alignment = _exact(subject, examples)
+    each = traces.numpy() * (0.5 * relative**2 * frame.pop("square").to_numpy())
+    divergence, largest = each.mean(0), max(each.sum(1).mean(), 1e-300)
+    share = divergence / largest
+    # Of a ratio of two means: what all layers of an example have in common cancels.
+    spread = (
+        (each - share * each.sum(1, keepdims=True)).std(0, ddof=1) if len(each) > 1 else np.full(len(frame), np.nan)
+    )
+    frame = frame.assign(divergence=divergence, alignment=alignment, share=share)
+    return frame.assign(error=spread / (largest * len(each) ** 0.5), examples=len(each), samples=samples)
 
 
-def _exact(subject: Subject, examples: Examples) -> tuple[np.ndarray, np.ndarray | float]:
+def _exact(subject: Subject, examples: Examples) -> tuple[Tensor, np.ndarray]:
     traces, alignments = [], []
     for x, labels in subject.batches(examples):
         metric = influence.metric_tensor(subject.model, x, wrt="layers")
         traces.append(metric.trace().cpu())
         alignments.append(influence.first_order_influence(metric, labels).alignment.cpu())
-    return torch.cat(traces).mean(0).numpy(), torch.cat(alignments).mean(0).numpy()
+    return torch.cat(traces), torch.cat(alignments).mean(0).numpy()
 
 
-def _drawn(subject: Subject, examples: Examples) -> tuple[np.ndarray, np.ndarray | float]:
-    draws = min(DRAWS, max(_FEWEST_DRAWS, -(-_DRAWS_IN_ALL // len(examples))))
+def _drawn(subject: Subject, examples: Examples, samples: int) -> Tensor:
     batches = enumerate(subject.batches(examples))
-    traces = [estimated_trace(subject, x, wrt="layers", draws=draws, seed=n).cpu() for n, (x, _) in batches]
-    return torch.cat(traces).mean(0).numpy(), np.nan
+    return torch.cat([estimated_trace(subject, x, wrt="layers", draws=samples, seed=n).cpu() for n, (x, _) in batches])

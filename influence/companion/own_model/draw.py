@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .. import style
+from .by_weight import JUDGED, PLACED
 
 _FAINT = 0.25  # share of the ceiling below which a map of its own scale shows more
 
@@ -45,9 +48,49 @@ def layers(table: pd.DataFrame, *, count: int = 12) -> Figure:
     left.set_ylabel("divergence at 1% noise (nats)")
     left.set_title(f"mean of {int(table['examples'].iloc[0])} examples")
     top = table.nlargest(count, "divergence")[::-1]
-    right.barh(range(len(top)), top["share"], color=style.COLOURS["exact"])
+    # NaN, of one example, draws no bar.
+    right.barh(
+        range(len(top)), top["share"], xerr=top["error"], color=style.COLOURS["exact"], error_kw={"elinewidth": 0.8}
+    )
     right.set_yticks(range(len(top)), top["layer"] + "\n" + top["kind"], fontsize=6)
-    right.set_xlabel("share of the sum over layers")
+    right.set_xlim(left=0)
+    right.set_xlabel("share of the sum over layers\n(± standard error)")
+    return figure
+
+
+def weights(table: pd.DataFrame, places: pd.DataFrame, *, count: int = 12) -> Figure:
+    """Accuracy against the share of the weights set to 0, a line for each ranking, and the layers of the first ones."""
+    if not len(table):
+        return Figure(figsize=(style.WIDTH, 0.5))
+    figure = Figure(figsize=(style.WIDTH, 4.2))
+    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
+    changed = table[table["ranking"] != "none"]
+    shares = sorted(100 * changed["share"].unique())
+    for place, (ranking, line) in enumerate(changed.groupby("ranking", sort=False)):
+        name, colour, dashes = style.RANKINGS[str(ranking)]
+        # Side by side, so that the bars of one share can be told apart.
+        x = 100 * line["share"] * 1.06 ** (place - 2)
+        bars = 100 * np.clip([line["accuracy"] - line["low"], line["high"] - line["accuracy"]], 0, 1)
+        look: Any = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": 2.5, "elinewidth": 0.8}
+        left.errorbar(x, 100 * line["accuracy"], bars, label=name, linewidth=1.2, **look)
+    left.axhline(100 * table["accuracy"].iloc[0], color="black", linewidth=0.5, label="as it is")
+    left.set_xscale("log")
+    left.set_xticks(shares, [f"{share:g}" for share in shares])
+    left.minorticks_off()
+    left.set_ylim(bottom=-2)  # so that lines at 0 are seen
+    left.set_xlabel("share of the weights set to 0 (%)")
+    left.set_ylabel("accuracy (%)")
+    how = f"{table['samples'].iloc[0]} random sums each" if table["samples"].iloc[0] else "exact"
+    left.set_title(f"ranked from {table['examples'].iloc[0]} examples ({how}),\ntested on {table['n'].iloc[0]}")
+    top = places.nlargest(count, "first")[::-1]
+    right.barh(range(len(top)), 100 * top["first"] / places["first"].sum(), color=style.RANKINGS[PLACED][1])
+    right.plot(100 * top["weights"] / places["weights"].sum(), range(len(top)), "k|", label="share of all weights")
+    right.set_yticks(range(len(top)), top["layer"] + "\n" + top["kind"], fontsize=6)
+    right.set_xlabel("share in the layer (%)")
+    right.set_title(f"the first {JUDGED:.0%} by {style.RANKINGS[PLACED][0]}")
+    right.legend(loc="lower right")
+    names = left.get_legend_handles_labels()
+    figure.legend(*names, fontsize=7, ncols=3, loc="outside lower center", title="first by", title_fontsize=7)
     return figure
 
 

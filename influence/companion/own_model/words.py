@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .. import style
 from .by_example import CLOSED_FORM, FEATURES, METRIC, first_part
-from .study import Subject
+from .by_weight import JUDGED, PLACED
+from .study import DRAWS, Subject
 
 
 def in_words(subject: Subject, *, scores: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> str:
@@ -18,11 +20,13 @@ def in_words(subject: Subject, *, scores: pd.DataFrame, tables: dict[str, pd.Dat
         subject: what was studied.
         scores: of `by_example.scores`.
         tables: "beyond" of `by_example.beyond_the_loss`, "layers" of `by_layer.layers`, "parts" of
-            `by_example.train_against_test`, "maps" of `maps.maps` and "curves" of `robustness.robustness`.
+            `by_example.train_against_test`, "maps" of `maps.maps`, "curves" of `robustness.robustness`, "weights" and
+            "places" of `by_weight.weights`.
     """
     kind = "examples" if subject.material.test is None else "test examples"
     lines = [*_warnings(subject, scores), *_suspicious(subject, scores, tables["beyond"])]
     lines.append(_layers(tables["layers"], kind))
+    lines.append(_weights(subject, tables["weights"], tables["places"]))
     lines += [_parts(row) for row in tables["parts"].to_dict("records")]
     if subject.material.test is None:
         lines.append(
@@ -45,8 +49,10 @@ def _warnings(subject: Subject, scores: pd.DataFrame) -> list[str]:
     lines = []
     named = len(subject.material.classes)
     if named < subject.classes:
+        numbered = subject.material.classes == tuple(map(str, range(named)))
+        given = f"The largest label is {named - 1:,}" if numbered else f"The data name {named:,} classes"
         lines.append(
-            f"**Labels.** The data name {named:,} classes, the model has K = {subject.classes:,} outputs: label k is "
+            f"**Labels.** {given}, the model has K = {subject.classes:,} outputs: label k is "
             "taken for output k. Where the model counts its classes otherwise, every score of a label below is "
             "meaningless; relabel the data by a function of yours."
         )
@@ -65,7 +71,12 @@ def _warnings(subject: Subject, scores: pd.DataFrame) -> list[str]:
         }[way]
         lines.append(f"**How FI was found.** With K = {subject.classes:,} classes{found}")
     if scores["estimated"].any():
-        lines[-1] += " Traces are estimates from random signs of the classes."
+        bound = (2 / DRAWS) ** 0.5
+        lines[-1] += (
+            f" The trace of an example is an estimate, the mean over {DRAWS} random sums of the classes with random "
+            f"signs, with a relative standard deviation of at most {bound:.0%}: part of what parts it from the loss "
+            "below is that."
+        )
     return lines
 
 
@@ -97,15 +108,62 @@ def _suspicious(subject: Subject, scores: pd.DataFrame, beyond: pd.DataFrame) ->
 def _layers(layers: pd.DataFrame, kind: str) -> str:
     first = layers.nlargest(3, "divergence").to_dict("records")
     named = ", ".join(f"`{row['layer']}` ({row['kind']}, {row['share']:.0%})" for row in first)
+    examples, samples = int(layers["examples"].iloc[0]), int(layers["samples"].iloc[0])
     text = (
         f"**Sensitive layers.** Of {len(layers)} layers with parameters, noise of 1% of a layer's own size moves the "
-        f"output most in {named} (share of the sum over layers; {int(layers['examples'].iloc[0])} {kind})."
+        f"output most in {named} (share of the sum over layers; {examples} {kind})."
     )
+    if examples > 1:
+        text += f" Over these, the shares named have standard errors of up to {max(row['error'] for row in first):.1%}."
+    if samples:
+        text += (
+            f" The trace of each is an estimate from {samples} random sums of the classes, with a relative standard "
+            f"deviation of at most {(2 / samples) ** 0.5:.0%}."
+        )
     if layers["alignment"].notna().all():
         full = int((layers["alignment"] > 1 - 1e-6).sum())
         text += f" FI is at its ceiling for {full} of the {len(layers)}"
         text += ", so it cannot rank them." if full == len(layers) else "."
     return text
+
+
+def _weights(subject: Subject, weights: pd.DataFrame, places: pd.DataFrame) -> str:
+    if not len(weights):
+        return "**Single weights** are left out: the model has no parameter of two or more dimensions."
+    about = weights.to_dict("records")[0]
+    judged = {row["ranking"]: row for row in weights[weights["share"] == JUDGED].to_dict("records")}
+    whole = subject.material.test is None
+    ranked = f"{about['examples']} {'' if whole else 'training '}examples"
+    if about["examples"] < about["asked"]:
+        ranked += f" (of {about['asked']} asked for: the time is bounded)"
+    if about["samples"]:
+        ranked += (
+            f", {about['samples']} random sums of the classes for each, so that trace and FI are estimates (what FI, a "
+            "ratio, puts first is in part chance)"
+        )
+    costs = [f"{_percent(row['accuracy'])} by {style.RANKINGS[name][0]}" for name, row in judged.items()]
+    worst = style.RANKINGS[max(judged, key=lambda name: judged[name]["loss"])][0]
+    fi, chance = judged["exact"], judged["random"]
+    verdict = "cannot be told from those at random: the intervals overlap"
+    if fi["high"] < chance["low"]:
+        verdict = "cost more than those at random"
+    elif fi["low"] > chance["high"]:
+        verdict = "cost less than those at random"
+    top = places.nlargest(1, "first").to_dict("records")[0]
+    share, of_all = top["first"] / places["first"].sum(), top["weights"] / about["total"]
+    listed = ", ".join(costs).replace("by at random", "at random")
+    tested = f"{about['n']} {'examples, among them those' if whole else 'test examples'}"
+    return (
+        f"**Single weights.** {about['total']:,} weights in {len(places)} layers were ranked from {ranked}. Setting "
+        f"the first {JUDGED:.0%} ({fi['weights']:,}) to 0 takes the accuracy from {_percent(about['accuracy'])} to "
+        f"{listed} ({tested}; one network, 95% Wilson intervals in the figure). The loss is largest by {worst}; the "
+        f"first by FI {verdict}. Of the first {JUDGED:.0%} by {style.RANKINGS[PLACED][0]}, {_percent(share)} lie in "
+        f"`{top['layer']}` ({top['kind']}), which has {_percent(of_all)} of all weights."
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
 
 
 def _parts(row: dict[Any, Any]) -> str:

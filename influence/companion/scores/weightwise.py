@@ -23,19 +23,28 @@ _CHUNK = 16
 
 
 def weight_rankings(model: nn.Module, split: Split, *, seed: int, device: torch.device) -> dict[str, Tensor]:
+    """The `rankings` of all weights from raw images and their labels."""
+    x = training.pixels(split.images, device)
+    found = influence.weight_influence(model, x, split.labels, wrt=list(weights(model)))
+    return rankings(model, found, seed=seed)
+
+
+def rankings(model: nn.Module, found: influence.WeightInfluence, *, seed: int) -> dict[str, Tensor]:
     """Scores of all weights of convolutions and linear layers, one vector each, larger = first.
 
-    FI of the weight alone and the trace are means over the images; the gradient is that of the mean loss. With w the
+    FI of the weight alone and the trace are means over the examples; the gradient is that of the mean loss. With w the
     weight: SNIP (Lee et al. 2019) is |w gradient|, Fisher pruning (Theis et al. 2018) w^2 times the trace.
+
+    Args:
+        model: has the weights.
+        found: of the model, for at least its `weights`.
+        seed: of the ranking at random.
     """
-    x = training.pixels(split.images, device)
-    names = list(_weights(model))
-    found = influence.weight_influence(model, x, split.labels, wrt=names)
     flat = {
-        number: torch.cat([getattr(found, number)[name].flatten() for name in names])
+        number: torch.cat([getattr(found, number)[name].flatten() for name in weights(model)])
         for number in ("fi", "trace", "gradient")
     }
-    size = torch.cat([w.detach().double().abs().flatten() for w in _weights(model).values()])
+    size = torch.cat([w.detach().double().abs().flatten() for w in weights(model).values()])
     random = torch.rand(len(size), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(size.device)
     return {
         "exact": flat["fi"],
@@ -73,7 +82,7 @@ def ablations(
         for treatment in TREATMENTS:
             for share in shares:
                 count = max(1, round(share * len(order)))
-                with _without(model, order[:count], treatment):
+                with without(model, order[:count], treatment):
                     quality = _quality(model, tested, device)
                 rows.append({"ranking": ranking, "treatment": treatment, "share": share, "weights": count, **quality})
     return pd.DataFrame(rows)
@@ -123,28 +132,29 @@ def pixel_rankings(model: nn.Module, x: Tensor, *, generator: torch.Generator) -
     }
 
 
-def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
+def weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is ranked, by name: the parameters of two or more dimensions, so no bias and no scale."""
     return {name: p for name, p in model.named_parameters() if p.ndim > 1}
 
 
 @contextmanager
-def _without(model: nn.Module, chosen: Tensor, treatment: str) -> Iterator[None]:
+def without(model: nn.Module, chosen: Tensor, treatment: str) -> Iterator[None]:
     """The network without some entries of the vector of all its weights."""
-    weights = list(_weights(model).values())
-    before = [w.detach().clone() for w in weights]
-    mask = torch.zeros(sum(w.numel() for w in weights), dtype=torch.bool, device=chosen.device)
+    changing = list(weights(model).values())
+    before = [w.detach().clone() for w in changing]
+    mask = torch.zeros(sum(w.numel() for w in changing), dtype=torch.bool, device=chosen.device)
     mask[chosen] = True
-    parts = mask.split([w.numel() for w in weights])
+    parts = mask.split([w.numel() for w in changing])
     try:
         with torch.no_grad():
-            for w, part in zip(weights, parts, strict=True):
+            for w, part in zip(changing, parts, strict=True):
                 step = w.abs().amax() / _LEVELS
                 changed = (w / step).round() * step if treatment == "4 bits" and step > 0 else torch.zeros_like(w)
                 w.copy_(torch.where(part.view_as(w), changed, w))
         yield
     finally:
         with torch.no_grad():
-            for w, old in zip(weights, before, strict=True):
+            for w, old in zip(changing, before, strict=True):
                 w.copy_(old)
 
 

@@ -19,22 +19,6 @@ from ..common import bound, networks
 
 # The share of the weights, and of an image's pixels, by which the claims are judged.
 _JUDGED = 0.01
-# Scores of a weight: colour and line.
-_LINES = {
-    **style.SCORES,
-    "snip": ("#E69F00", "-"),
-    "fisher": ("#CC79A7", "-"),
-    "size": ("#000000", "--"),
-}
-_NAMES = {
-    "exact": "FI",
-    "saliency": "gradient",
-    "snip": "SNIP: |weight × gradient|",
-    "trace": "trace",
-    "fisher": "weight² × trace",
-    "size": "size",
-    "random": "at random",
-}
 
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
@@ -123,8 +107,10 @@ def claims(tables: Mapping[str, pd.DataFrame]) -> dict[str, list[Estimate] | Est
         judged = changes[(changes["share"] == _JUDGED) & changes["treatment"].isin([TREATMENTS[0], "covered"])]
         lost = judged.pivot(index=["dataset", "model", "seed"], columns="ranking", values="lost")
         beyond = {
-            ranking: Estimate(*mean_interval(lost["exact"] - lost[ranking]), len(lost), f"against {_NAMES[ranking]}")
-            for ranking in _NAMES
+            ranking: Estimate(
+                *mean_interval(lost["exact"] - lost[ranking]), len(lost), f"against {style.RANKINGS[ranking][0]}"
+            )
+            for ranking in style.RANKINGS
             if ranking != "exact" and ranking in lost
         }
         found[f"fi_{what}_hurt_most"] = [e for ranking, e in beyond.items() if ranking != "random"]
@@ -151,13 +137,13 @@ def draw(summary: pd.DataFrame) -> Figure:
 
 def _lines(axes: Axes, part: pd.DataFrame) -> None:
     for place, (ranking, line) in enumerate(part.groupby("ranking", sort=False)):
-        colour, dashes = _LINES[str(ranking)]
+        name, colour, dashes = style.RANKINGS[str(ranking)]
         # Side by side, so that the bars of one share can be told apart.
         x = 100 * line["share"] * 1.05 ** (place - 3)
         low, high = line["lost"] - line["lost_low"], line["lost_high"] - line["lost"]
         bars = [100 * low, 100 * high] if (line["networks"] > 1).all() else None
         look: Any = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": 2.5, "elinewidth": 0.8}
-        axes.errorbar(x, 100 * line["lost"], yerr=bars, label=_NAMES[str(ranking)], linewidth=1.2, **look)
+        axes.errorbar(x, 100 * line["lost"], yerr=bars, label=name, linewidth=1.2, **look)
     axes.set_xscale("log")
     shares = sorted(100 * part["share"].unique())
     axes.set_xticks(shares, [f"{share:g}" for share in shares])

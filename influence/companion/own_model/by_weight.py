@@ -1,0 +1,105 @@
+"""Which single weights of a model of the reader's own matter, by what setting them to 0 does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import influence
+
+from ..scores import weightwise
+from ..scores.detection import share_interval
+from .material import Examples
+from .study import Subject, log_probs_of
+
+# Of all weights; the second is what the words and the places of the first weights are about.
+SHARES = (0.001, 0.01, 0.05)
+JUDGED = SHARES[1]
+RANKINGS = ("size", "fisher", "snip", "exact", "random")
+PLACED = "fisher"  # the ranking whose first weights are sought in the layers
+SAMPLES = 8  # random sums over the classes for each example, beyond 64 classes
+# Entries of the Jacobians of all weights, each made once and dropped: some minutes on two cores.
+_MOST_ENTRIES = 2**32
+_FEWEST = 4
+
+
+def weights(subject: Subject, *, images: int, tested: int, seed: int = 0) -> dict[str, pd.DataFrame]:
+    """Rank the weights by examples of the first part, set the first ones to 0, and test on the last part.
+
+    Influence of single weights takes K - 1 backward passes for each example, beyond 64 classes those of `SAMPLES`
+    random sums and one more. Where the network is large, so many examples are left out that the rest takes a bounded
+    time.
+
+    Args:
+        subject: the model, which is as it was afterwards.
+        images: examples that the weights are ranked from.
+        tested: examples that the model is tested on; 0 for all.
+        seed: of both samples, the random sums and the ranking at random.
+
+    Returns:
+        "weights": a row for the model as it is (ranking "none") and for each ranking and share: share, weights (how
+        many were set to 0), accuracy with its 95% Wilson interval low and high, loss (nats, mean), n (examples tested),
+        total (number of all weights ranked), examples (ranked from), asked (as many were to be), samples (0: exact).
+        "places": a row for each layer: layer, kind, weights, first (how many of the first `JUDGED` by `PLACED` lie
+        there). Both are empty where a model has no parameter of two or more dimensions.
+    """
+    named = weightwise.weights(subject.model)
+    if not named:
+        return {"weights": pd.DataFrame(), "places": pd.DataFrame()}
+    total = sum(w.numel() for w in named.values())
+    samples = SAMPLES if subject.many_classes else None
+    rows = subject.classes - 1 if samples is None else samples + 1
+    asked = subject.material.train.sample(images, seed=seed)
+    examples = asked.sample(max(_FEWEST, _MOST_ENTRIES // (rows * total)), seed=seed)
+    x, labels = examples.batch(range(len(examples)))
+    found = influence.weight_influence(
+        subject.model,
+        x.to(subject.device),
+        labels,
+        wrt=list(named),
+        samples=samples,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    scores = weightwise.rankings(subject.model, found, seed=seed)
+    part = subject.material.measured.sample(tested, seed=seed)
+    lines: list[dict[str, Any]] = [{"ranking": "none", "share": 0.0, "weights": 0, **_quality(subject, part)}]
+    counts = {share: max(1, round(share * total)) for share in SHARES}
+    for ranking in RANKINGS:
+        order = scores[ranking].topk(max(counts.values())).indices
+        for share, count in counts.items():
+            with weightwise.without(subject.model, order[:count], weightwise.TREATMENTS[0]):
+                quality = _quality(subject, part)
+            lines.append({"ranking": ranking, "share": share, "weights": count, **quality})
+    first = torch.zeros(total, dtype=torch.bool)
+    first[scores[PLACED].topk(counts[JUDGED]).indices.cpu()] = True
+    of = {"n": len(part), "total": total, "examples": len(examples), "asked": len(asked), "samples": samples or 0}
+    return {"weights": pd.DataFrame(lines).assign(**of), "places": _places(subject, first)}
+
+
+def _places(subject: Subject, first: Tensor) -> pd.DataFrame:
+    """How many of the chosen entries of the vector of all weights each layer holds, in the order of the network."""
+    rows: dict[str, dict[str, Any]] = {}
+    named = weightwise.weights(subject.model)
+    for (name, weight), part in zip(named.items(), first.split([w.numel() for w in named.values()]), strict=True):
+        layer = name.rpartition(".")[0]
+        kind = type(subject.model.get_submodule(layer)).__name__
+        row = rows.setdefault(layer, {"kind": kind, "weights": 0, "first": 0})
+        row |= {"weights": row["weights"] + weight.numel(), "first": row["first"] + int(part.sum())}
+    frame = pd.DataFrame.from_dict(rows, orient="index")
+    frame.insert(0, "layer", [layer.removeprefix("model.") or "(model)" for layer in rows])
+    return frame.reset_index(drop=True)
+
+
+@torch.no_grad()
+def _quality(subject: Subject, examples: Examples) -> dict[str, float]:
+    right, loss = 0, 0.0
+    for x, labels in subject.batches(examples):
+        log_probs = log_probs_of(subject, x)
+        right += int((log_probs.argmax(1) == labels).sum())
+        loss += float(F.nll_loss(log_probs, labels, reduction="sum"))
+    accuracy, low, high = share_interval(right, len(examples))
+    return {"accuracy": accuracy, "low": low, "high": high, "loss": loss / len(examples)}

@@ -105,6 +105,13 @@ def tables(gap: float, spread: float = 0.001) -> dict[str, pd.DataFrame]:
     return {"weights": pd.DataFrame(rows["weights"]), "pixels": pixels}
 
 
+def test_one_network_leaves_an_interval_open_and_finite() -> None:
+    one = {what: frame[frame["seed"] == frame["seed"].min()] for what, frame in tables(0.1, 0.001).items()}
+    for found in fig_single_weights.claims(one).values():
+        for estimate in found if isinstance(found, list) else [found]:
+            assert (estimate.low, estimate.high, estimate.n) == (-2.0, 2.0, 1)
+
+
 @pytest.mark.parametrize(
     ("gap", "spread", "outcome"),
     [(0.1, 0.001, "supported"), (-0.1, 0.001, "contradicted"), (0.0, 0.05, "undetermined")],

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ..images.data import Dataset
 from ..ledger import paths
 from . import models
-from .inception import SmallInception
 from .pretrained import CifarResNet
 
 # The profile of a run names the families of its networks: the papers' own, and others to fine-tune.
@@ -166,6 +165,8 @@ def _resnet20(recipe: Recipe, dataset: Dataset) -> nn.Module:
 
 
 def _inception(recipe: Recipe, dataset: Dataset) -> nn.Module:
+    from .inception import SmallInception  # torchvision brings PyTorch's compiler with it: two seconds of every start
+
     return SmallInception(dataset.shape[0], min(dataset.shape[1:]), width=recipe.width, n_classes=len(dataset.classes))
 
 

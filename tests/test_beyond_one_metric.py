@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +15,12 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from influence.companion.artifacts.beyond import table_one_metric as one
+from influence.companion.artifacts.beyond import table_stability_family
+from influence.companion.artifacts.stability import comparison
 from influence.companion.images.data import Split
 from influence.companion.ledger import reference
 from influence.companion.scores.detection import agreement
+from influence.companion.zoo import training
 from influence.companion.zoo.recipes import RecipeError
 
 CPU = torch.device("cpu")
@@ -152,17 +156,61 @@ def test_the_correlation_is_scipys_and_its_bootstrap_that_of_agreement() -> None
     assert one.correlation(first, np.zeros(12)) == (0, -1, 1)
 
 
-def test_an_unknown_network_is_refused() -> None:
-    parameters = {"networks": ["no-such-0"], "detectors": [], "seeds": [0], "images": 1, "label_images": 1}
-    run = SimpleNamespace(parameters=parameters | {"sigma": 0.0, "copies": 1, "radii": [1.0]}, device=CPU)
+ARM = {"sigma": 0.04, "alpha": 1.0, "steps": 2, "learning_rate": 0.005}
+
+
+def asked(name: str) -> Any:
+    parameters = {"networks": [name], "detectors": [], "seeds": [0], "images": 1, "label_images": 1}
+    parameters |= {"copies": 1, "radii": [1.0], **ARM}
+    return SimpleNamespace(parameters=parameters, device=CPU, profile="smoke", add_input=lambda *_: None)
+
+
+@pytest.mark.parametrize("name", ["no-such-0", "no-such-0+stability", "smoke-resnet50-digits-0+no-such"])
+def test_an_unknown_network_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "fit", lambda recipe, *_, **__: training.Trained(nn.Identity(), recipe.name, [], 0.0))
     with pytest.raises(RecipeError, match="no-such"):
-        one.compute(run)  # type: ignore[arg-type]
+        one.compute(asked(name))
+
+
+def test_a_continued_network_is_that_of_the_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "fit", lambda recipe, *_, **__: training.Trained(nn.Identity(), recipe.name, [], 0.0))
+    made: list[tuple[str, dict[str, Any]]] = []
+
+    def once(name: str, key: str, model: nn.Module, make: Any, *, recipe: Any) -> training.Trained:
+        made.append((key, asdict(recipe)))
+        return training.Trained(nn.Flatten(), key, [], 0.0)
+
+    monkeypatch.setattr(training, "made_once", once)
+    run = asked("")
+    found = one.network(run, "smoke-resnet50-digits-0+stability")
+    parameters = {"model": "resnet50", "seeds": [0], **ARM}
+    family = SimpleNamespace(parameters=parameters, device=CPU, profile="smoke", add_input=lambda *_: None)
+    chosen = {"stability": table_stability_family.arms(parameters)["stability"]}
+    ((_, _, trained),) = comparison.networks(family, "digits", chosen, task="")  # type: ignore[arg-type]
+    assert found.key == trained.key and made[0] == made[1] and made[0][1]["alpha"] == 1
+    assert found.family == "smoke-resnet50-digits+stability" and isinstance(found.model, nn.Flatten)
+    assert one.network(run, "smoke-resnet50-digits-0").key == "smoke-resnet50-digits-0"
 
 
 def test_figures_name_what_they_rest_on() -> None:
     tables = made({"a-0": 20, "a-1": 30, "b-0": 25})
     figure = one.draw(one.summary(one.aurocs(tables)))
-    assert [axes.get_title() for axes in figure.axes][1] == "flips by noise\nnetworks: 3, kinds: 2"
+    assert [axes.get_title() for axes in figure.axes][1] == "flips by noise\n3 networks of 2 kinds,\n59 images each"
     table = one.networks(tables["flips"])
     figure = one.draw_ranks(table, one.ranks(table))
     assert "n = 2 kinds" in figure.axes[0].get_title() and len(figure.axes[0].collections) == 2
+    continued = table.assign(kind=["a", "a+stability", "b"])
+    first, second, _ = one.draw_ranks(continued, one.ranks(continued)).axes[0].collections
+    assert second.get_label() == "a + stability" and not len(second.get_facecolor())
+    np.testing.assert_array_equal(first.get_edgecolor(), second.get_edgecolor())
+
+
+def test_what_the_continued_networks_change() -> None:
+    tables = made({"a-0": 20, "b-0": 25, "a+stability-0": 30})
+    tables = {name: frame.assign(kind=frame["network"].str[:-2]) for name, frame in tables.items()}
+    table = one.with_and_without(tables).set_index(["claim", "of"])
+    row = table.loc[("noise_flips_worst_direction", "noise, worst_direction")]
+    found = one.aurocs(tables).query("task == 'noise' and score == 'worst_direction'")
+    found = found.set_index("network")["difference"]
+    assert (row["n"], row["without_n"]) == (3, 2) and row["value"] == pytest.approx(found.mean())
+    assert row["without_value"] == pytest.approx(found[["a-0", "b-0"]].mean())

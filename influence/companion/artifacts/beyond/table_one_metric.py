@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,10 @@ from ...ledger.results import Run
 from ...scores import attacks, imagewise
 from ...scores.detection import detection
 from ...scores.evaluation import mean_interval, rank_agreement
-from ...zoo import recipes, training
-from ..common import bound, named
+from ...zoo import finetuning, pretrained, recipes, training
+from ...zoo.recipes import RecipeError
+from ..common import Network, bound, named
+from .table_stability_family import arms
 
 WORST = "worst_direction"
 SCORES = {
@@ -40,6 +43,7 @@ SCORES = {
     WORST: "loss after the worst step",
 }
 LABELS, NOISE = "wrong labels", "noise"
+_CONTINUED = "+"  # between the name of a network and that of the arm that continued it
 _SHARE = 0.2  # of the labels that are flipped where people gave none
 _PGD_STEPS = 10
 _LEAST = 5  # examples of either sort without which a network says nothing about a task
@@ -62,11 +66,12 @@ def attack(radius: float) -> str:
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Every score of test images beside what noise and PGD do to them, and of labelled images beside what is wrong.
 
-    Parameters of the run: networks (names of `common.named`, seed included) on `images` test images, drawn at random;
+    Parameters of the run: networks (names that `network` knows, with seed) on `images` test images, drawn at random;
     detectors (names of recipes) on `label_images` of the images held out of their training, with the labels that
     people gave (CIFAR-10N) where they were trained on such, else with a fifth of the labels flipped; seeds (the first
     is that of the choice), sigma (of the noise, pixels in [0, 1]), copies (noisy ones of each image), radii (of the
-    l_inf balls of PGD, in grey levels of 255, from the smallest; what a smaller ball flips counts for a larger).
+    l_inf balls of PGD, in grey levels of 255, from the smallest; what a smaller ball flips counts for a larger); for
+    networks that are continued also alpha, steps and learning_rate of the arm, whose noise is of the same sigma.
 
     Returns:
         "flips", one row per network and test image: network, kind (its name without the seed), image, label,
@@ -78,12 +83,12 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     common: dict[str, Any] = {"seed": chosen["seeds"][0], "device": run.device.type}
     options = {name: chosen[name] for name in ("sigma", "copies", "radii")}
     for name in progress_bar(chosen["networks"], desc="flips", unit="network", leave=False):
-        network = named(run, name)
-        split = network.parts["test"].sample(chosen["images"], seed=common["seed"])
-        make = bound(flips, network.model, split, device=run.device, **options)
-        known = {"model": network.key, "data": split.digest, **options, **common}
+        subject = network(run, name)
+        split = subject.parts["test"].sample(chosen["images"], seed=common["seed"])
+        make = bound(flips, subject.model, split, device=run.device, **options)
+        known = {"model": subject.key, "data": split.digest, **options, **common}
         found = cache.table(f"one-metric/flips-{name}", known, make)
-        flipped.append(found.assign(network=name, kind=network.family))
+        flipped.append(found.assign(network=name, kind=subject.family))
     for name in progress_bar(chosen["detectors"], desc="wrong labels", unit="network", leave=False):
         recipe = recipes.named(name)
         held_out = recipe.dataset()
@@ -103,6 +108,28 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
         about = {"wrong": (given != verified).numpy(), "network": name, "kind": name.rpartition("-")[0]}
         labelled.append(found.assign(**about))
     return {"flips": pd.concat(flipped, ignore_index=True), "labels": pd.concat(labelled, ignore_index=True)}
+
+
+def network(run: Run, name: str) -> Network:
+    """The network of `common.named`, or, named "NETWORK+ARM", that network continued by an arm of the stability family.
+
+    ARM is one of `table_stability_family.arms`, as in "base-resnet20-cifar10-0+stability", a network that is of a kind
+    of its own, "base-resnet20-cifar10+stability".
+
+    Raises:
+        RecipeError: there is no network or no arm of that name, or the network is one that others trained.
+    """
+    name, _, arm = name.partition(_CONTINUED)
+    found = named(run, name)
+    if not arm:
+        return found
+    known = arms(run.parameters)
+    if arm not in known or name in pretrained.NAMES:
+        where = f"{name}{_CONTINUED}{arm}"
+        raise RecipeError(f"{where}: only networks of recipes.yaml are continued, by one of {', '.join(known)}")
+    recipe = recipes.named(name)
+    trained = finetuning.finetune(recipe, known[arm], recipe.dataset(), device=run.device)
+    return replace(found, model=trained.model, key=trained.key, family=f"{found.family}{_CONTINUED}{arm}")
 
 
 def scores(model: nn.Module, split: Split, *, radius: float, device: torch.device) -> pd.DataFrame:
@@ -134,14 +161,15 @@ def flips(
     model: nn.Module, split: Split, *, sigma: float, copies: int, radii: Sequence[float], device: torch.device
 ) -> pd.DataFrame:
     """The scores of each image, and whether its prediction changes under noise and under PGD; `compute` says how."""
-    generator = torch.Generator(device).manual_seed(0)  # the same draws for every network
+    # The same noise for every network; the starts of PGD are drawn for the images that are left, whose number differs.
+    noise, starts = (torch.Generator(device).manual_seed(seed) for seed in (0, 1))
     parts = []
     for rows, x, _ in imagewise.chunks(split, 64, device, "flips"):
         with torch.no_grad():
             predicted = model(x).argmax(1)
             changed = torch.zeros(len(x), device=x.device)
             for _copy in range(copies):
-                noisy = 255 * influence.gaussian_perturbation(x / 255, sigma=sigma, generator=generator)
+                noisy = 255 * influence.gaussian_perturbation(x / 255, sigma=sigma, generator=noise)
                 changed += model(noisy).argmax(1) != predicted
         found = {"image": split.index[rows], NOISE: changed.double() / copies}
         broken = torch.zeros_like(predicted, dtype=torch.bool)
@@ -157,7 +185,7 @@ def flips(
                     epsilon=epsilon,
                     steps=_PGD_STEPS,
                     step_size=epsilon / 4,
-                    generator=generator,
+                    generator=starts,
                 )
                 with torch.no_grad():
                     broken = broken.index_put((left,), model(moved).argmax(1) != predicted[left])
@@ -313,10 +341,26 @@ def claims(found: pd.DataFrame, table: pd.DataFrame, ranked: pd.DataFrame) -> di
     return claimed
 
 
+def with_and_without(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The estimates of `claims` with all networks, and without those that an arm continued.
+
+    Returns:
+        One row per claim and what it is of: claim, of, value, low, high, n and the same without, "without_value" on.
+    """
+    few = {name: frame[~frame["kind"].str.contains(_CONTINUED, regex=False)] for name, frame in tables.items()}
+    sides = []
+    for chosen in (tables, few):
+        found, table = aurocs(chosen), networks(chosen["flips"])
+        claimed = claims(found, summary(found), ranks(table)).items()
+        rows = [{"claim": item, **asdict(e)} for item, found in claimed if not isinstance(found, bool) for e in found]
+        sides.append(pd.DataFrame(rows).set_index(["claim", "of"]))
+    return sides[0].join(sides[1].add_prefix("without_")).reset_index()
+
+
 def draw(table: pd.DataFrame) -> Figure:
     """AUROC of each score for each task: means over kinds of network with 95% t intervals; dotted: what is to beat."""
     tasks = list(table["task"].unique())
-    figure = Figure(figsize=(style.WIDTH * 1.25, 3.1))
+    figure = Figure(figsize=(style.WIDTH * 1.25, 3.3))
     for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks), sharey=True)), tasks, strict=True):
         part = table[table["task"] == task].set_index("score").loc[list(SCORES)]
         for place, score in enumerate(SCORES):
@@ -327,26 +371,35 @@ def draw(table: pd.DataFrame) -> Figure:
         axes.axvline(part.loc["loss" if task == LABELS else "margin", "auroc"], color="0.5", linestyle=":", linewidth=1)
         title = task if task == LABELS else f"flips by {task}"
         several, kinds = int(part["networks"].iloc[0]), int(part["kinds"].iloc[0])
-        axes.set_title(f"{title}\nnetworks: {several}" + (f", kinds: {kinds}" if several > kinds else ""))
+        count = f"{several} networks" + (f" of {kinds} kinds" if several > kinds else "")
+        axes.set_title(f"{title}\n{count},\n{part['images'].iloc[0]:.0f} images each")
         axes.set_yticks(range(len(SCORES)), list(SCORES.values()))
         axes.set_ylim(len(SCORES) - 0.5, -0.5)
         axes.set_xlabel("AUROC")
         axes.grid(axis="x", alpha=0.3)
-    figure.suptitle("means over kinds of network, 95% t intervals; dotted: what a score has to beat", fontsize=8)
+    words = "means over kinds of network, 95% t intervals; dotted: what a score has to beat"
+    figure.suptitle(f"{words}; images: mean over networks, for flips those classified rightly", fontsize=8)
     return figure
 
 
 def draw_ranks(table: pd.DataFrame, ranked: pd.DataFrame) -> Figure:
-    """Accuracy lost to PGD against the median lambda_max: a point for each network, a colour for each kind."""
+    """Accuracy lost to PGD against the median lambda_max: a point for each network, a colour for each kind.
+
+    Networks that an arm continued are hollow, in the colour of those that they were.
+    """
     names = _attacks(table)
-    kinds = list(table["kind"].unique())
+    before = list(dict.fromkeys(kind.partition(_CONTINUED)[0] for kind in table["kind"]))
+    colours = style.class_colours(len(before))
     figure = Figure(figsize=(style.WIDTH * 1.15, 4.1))
     panels = np.atleast_1d(figure.subplots(1, len(names)))
     for axes, name in zip(panels, names, strict=True):
-        for place, (kind, colour) in enumerate(zip(kinds, style.class_colours(len(kinds)), strict=False)):
-            part = table[table["kind"] == kind]
-            look = {"marker": "osD^vP*X<>"[place % 10], "color": colour, "label": style.network(kind)}
-            axes.scatter(part["lambda_max"], 100 * part[name], s=28, **look)
+        for kind, part in table.groupby("kind", sort=False):
+            base, _, arm = str(kind).partition(_CONTINUED)
+            place = before.index(base)
+            look = {"marker": "osD^vP*X<>"[place % 10], "edgecolors": [colours[place]], "s": 28}
+            label = style.network(base) + (f" + {arm}" if arm else "")
+            fill = "none" if arm else [colours[place]]
+            axes.scatter(part["lambda_max"], 100 * part[name], facecolors=fill, label=label, **look)
         chosen = ranked[(ranked["attack"] == name) & (ranked["measure"] == "lambda_max") & (ranked["unit"] == "kinds")]
         value, low, high, n = chosen[["spearman", "low", "high", "n"]].iloc[0]
         axes.set_title(f"{name}: Spearman {value:.2f} [{low:.2f}, {high:.2f}], n = {int(n)} kinds", fontsize=8)
@@ -356,5 +409,5 @@ def draw_ranks(table: pd.DataFrame, ranked: pd.DataFrame) -> Figure:
         axes.set_ylabel("accuracy lost (points)")
     images = int(table["images"].iloc[0])
     figure.suptitle(f"{images} test images of each network; 95% bootstrap intervals over kinds", fontsize=8)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return figure

@@ -10,13 +10,12 @@ import io
 import math
 from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as V
 
 _NOISE_SEED = 0
 _BY_NAME: dict[str, tuple[Callable[..., Tensor], type]] = {}
@@ -40,6 +39,13 @@ def _distortion(short: str, number: type = float) -> Callable[[Callable[..., Ten
         return checked
 
     return named
+
+
+def _functional() -> Any:
+    """Torchvision's transforms; PyTorch's compiler comes with them, two seconds of every start that does without."""
+    from torchvision.transforms.v2 import functional
+
+    return functional
 
 
 @_distortion("jpeg", int)
@@ -69,7 +75,8 @@ def thumbnail(images: Tensor, area: int) -> Tensor:
         raise ValueError(f"a thumbnail of {height}x{width} images has 1..{height * width} pixels, got {area}")
     factor = math.sqrt(area / (height * width))
     small = [max(1, round(height * factor)), max(1, round(width * factor))]
-    return V.resize(V.resize(images, small, antialias=True), [height, width], antialias=True)
+    resize = _functional().resize
+    return resize(resize(images, small, antialias=True), [height, width], antialias=True)
 
 
 @_distortion("crop", int)
@@ -78,7 +85,7 @@ def crop(images: Tensor, offset: int) -> Tensor:
     height, width = images.shape[-2:]
     if not 0 <= offset < min(height, width):
         raise ValueError(f"the offset must be in 0..{min(height, width) - 1}, got {offset}")
-    return V.resize(images[..., offset:, offset:], [height, width], antialias=True)
+    return _functional().resize(images[..., offset:, offset:], [height, width], antialias=True)
 
 
 @_distortion("noise")
@@ -96,14 +103,14 @@ def blur(images: Tensor, sigma: float) -> Tensor:
     if not sigma > 0:
         raise ValueError(f"sigma must be positive, got {sigma}")
     half = min(math.ceil(3 * sigma), min(images.shape[-2:]) - 1)  # the window is reflected at the border
-    return V.gaussian_blur(images, [2 * half + 1, 2 * half + 1], [sigma, sigma])
+    return _functional().gaussian_blur(images, [2 * half + 1, 2 * half + 1], [sigma, sigma])
 
 
 @_distortion("contrast")
 def contrast(images: Tensor, factor: float) -> Tensor:
     """Mix with the mean grey: `factor` 1 changes nothing, 0 leaves grey (torchvision's adjust_contrast)."""
     # In whole grey levels torchvision rounds towards 0.
-    mixed = V.adjust_contrast(images.float() / 255, factor)
+    mixed = _functional().adjust_contrast(images.float() / 255, factor)
     return (255 * mixed).round().to(torch.uint8)
 
 
@@ -121,7 +128,9 @@ def pixelate(images: Tensor, factor: float) -> Tensor:
     height, width = images.shape[-2:]
     small = max(1, round(height * factor)), max(1, round(width * factor))
     averaged = torch.nn.functional.adaptive_avg_pool2d(images.float(), small).round().to(torch.uint8)
-    return V.resize(averaged, [height, width], interpolation=InterpolationMode.NEAREST_EXACT)
+    from torchvision.transforms import InterpolationMode
+
+    return _functional().resize(averaged, [height, width], interpolation=InterpolationMode.NEAREST_EXACT)
 
 
 def apply(name: str, images: Tensor) -> Tensor:

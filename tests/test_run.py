@@ -231,6 +231,9 @@ def test_what_can_be_made_without_the_missing_data_is_made(
     monkeypatch.setattr(run, "_execute", execute)
     (tmp_path / "empty").mkdir()
     command = ["--profile", "cpu", "--data", str(tmp_path / "empty")]
+    assert workspace.run(*command) == 0 and not ran
+    assert capsys.readouterr().out.splitlines()[-1] == "profile cpu: 0 ok, 0 unchanged, 0 failed, 3 not there"
+    monkeypatch.setattr(run, "published", lambda stem, profile: (tmp_path, {}))
     assert workspace.run(*command) == 0 and len(ran) == 3  # nothing is needed to draw
     assert "needs" not in capsys.readouterr().out
     ran.clear()

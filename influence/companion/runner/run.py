@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from ..ledger import cache, manifest, notebook, paths
 from ..ledger.notebook import Notebook, discover
-from ..ledger.results import SMOKE
+from ..ledger.results import SMOKE, published
 from . import audit, execute, needs
 
 _TIME_LIMIT = {SMOKE: 3600.0}  # seconds a notebook may take; other profiles:
@@ -48,6 +49,11 @@ class Job:
         return {k: v for k, v in self.parameters.items() if defaults[k].convert(defaults[k].default) != v}
 
     @property
+    def only_redraws(self) -> bool:
+        """Whether it draws what is published, and so has nothing to do where nothing is."""
+        return self.notebook.redraws and not self.parameters["recompute"]
+
+    @property
     def executed(self) -> Path:
         """Where the notebook lies after its run."""
         return paths.BUILD / "notebooks" / self.parameters["profile"] / f"{self.notebook.stem}.ipynb"
@@ -60,7 +66,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one artifact ended: `ok`, `unchanged`, `failed` or `no data`; `note` is the verdict, or what is wrong."""
+    """How one artifact ended: `ok`, `unchanged`, `failed`, `no data` or `not there`; `note` is the verdict, or why."""
 
     stem: str
     status: str
@@ -137,6 +143,8 @@ def run(options: argparse.Namespace) -> int:
                 found = Outcome(job.notebook.stem, "unchanged", None, job.verdict)
             elif job.notebook.stem in lacking:
                 found = Outcome(job.notebook.stem, "no data", None, lacking[job.notebook.stem])
+            elif job.only_redraws and published(job.notebook.stem, profile)[1] is None:
+                found = Outcome(job.notebook.stem, "not there", None, "nothing is published: --recompute computes it")
             else:
                 found = _execute(job, limit, environment)
             if refresh and found.status == "ok":
@@ -155,8 +163,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"\n{'artifact':<{width}}  {'status':<9}  {'seconds':>9}  verdict")
     for outcome in outcomes:
         print(outcome.line(width))
-    statuses = ("ok", "unchanged", "failed", *(["no data"] if lacking else []))
-    count = {status: sum(o.status == status for o in outcomes) for status in statuses}
+    count = {status: 0 for status in ("ok", "unchanged", "failed")} | Counter(o.status for o in outcomes)
     print(f"profile {profile}: " + ", ".join(f"{n} {status}" for status, n in count.items()))
     return 1 if count["failed"] or lacking else 0
 

@@ -19,14 +19,6 @@ def pytest_configure() -> None:
     torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run side by side, those that share what a fixture makes for a module stay in one process."""
-    for item in items:
-        fixtures = item._fixtureinfo.name2fixturedefs.values()
-        if any(definition.scope == "module" for definitions in fixtures for definition in definitions):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _results_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test writes into results/: notebooks that run under test write here."""

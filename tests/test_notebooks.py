@@ -185,7 +185,6 @@ def test_every_profile_gives_what_the_notebook_leaves_open(book: Notebook) -> No
 
 
 @pytest.mark.notebooks
-@pytest.mark.xdist_group("kernels")  # two processes that start kernels at once may choose the same port
 @pytest.mark.timeout(3600)
 @each
 def test_outputs(book: Notebook, tmp_path: Path) -> None:

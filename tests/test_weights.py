@@ -184,6 +184,23 @@ def test_samples_are_unbiased_and_below_the_ceiling() -> None:
         assert all(float(draw.fi[name].max()) <= float(ceiling) for draw in draws)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_does_not_overflow(dtype: torch.dtype) -> None:
+    """Raw pixels: squares of the inputs are beyond the largest float16, which must not pass for rounding."""
+    torch.manual_seed(0)
+    first = nn.Conv2d(1, 2, 3)
+    model = nn.Sequential(first, nn.Flatten(), nn.LayerNorm(8), nn.Linear(8, 3)).to(dtype).double()
+    x, labels = (800 * torch.rand(2, 1, 4, 4)).to(dtype).double(), [0, 1]
+    with torch.no_grad():
+        first.weight.mul_(2**-10)  # so that a whole output and its gradient fit
+    expected = influence.weight_influence(model, x, labels)
+    found = influence.weight_influence(model.to(dtype), x.to(dtype), labels)
+    for number in NUMBERS[:2]:
+        for name, truth in getattr(expected, number).items():
+            total, ours = float(truth.sum()), float(getattr(found, number)[name].sum())
+            assert ours == pytest.approx(total, rel=0.1), (name, number)
+
+
 def test_the_same_in_single_precision() -> None:
     model, x, labels = small()
     expected = brute(model, x, labels)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from influence.grams.gradients import Gradient
+from influence.grams.gradients import Gradient, squared
 from influence.grams.rules import RULES, Grads, Layout, Node, Rule, Site, require_form, shape_of
 
 
@@ -39,11 +39,11 @@ def _gradients(site: Site, grad: Tensor, layout: Layout) -> Iterator[Gradient]:
         # A difference has the Gram of a sum.
         factor = grad.new_tensor(node._saved_alpha if operand.place == 1 else 1.0)
 
-    def summed(*, squared: bool) -> Tensor:
+    def summed(*, squares: bool) -> Tensor:
         terms = (part * factor for part in grad)
-        return torch.cat([_sum_to_operand(site, (t.square() if squared else t)[None], layout) for t in terms], dim=1)
+        return torch.cat([_sum_to_operand(site, (squared(t) if squares else t)[None], layout) for t in terms], dim=1)
 
-    yield Gradient.of(operand, summed(squared=False), partial(summed, squared=True))
+    yield Gradient.of(operand, summed(squares=False), partial(summed, squares=True))
 
 
 def _add_vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:

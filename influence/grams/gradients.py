@@ -169,7 +169,7 @@ class TokenGradient:
 
     def terms(self, chosen: slice) -> Tensor:
         """The squares of the entries themselves, few of which are sums."""
-        return self.entries(chosen).square().sum(dim=1)
+        return squared(self.entries(chosen)).sum(dim=1)
 
     def to_parameter(self, values: Tensor, weights: Tensor, chosen: slice) -> Tensor:
         """Sum values ``(n, L D)`` for the tokens of some examples with weights ``(n,)``: ``(V, D)``."""
@@ -177,9 +177,15 @@ class TokenGradient:
         return rows.new_zeros(self.shape).index_add_(0, self.tokens[chosen].flatten(), rows)
 
 
+def squared(values: Tensor) -> Tensor:
+    """Squares in float32 at least: in half precision those of values above 255 overflow."""
+    return values.to(torch.promote_types(values.dtype, torch.float32)).square()
+
+
 def _squares_of_rows(values: Tensor) -> Tensor:
-    """Sums of squares over the last dimension."""
-    return torch.linalg.vector_norm(values, dim=-1).square_()
+    """Sums of squares over the last dimension, in float32 at least."""
+    wide = torch.promote_types(values.dtype, torch.float32)
+    return torch.linalg.vector_norm(values, dim=-1, dtype=wide).square_()
 
 
 AnyGradient = Gradient | ProductGradient | TokenGradient

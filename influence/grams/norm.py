@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from influence.grams.gradients import Gradient
+from influence.grams.gradients import Gradient, squared
 from influence.grams.rules import RULES, Grads, Layout, Node, Rule, Site, require_form
 
 
@@ -26,7 +26,7 @@ def _gradients(site: Site, grads: Tensor, normal: Tensor) -> Iterator[Gradient]:
 
 def _squares(factors: Tensor, terms: Tensor) -> Tensor:
     """Squared lengths ``(N, m, C)`` of what sums of ``(N, C, 1, T)`` times ``(N, C, T, m)`` add up."""
-    return (factors.square() @ terms.square()).squeeze(2).mT
+    return (squared(factors) @ squared(terms)).squeeze(2).mT
 
 
 # -- batch ------------------------------------------------------------------------------------------------------------

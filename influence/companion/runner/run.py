@@ -151,14 +151,13 @@ def run(options: argparse.Namespace) -> int:
                 execute.refresh(job.notebook.path, job.executed)
             return found
 
-        outcomes = []
+        by_stem: dict[str, Outcome] = {}
         for last in (False, True):
             part = [job for job in jobs if (job.notebook.stem == notebook.LAST) == last]
             for ended in _side_by_side(finish, part, at_once):
-                outcomes.append(ended)
+                by_stem[ended.stem] = ended
                 print(ended.line(width), flush=True)
-        order = [job.notebook.stem for job in jobs]
-        outcomes.sort(key=lambda ended: order.index(ended.stem))
+        outcomes = [by_stem[job.notebook.stem] for job in jobs]
     width = max(width, len("artifact"))
     print(f"\n{'artifact':<{width}}  {'status':<9}  {'seconds':>9}  verdict")
     for outcome in outcomes:

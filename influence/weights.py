@@ -156,7 +156,7 @@ class _WeightPasses(ParameterPasses):
         made = self._forward(inputs, rows)
         score, dtype, probes = made.rows, made.dtype, made.probes
         truth, logits = [], made.logits.detach()
-        initial = [(v @ made.seeds[:, n].double()).to(made.seeds.dtype)[None] for n, v in enumerate(probes)]
+        initial = made.probe_seeds()
         for n, seed in enumerate(initial):
             grads = self._by_pytorch(inputs[n : n + 1], logits[n : n + 1], seed, dtype)
             truth.append(dict(zip(self._parameters, grads, strict=True)))

@@ -59,6 +59,10 @@ class Pass(Generic[R]):
     seeds: Tensor
     probes: Tensor
 
+    def probe_seeds(self) -> list[Tensor]:
+        """What autograd starts from for the comparison: ``(1, K)`` for each of the first R examples."""
+        return [(v @ self.seeds[:, n].double()).to(self.seeds.dtype)[None] for n, v in enumerate(self.probes)]
+
 
 class ParameterPasses:
     """What every computation on the gradients of parameters begins with: a verified pass, chunk by chunk.
@@ -192,7 +196,7 @@ class ParameterGrams(ParameterPasses):
         """
         made = self._forward(inputs, rows)
         chosen, dtype, squares = made.rows, made.dtype, []
-        seeds = [(v @ made.seeds[:, n].double()).to(made.seeds.dtype)[None] for n, v in enumerate(made.probes)]
+        seeds = made.probe_seeds()
         for n, seed in enumerate(seeds):
             squares.append(self._squares(inputs[n : n + 1], made.logits[n : n + 1].detach(), seed, dtype))
         gram = made.seeds.new_zeros(len(inputs), self._blocks, chosen.count, chosen.count, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """Every example must have logits of its own, the same in any batch and in every call: checked here, never assumed.
 
-In each chunk the last examples are called again without the others, and the gradients must keep the examples apart; in
-the first chunk the first example is called alone too.
+In each chunk some examples are called again without the others, and the gradients must keep the examples apart; in the
+first chunk the first example is called alone too.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from influence.memory import is_out_of_memory
 
 # Calls of a model that draws random numbers, of which none may differ.
 _REPEATS = 8
-# Examples of every chunk that are called again without the others, in the opposite order.
-_TURNED = 2
+# Examples of every chunk that are called again without the others: the last two in the opposite order; of tokens, which
+# a model may cut to the longest of the batch, so many one by one.
+_TURNED, _SINGLE = 2, 8
 # Entries of a gradient below this share of the example's largest may be rounding.
 _NOISE = {torch.float64: 1e-10, torch.float32: 1e-4}
 _NOISE_OF_HALF = 5e-2
@@ -85,16 +86,28 @@ def require_same(model: nn.Module, inputs: Inputs, single: Tensor, batched: Tens
 
 
 def require_independent(model: nn.Module, inputs: Inputs, batched: Tensor, dtype: torch.dtype) -> None:
-    """Refuse a batch whose last examples have other logits by themselves, in the opposite order, than in it.
+    """Refuse a batch of which some examples have other logits by themselves than in it.
 
     Raises:
         RuntimeError: If they differ by more than rounding of ``dtype``.
     """
-    count = min(len(inputs) - 1, _TURNED)
-    if count:
-        turned = replace(inputs, tensors=tuple(tensor[-count:].flip(0) for tensor in inputs.tensors))
+    for chosen in _apart(inputs):
+        few = replace(inputs, tensors=tuple(tensor[chosen] for tensor in inputs.tensors))
         # With its graph, as a model may look for one.
-        require_same(model, turned, turned.logits(model).detach(), batched[-count:].flip(0), dtype)
+        require_same(model, few, few.logits(model).detach(), batched[chosen], dtype)
+
+
+def _apart(inputs: Inputs) -> list[Tensor]:
+    """Which examples are called together, without the others: an index ``(n,)`` for each call."""
+    if len(inputs) == 1:
+        return []
+    discrete = [tensor for tensor in inputs.tensors if not (tensor.is_floating_point() or tensor.is_complex())]
+    if not discrete:
+        return [torch.arange(len(inputs), device=inputs.device)[1:][-_TURNED:].flip(0)]
+    # Padding repeats one value: the examples that change least along their length are the shortest.
+    rows = torch.cat([tensor.reshape(len(inputs), -1).long() for tensor in discrete], dim=1)
+    changes = (rows.diff(dim=1) != 0).sum(dim=1)
+    return list(changes.argsort(stable=True)[:_SINGLE].split(1))
 
 
 def require_reproducible(first: Tensor, again: Tensor, dtype: torch.dtype) -> None:

@@ -30,7 +30,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.3}
 # bfloat16 every block is held against the largest.
 _NOTHING = {torch.float64: 1e-13, torch.float32: 1e-7, torch.bfloat16: 1.0}
 # So are Jacobians that move the logits by less than this share of them where the whole block is moved by its length.
-_INSENSITIVE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 0.0}
+_INSENSITIVE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 1e-2}
 # Logits that differ by more than this share are not the same.
 _OTHER_LOGITS = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.3}
 # A rank is beyond doubt if no singular value, relative to the largest, lies between these.
@@ -278,7 +278,8 @@ def judge(case: Case) -> Verdict:
                 return Verdict(NEEDLESS, verdict.detail)
             return verdict
         announced = "; ".join(heard)
-        if hostile or (case.fate == random_parts.REFUSED and not reproducible(case)):
+        # A model that changes with every call may have settled in those before: then its numbers count.
+        if (hostile and misbehaves(case)) or (case.fate == random_parts.REFUSED and not reproducible(case)):
             return Verdict(SILENT, "accepted, though its examples have no logits or no gradients of their own")
         wrong = difference(case, metric) or variation(case, metric)
         return wrong or Verdict(ANNOUNCED if announced else RIGHT, announced)

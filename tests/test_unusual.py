@@ -392,6 +392,28 @@ def test_patches_of_examples_that_meet_are_refused() -> None:
         influence.metric_tensor(net.eval(), torch.randn(3, 2, 3, 3), wrt=influence.Patches(2))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_tokens_cut_to_the_longest_of_the_batch_are_refused(masked: bool) -> None:
+    """One short example of twelve, neither the first nor one of the last, depends on the padding of the others."""
+
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(50, 5), nn.Linear(5, 3)
+
+        def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+            keep = ids != 0 if mask is None else mask
+            return self.head(self.table(ids[:, : int(keep.sum(dim=1).max())]).mean(dim=1).tanh())
+
+    ids = torch.randint(1, 50, (12, 9), generator=torch.Generator().manual_seed(0))
+    x = {"ids": ids, "mask": (ids != 0).long()} if masked else ids
+    influence.metric_tensor(Cut().eval(), x, wrt="layers")
+    ids[6, 4:] = 0
+    x = {"ids": ids, "mask": (ids != 0).long()} if masked else ids
+    with pytest.raises(RuntimeError, match="depend on the other"):
+        influence.metric_tensor(Cut().eval(), x, wrt="layers")
+
+
 @pytest.mark.parametrize("chunk_size", [2, 4])
 @pytest.mark.parametrize("wrt", ["input", "layers"])
 @pytest.mark.parametrize(("meet", "words"), [("logits", "depend on the other"), ("gradients", "reaches other")])

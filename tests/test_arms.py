@@ -20,7 +20,7 @@ from influence.companion.artifacts.stability import (
     table_classification,
 )
 from influence.companion.images import data
-from influence.companion.ledger import reference
+from influence.companion.ledger import paths, reference
 from influence.companion.ledger.reference import Estimate
 from influence.companion.zoo import finetuning, last_layer, training
 from influence.companion.zoo.finetuning import Arm
@@ -38,21 +38,28 @@ def digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> data.Dataset:
     return dataclasses.replace(whole, **few)
 
 
-def test_the_last_layer_alone_moves(digits: data.Dataset) -> None:
-    base = training.fit(TINY, digits).model
-    tuned = finetuning.finetune(TINY, Arm("stability", alpha=1.0, layers="last", **ONE), digits).model
-    moved = {
-        name
-        for (name, before), after in zip(base.named_parameters(), tuned.parameters(), strict=True)
-        if not torch.equal(before, after)
-    }
-    assert moved == {"head.weight", "head.bias"}
-    assert all(p.requires_grad for p in tuned.parameters())
+def test_a_published_network_is_loaded_and_its_checksum_verified(
+    digits: data.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths, "ZOO", tmp_path / "zoo")
+    arm = Arm("stability", alpha=1.0, **ONE)
+    made = finetuning.finetune(TINY, arm, digits, publish=True)
+    assert all(torch.equal(p, p.half().float()) for p in made.model.parameters())
+    assert not list(training.folder().glob("*stability*.safetensors"))
+    (weights,) = training.published_folder().glob("*.safetensors")
+    monkeypatch.setattr(finetuning, "_continue", lambda *_: pytest.fail("trained again"))
+    again = finetuning.finetune(TINY, arm, digits)
+    assert again.key == made.key and all(map(torch.equal, again.model.parameters(), made.model.parameters()))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(training.TrainingError, match="another checksum"):
+        finetuning.finetune(TINY, arm, digits)
 
 
 def test_variants_differ_where_they_should(digits: data.Dataset) -> None:
     def head(**options: object) -> torch.Tensor:
-        arm = Arm("stability", alpha=5.0, layers="last", steps=2, learning_rate=1e-2, **options)  # type: ignore[arg-type]
+        arm = Arm("stability", alpha=5.0, steps=2, learning_rate=1e-2, **options)  # type: ignore[arg-type]
         return finetuning.finetune(TINY, arm, digits).model.get_parameter("head.weight")
 
     kl, ce = head(), head(divergence="ce")
@@ -64,15 +71,13 @@ def test_variants_differ_where_they_should(digits: data.Dataset) -> None:
 
 def test_augmentation_with_a_distortion(digits: data.Dataset) -> None:
     weights = [
-        finetuning.finetune(TINY, Arm("augmentation", layers="last", perturbation=p, **ONE), digits).model
+        finetuning.finetune(TINY, Arm("augmentation", perturbation=p, **ONE), digits).model
         for p in ("noise", "jpeg-10", "blur-1")
     ]
     heads = [model.get_parameter("head.weight") for model in weights]
     assert not torch.equal(heads[0], heads[1]) and not torch.equal(heads[1], heads[2])
     with pytest.raises(ValueError, match="only augmentation"):
         Arm("stability", perturbation="jpeg-10", **ONE)
-    with pytest.raises(ValueError, match="layers"):
-        Arm("control", layers="first", **ONE)  # type: ignore[arg-type]
 
 
 def test_standard_arms() -> None:

@@ -176,7 +176,7 @@ def test_a_continued_network_is_that_of_the_family(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(training, "fit", lambda recipe, *_, **__: training.Trained(nn.Identity(), recipe.name, [], 0.0))
     made: list[tuple[str, dict[str, Any]]] = []
 
-    def once(name: str, key: str, model: nn.Module, make: Any, *, recipe: Any) -> training.Trained:
+    def once(name: str, key: str, model: nn.Module, make: Any, *, recipe: Any, **_: Any) -> training.Trained:
         made.append((key, asdict(recipe)))
         return training.Trained(nn.Flatten(), key, [], 0.0)
 

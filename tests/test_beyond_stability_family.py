@@ -15,11 +15,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import influence
+from influence.companion.artifacts import audits
 from influence.companion.artifacts.beyond import table_stability_family as family_table
 from influence.companion.artifacts.stability import comparison
 from influence.companion.images import corruptions, data
-from influence.companion.ledger import cache, reference
-from influence.companion.zoo import family
+from influence.companion.ledger import cache, paths, reference
+from influence.companion.zoo import family, training
 from influence.companion.zoo.family import PENALTIES, FamilyArm
 from influence.companion.zoo.finetuning import Arm
 from influence.companion.zoo.recipes import Recipe
@@ -125,7 +126,7 @@ def test_the_ascent_stays_in_the_ball_and_climbs(model: nn.Module, x: torch.Tens
 
 
 def test_arms_keep_the_keys_of_what_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The keys of networks that were trained before there was a family.
+    # The key of a published network: a change of it would train them all anew.
     assert cache.fingerprint(dataclasses.asdict(Arm("stability", 400, 0.005, alpha=1.0))) == KEY
     chosen = family_table.arms({"sigma": 0.04, "alpha": 1.0, **ONE})
     assert list(chosen) == ["control", "augmentation", "stability", *PENALTIES]
@@ -137,7 +138,7 @@ def test_arms_keep_the_keys_of_what_is_trained(tmp_path: Path, monkeypatch: pyte
         FamilyArm("control", **ONE)
 
 
-KEY = "985a09f241017c99623dd05b7e996bcdab27374f5e7bacee223fa4372041e079"
+KEY = "a481c4611b8fa1e17417a370a78975ae4e7dad223e0f015126a2b37fba0426ad"
 
 
 @pytest.mark.parametrize("name", corruptions.NAMES)
@@ -173,8 +174,9 @@ def test_corruptions_by_hand() -> None:
         corruptions.corrupt("snow", grey, severity=1)
 
 
-def test_every_arm_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("INFLUENCE_CACHE", str(tmp_path))
+def test_every_arm_is_measured_and_published_networks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFLUENCE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(paths, "ZOO", tmp_path / "zoo")
     whole = data.load("digits")
     few = dataclasses.replace(
         whole, train=whole.train.sample(80), valid=whole.valid.sample(20), test=whole.test.sample(20)
@@ -186,14 +188,26 @@ def test_every_arm_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "dataset": "digits", "model": "resnet50", "seeds": [0], "sigma": 0.04, "alpha": 1.0, "tested": ["jpeg-10"],
         "corruptions": [], "severities": [1], "images": 0, "attacked": 8, "traced": 4, "draws": 1, **ONE,
     }  # fmt: skip
-    run = SimpleNamespace(parameters=parameters, profile="smoke", device=torch.device("cpu"), stem="")
-    runs = family_table.compute(run)["runs"]  # type: ignore[arg-type]
+    run = SimpleNamespace(parameters=parameters, profile="cpu", device=torch.device("cpu"), stem="")
+    tables = family_table.compute(run)  # type: ignore[arg-type]
+    runs = family_table.together(tables)
     assert len(runs) == 8 * 6 and runs[runs["kind"] != "output"]["value"].between(0, 1).all()
     assert runs.groupby("measure")["n"].first().to_dict() == {
         "original": 20, "jpeg-10": 20, "noise-0.04": 20, "PGD": 8, "KL": 4, "trace": 4
     }  # fmt: skip
     table = family_table.table(runs)
     assert len(family_table.draw(table).axes) == 2 and len(family_table.draw_outputs(table).axes) == 2
+
+    for name, audit in audits.AUDITS["beyond/table_stability_family"].items():
+        examples = audit.choose(tables[name], 6, seed=0)
+        published = tables[name].merge(examples, on=list(audit.example))
+        anew = audit.again(run, examples)  # type: ignore[arg-type]
+        assert audit.compare(published, anew) == (2 * len(published), 0, [])
+        assert len(audit.compare(published.assign(value=1.01 * published["value"] + 0.01), anew)[2]) == len(published)
+    for file in training.published_folder().glob("*-trades-*"):
+        file.unlink()
+    with pytest.raises(training.TrainingError, match="continued by trades, is not published"):
+        family_table.again(run, runs[runs["arm"] == "trades"])  # type: ignore[arg-type]
 
 
 def runs_with(gain: float, spread: float = 0.001) -> pd.DataFrame:

@@ -371,7 +371,7 @@ def test_the_life_of_a_published_network(
         training.fit(recipe, recipe.dataset())
     weights.write_bytes(whole[:100])
     changed = json.loads(sound)
-    changed["tiny-0"]["sha256"] = published._sha256(weights)
+    changed["tiny-0"]["sha256"] = training.sha256(weights)
     ledger.write_text(json.dumps(changed))
     assert cli.main(["zoo", "check"]) == 1
     assert "damaged, or the weights of another network" in capsys.readouterr().out
@@ -474,14 +474,16 @@ def test_committed_zoo_is_as_its_ledger_says() -> None:
     assert set(rows) <= set(known)
     files = {file.name for file in paths.ZOO.glob("*")} if paths.ZOO.exists() else set()
     owned = {"ledger.json"} | {f"{name}.{suffix}" for name in known for suffix in ("safetensors", "csv", "resume.pt")}
-    assert files <= owned
+    assert files <= owned | {"continued"}
     for name, row in rows.items():
         assert row["recipe"] == json.loads(json.dumps(known[name].decides())), name
         assert (paths.ZOO / f"{name}.csv").is_file()
         if row["published"]:
             file = published._checked(name, row)
             assert file.stat().st_size == row["bytes"] < 5e6
-    assert sum((paths.ZOO / name).stat().st_size for name in files) < 80e6
+    for notes in (paths.ZOO / "continued").glob("*.json"):
+        assert json.loads(notes.read_text())["sha256"] == training.sha256(notes.with_suffix(".safetensors")), notes
+    assert sum(file.stat().st_size for file in paths.ZOO.rglob("*") if file.is_file()) < 80e6
 
 
 # One of each kind: all of them take `influence zoo check` a quarter of an hour.

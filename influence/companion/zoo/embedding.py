@@ -33,17 +33,9 @@ class EmbeddingArm(Arm):
 
     The task is the ranking of triplets by class, of one batch. The stability loss is the mean distance between an image
     and its noisy copy.
-
-    Raises:
-        ValueError: a choice of layers; those of `Arm`.
     """
 
     margin: float = 0.2  # g of the hinge, a distance between unit vectors
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.layers != "all":
-            raise ValueError(f"an embedding is continued in all layers, got layers={self.layers!r}")
 
     def network(self, classifier: nn.Module) -> nn.Module:
         """The features of the classifier."""

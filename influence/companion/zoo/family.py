@@ -51,6 +51,11 @@ class FamilyArm(Arm):
         if self.copies < (2 if self.penalty == "consistency" else 1) or self.ascents < 1:
             raise ValueError(f"{self.penalty}: got {self.copies} copies and {self.ascents} steps, too few")
 
+    @property
+    def name(self) -> str:
+        """What files and progress bars call it."""
+        return self.penalty
+
     def loss(self, model: nn.Module, x: Tensor, perturbed: Tensor, labels: Tensor) -> Tensor:
         """The objective on pixels 0..255, (N, C, H, W), and their noisy copies."""
         draw = _aside(x.device)

@@ -16,7 +16,7 @@ import influence
 from ..images import distortions
 from ..images.data import Dataset
 from ..ledger import cache
-from . import models, training
+from . import training
 from .recipes import Recipe
 from .training import Record, Shuffled, Trained, pixels
 
@@ -35,7 +35,7 @@ class Arm:
     alpha * divergence between clean and noisy outputs ("stability").
 
     Raises:
-        ValueError: a distortion with any objective but augmentation, or unknown layers.
+        ValueError: a distortion with any objective but augmentation.
     """
 
     objective: Literal["control", "augmentation", "stability"]
@@ -45,15 +45,17 @@ class Arm:
     alpha: float = 0.0
     divergence: Literal["kl", "ce"] = "kl"
     stop_gradient: bool = False  # hold the clean output constant: KL and CE then have the same gradient
-    layers: Literal["all", "last"] = "all"  # "last": the dense layer alone
     perturbation: str = NOISE  # what "augmentation" trains on: "noise", or a name of `distortions.apply`
     batch_size: int = 128
 
     def __post_init__(self) -> None:
         if self.perturbation != NOISE and self.objective != "augmentation":
             raise ValueError(f"only augmentation trains on a distortion, got {self.objective} on {self.perturbation!r}")
-        if self.layers not in ("all", "last"):
-            raise ValueError(f"layers must be 'all' or 'last', got {self.layers!r}")
+
+    @property
+    def name(self) -> str:
+        """What files and progress bars call it."""
+        return self.objective
 
     def network(self, classifier: nn.Module) -> nn.Module:
         """What is continued of a trained classifier."""
@@ -78,35 +80,42 @@ class Arm:
         return self.stable(clean, noisy, labels)
 
 
-def finetune(recipe: Recipe, arm: Arm, dataset: Dataset, *, device: torch.device | str = "cpu") -> Trained:
+def finetune(
+    recipe: Recipe, arm: Arm, dataset: Dataset, *, device: torch.device | str = "cpu", publish: bool = False
+) -> Trained:
     """The network of `recipe`, continued with the objective of `arm` for a fixed number of steps; made once."""
-    base = training.fit(recipe, dataset, device=device)
-    key = cache.fingerprint({"base": base.key, "arm": asdict(arm)})
-    model = arm.network(base.model)
+    model = arm.network(training.fit(recipe, dataset, device=device).model)
+    name, key = _named(recipe, arm, dataset)
     make = partial(_continue, model, recipe, arm, dataset)
-    return training.made_once(f"{recipe.name}-{arm.objective}", key, model, make, recipe=arm)
+    return training.made_once(name, key, model, make, recipe=arm, half=True, publish=publish)
+
+
+def is_published(recipe: Recipe, arm: Arm, dataset: Dataset) -> bool:
+    """Whether `finetune` has only to load it, on any machine."""
+    name, key = _named(recipe, arm, dataset)
+    return (training.published_folder() / f"{name}-{key[:16]}.json").exists()
+
+
+def _named(recipe: Recipe, arm: Arm, dataset: Dataset) -> tuple[str, str]:
+    key = cache.fingerprint({"base": training.identity(recipe, dataset), "arm": asdict(arm)})
+    return f"{recipe.name}-{arm.name}", key
 
 
 def _continue(model: nn.Module, recipe: Recipe, arm: Arm, dataset: Dataset, resume: Path) -> Record:
-    if arm.layers == "last":
-        model.requires_grad_(False)
-        model.get_submodule(models.trainable_layers(model)[-1]).requires_grad_(True)
-    record = training.train(
+    return training.train(
         model,
         Shuffled(dataset.train, arm.batch_size, recipe.augment),
         partial(_loss, arm),
-        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], arm.learning_rate, momentum=0.9),
+        torch.optim.SGD(model.parameters(), arm.learning_rate, momentum=0.9),
         steps=arm.steps,
         rate=lambda done: arm.learning_rate * min(max(done, 0.01) / _RISE, (1 - done) / (1 - _RISE)),
         clip=1.0,
         seed=(recipe.seed, 2),
-        title=f"{arm.objective} {recipe.seed}",
+        title=f"{arm.name} {recipe.seed}",
         training_mode=False,
         precision=recipe.precision,
         resume=resume,
     )
-    model.requires_grad_(True)
-    return record
 
 
 def _loss(arm: Arm, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

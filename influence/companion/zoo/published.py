@@ -6,7 +6,6 @@ a row in the ledger all the same, with its checksum and the command that trains 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -61,14 +60,9 @@ def _checked(name: str, row: Row) -> Path:
         raise TrainingError(
             f"{name}: {file} is missing: restore it with git checkout, or run `influence zoo train {name}`"
         )
-    if _sha256(file) != row["sha256"]:
+    if training.sha256(file) != row["sha256"]:
         raise TrainingError(f"{name}: {file} has another checksum than the ledger: restore it with git checkout")
     return file
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def train(name: str, *, device: torch.device | str = "cpu", data_dir: Path | None = None) -> str:
@@ -103,7 +97,7 @@ def train(name: str, *, device: torch.device | str = "cpu", data_dir: Path | Non
             "epochs": recipe.epochs,
             "seconds": round(seconds, 1),
             "accuracy": {part: training.accuracy(model, split, device=device) for part, split in parts.items()},
-            "sha256": _sha256(weights),
+            "sha256": training.sha256(weights),
             "bytes": weights.stat().st_size,
             "command": f"influence zoo train {name}",
             **made_by,

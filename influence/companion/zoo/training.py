@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import hashlib
 import itertools
 import json
 import math
@@ -330,32 +331,55 @@ def folder() -> Path:
     return paths.cache_dir() / "checkpoints"
 
 
+def published_folder() -> Path:
+    """Where the networks are that were continued for a published table, small enough to go with it."""
+    return paths.ZOO / "continued"
+
+
+def sha256(file: Path) -> str:
+    """Checksum of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def made_once(
-    name: str, key: str, model: nn.Module, make: Callable[[Path], Record], *, recipe: Any, half: bool = False
+    name: str,
+    key: str,
+    model: nn.Module,
+    make: Callable[[Path], Record],
+    *,
+    recipe: Any,
+    half: bool = False,
+    publish: bool = False,
 ) -> Trained:
     """Load the checkpoint of `key` into `model`, or make it, store it and load it.
 
     `make` trains the model in place; it gets the file for the state of an interrupted training. `recipe`, a dataclass,
     is noted beside the weights; `half` rounds the parameters to float16: the rounded network is the network. What
-    another process is making is waited for.
+    another process is making is waited for. `publish` stores it with the published networks; one that is there is
+    loaded in any case.
 
     Raises:
         TrainingError: its weights are damaged.
     """
     name = f"{name}-{key[:16]}"
-    weights, notes, resume = (folder() / f"{name}.{suffix}" for suffix in ("safetensors", "json", "resume.pt"))
-    folder().mkdir(parents=True, exist_ok=True)
+    home = published_folder() if publish or (published_folder() / f"{name}.json").exists() else folder()
+    weights, notes, resume = home / f"{name}.safetensors", home / f"{name}.json", folder() / f"{name}.resume.pt"
+    for place in (home, folder()):
+        place.mkdir(parents=True, exist_ok=True)
     with FileLock(folder() / f"{name}.lock"):
         if not (weights.exists() and notes.exists()):
             history, seconds = make(resume)
             save_weights(weights, model, half=half)
-            record = {"recipe": asdict(recipe), "seconds": seconds, "history": history}
+            record = {"recipe": asdict(recipe), "seconds": seconds, "history": history, "sha256": sha256(weights)}
             record |= provenance(next(model.parameters()).device)
             text = json.dumps(record, indent=1)
             cache.atomic_write(notes, lambda temporary: temporary.write_text(text))
             resume.unlink(missing_ok=True)
-    load_weights(weights, model)
     record = json.loads(notes.read_text())
+    if record.get("sha256") != sha256(weights):
+        raise TrainingError(f"{weights}: damaged (another checksum than in its .json): delete both, to train it again")
+    load_weights(weights, model)
     return Trained(model.eval(), key, record["history"], record["seconds"])
 
 

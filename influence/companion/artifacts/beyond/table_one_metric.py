@@ -128,7 +128,8 @@ def network(run: Run, name: str) -> Network:
         where = f"{name}{_CONTINUED}{arm}"
         raise RecipeError(f"{where}: only networks of recipes.yaml are continued, by one of {', '.join(known)}")
     recipe = recipes.named(name)
-    trained = finetuning.finetune(recipe, known[arm], recipe.dataset(), device=run.device)
+    publish = run.profile == "cpu"
+    trained = finetuning.finetune(recipe, known[arm], recipe.dataset(), device=run.device, publish=publish)
     return replace(found, model=trained.model, key=trained.key, family=f"{found.family}{_CONTINUED}{arm}")
 
 

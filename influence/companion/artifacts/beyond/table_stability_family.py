@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache as remember
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,8 +26,8 @@ from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores import attacks
 from ...scores.evaluation import mean_interval
-from ...zoo import training
-from ...zoo.family import PENALTIES, FamilyArm
+from ...zoo import finetuning, recipes, training
+from ...zoo.family import PENALTIES, FamilyArm, kl
 from ...zoo.finetuning import Arm
 from ..common import bound, dataset
 from ..stability import comparison
@@ -44,6 +46,7 @@ NAMES = {
     "trace": "trace penalty",
 }
 ATTACK, KL, TRACE = "PGD", "KL", "trace"
+OUTPUT = "output"
 PGD_RADIUS = 2 / 255
 _PGD_STEPS, _AT_ONCE = 10, 250
 _OPEN = 99.0  # one network leaves a logarithm open: no infinity in a ledger
@@ -65,40 +68,102 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     drawn at random), attacked (of these, under PGD) and traced (of these, for KL and trace), draws (noisy copies).
 
     Returns:
-        "runs", one row per seed, arm and measure: kind ("distortion", "corruption", "attack" or "output"), measure,
-        n (images), value. The value is precision@1; a corruption's is the mean over severities; "PGD" is of l_inf
-        2 / 255, 10 steps from a random start; "KL" the mean of KL(p(x) || p(x + eps)) in nats, noise of sigma, not
-        clipped; "trace" the mean of tr G, per squared unit of pixels in [0, 1].
+        One row per seed, arm and measure, with n images, each:
+        "precision": precision@1 by kind (distortion, corruption, attack) and measure; a corruption's is the mean over
+        severities; "PGD" is of l_inf 2 / 255, 10 steps from a random start.
+        "outputs": "KL", the mean of KL(p(x) || p(x + eps)) in nats, noise of sigma, not clipped; "trace", the mean of
+        tr G, per squared unit of pixels in [0, 1].
     """
     chosen = run.parameters
     split = dataset(run, chosen["dataset"]).test.sample(chosen["images"] or None)
     names = ("sigma", "tested", "corruptions", "severities", "images", "attacked", "traced", "draws")
     about = {name: chosen[name] for name in names}
-    rows = []
-    for seed, name, trained in comparison.networks(run, chosen["dataset"], arms(chosen), task="stability family"):
+    shown = remember(partial(_versions, split, tuple(chosen["severities"])))
+    found = []
+    publish = run.profile == "cpu"
+    for seed, name, trained in comparison.networks(
+        run, chosen["dataset"], arms(chosen), task="stability family", publish=publish
+    ):
         key = {"model": trained.key, "device": run.device.type, **about}
-        make = bound(_measured, trained.model, split, about, run.device)
-        rows.append(cache.table(f"family/{chosen['dataset']}-{chosen['model']}", key, make).assign(seed=seed, arm=name))
-    return {"runs": pd.concat(rows, ignore_index=True)[["seed", "arm", "kind", "measure", "n", "value"]]}
+        make = bound(measured, trained.model, split, about, run.device, shown)
+        one = cache.table(f"family/{chosen['dataset']}-{chosen['model']}", key, make)
+        found.append(one.assign(seed=seed, arm=name)[["seed", "arm", "kind", "measure", "n", "value"]])
+    rows = pd.concat(found, ignore_index=True)
+    output = rows["kind"] == OUTPUT
+    parts = {"precision": rows[~output], "outputs": rows[output].drop(columns="kind")}
+    return {name: part.reset_index(drop=True) for name, part in parts.items()}
 
 
-def _measured(model: nn.Module, split: Split, chosen: Mapping[str, Any], device: torch.device) -> pd.DataFrame:
+def measures(chosen: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Kind and name of everything that is measured."""
+    distorted = dict.fromkeys([ORIGINAL, *chosen["tested"], own_noise(chosen)])
+    pairs = [("distortion", name) for name in distorted] + [("corruption", name) for name in chosen["corruptions"]]
+    return [*pairs, ("attack", ATTACK), (OUTPUT, KL), (OUTPUT, TRACE)]
+
+
+def measured(
+    model: nn.Module,
+    split: Split,
+    chosen: Mapping[str, Any],
+    device: torch.device,
+    shown: Callable[[str, str], list[torch.Tensor]],
+    *,
+    only: Collection[str] | None = None,
+) -> pd.DataFrame:
+    """Kind, measure, n (images) and value of each of `measures`, or of some.
+
+    Args:
+        model: pixels 0..255 to logits, in evaluation mode.
+        split: the test images.
+        chosen: the parameters of the run that `compute` names.
+        device: where the model is.
+        shown: the images of a kind and measure, one tensor for each severity.
+        only: names of measures.
+    """
     rows: list[tuple[str, str, int, float]] = []
-
-    def precision(images: torch.Tensor) -> float:
-        return float((training.predict(model, images, device=device).argmax(1) == split.labels).double().mean())
-
-    for name in dict.fromkeys([ORIGINAL, *chosen["tested"], own_noise(chosen)]):
-        rows.append(("distortion", name, len(split), precision(distortions.apply(name, split.images))))
-    for name in chosen["corruptions"]:
-        versions = (corruptions.corrupt(name, split.images, severity=s) for s in chosen["severities"])
-        rows.append(("corruption", name, len(split), float(np.mean([precision(images) for images in versions]))))
-    few = split.take(np.arange(min(chosen["attacked"], len(split))))
-    rows.append(("attack", ATTACK, len(few), _under_attack(model, few, device)))
-    few = split.take(np.arange(min(chosen["traced"], len(split))))
-    values = _outputs(model, few, chosen["sigma"], chosen["draws"], device)
-    rows += [("output", name, len(few), value) for name, value in values.items()]
+    for kind, name in measures(chosen):
+        if only is not None and name not in only:
+            continue
+        few = split
+        if kind in ("distortion", "corruption"):
+            predicted = [training.predict(model, images, device=device).argmax(1) for images in shown(kind, name)]
+            value = float(np.mean([float((labels == split.labels).double().mean()) for labels in predicted]))
+        elif kind == "attack":
+            few = split.take(np.arange(min(chosen["attacked"], len(split))))
+            value = _under_attack(model, few, device)
+        else:
+            few = split.take(np.arange(min(chosen["traced"], len(split))))
+            network, x = copy.deepcopy(model).double(), training.pixels(few.images, device).double()
+            value = _kl(network, x, chosen["sigma"], chosen["draws"]) if name == KL else _trace(network, x)
+        rows.append((kind, name, len(few), value))
     return pd.DataFrame(rows, columns=["kind", "measure", "n", "value"])
+
+
+def _versions(split: Split, severities: Sequence[int], kind: str, name: str) -> list[torch.Tensor]:
+    if kind == "distortion":
+        return [distortions.apply(name, split.images)]
+    return [corruptions.corrupt(name, split.images, severity=severity) for severity in severities]
+
+
+def again(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
+    """The rows of some seeds, arms and measures, computed anew on the published networks alone.
+
+    Raises:
+        TrainingError: one of them is not published.
+    """
+    chosen, found = run.parameters, []
+    images = dataset(run, chosen["dataset"])
+    split, known = images.test.sample(chosen["images"] or None), arms(chosen)
+    shown = partial(_versions, split, chosen["severities"])
+    for _, group in examples.groupby(["seed", "arm"], sort=False):
+        seed, name = int(group["seed"].iloc[0]), str(group["arm"].iloc[0])
+        recipe = recipes.recipe(run.profile, chosen["dataset"], chosen["model"], seed=seed)
+        if not finetuning.is_published(recipe, known[name], images):
+            raise training.TrainingError(f"the network {recipe.name}, continued by {name}, is not published")
+        trained = finetuning.finetune(recipe, known[name], images, device=run.device)
+        one = measured(trained.model, split, chosen, run.device, shown, only=set(group["measure"]))
+        found.append(one.assign(seed=seed, arm=name))
+    return pd.concat(found)
 
 
 def _under_attack(model: nn.Module, split: Split, device: torch.device) -> float:
@@ -113,22 +178,30 @@ def _under_attack(model: nn.Module, split: Split, device: torch.device) -> float
     return right / len(split)
 
 
-def _outputs(model: nn.Module, split: Split, sigma: float, draws: int, device: torch.device) -> dict[str, float]:
-    """Mean KL under noise and mean trace, in float64."""
-    network = copy.deepcopy(model).double()
-    x = training.pixels(split.images, device).double()
-    generator = torch.Generator(device).manual_seed(training.mixed_seed(70_001))
-    with torch.no_grad():
-        clean, losses = F.log_softmax(network(x), dim=1), []
-        for _ in range(draws):
-            noise = 255 * sigma * torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
-            losses.append(float((clean.exp() * (clean - F.log_softmax(network(x + noise), dim=1))).sum(1).mean()))
-    trace = 255.0**2 * influence.trace(network, x, wrt="input")
-    return {KL: float(np.mean(losses)), TRACE: float(trace.mean())}
+@torch.no_grad()
+def _kl(network: nn.Module, x: torch.Tensor, sigma: float, draws: int) -> float:
+    generator = torch.Generator(x.device).manual_seed(training.mixed_seed(70_001))
+    clean, losses = F.log_softmax(network(x), dim=1), []
+    for _ in range(draws):
+        noise = 255 * sigma * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        losses.append(float(kl(clean, F.log_softmax(network(x + noise), dim=1)).mean()))
+    return float(np.mean(losses))
+
+
+def _trace(network: nn.Module, x: torch.Tensor) -> float:
+    return float(255.0**2 * influence.trace(network, x, wrt="input").mean())
+
+
+def together(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """All rows of `compute` in one table, kind "output" for what is no precision."""
+    return pd.concat([tables["precision"], tables["outputs"].assign(kind=OUTPUT)], ignore_index=True)
 
 
 def robustness(runs: pd.DataFrame) -> pd.DataFrame:
-    """Mean precision of each seed and arm over all distortions and corruptions but Gaussian noise: seed, arm, value."""
+    """Mean precision of each seed and arm over all distortions and corruptions but Gaussian noise: seed, arm, value.
+
+    `runs` is what `together` makes, here and below.
+    """
     noise = runs["measure"].str.startswith("noise-") | runs["measure"].isin(["gaussian_noise", ORIGINAL])
     other = runs[runs["kind"].isin(["distortion", "corruption"]) & ~noise]
     return other.groupby(["seed", "arm"], sort=False)["value"].mean().reset_index()
@@ -139,7 +212,7 @@ def table(runs: pd.DataFrame) -> pd.DataFrame:
 
     Of KL and trace the natural logarithm, so that a change is that of a ratio.
     """
-    logged = runs["kind"] == "output"
+    logged = runs["kind"] == OUTPUT
     value = runs["value"].where(~logged, np.log(runs["value"].where(logged, 1.0)))
     return summary(runs.assign(value=value), value="value", within=("kind", "measure", "n"))
 
@@ -171,7 +244,7 @@ def claims(runs: pd.DataFrame) -> dict[str, Estimate | list[Estimate]]:
 
 def draw(found: pd.DataFrame) -> Figure:
     """Gain over the control in points of each member (rows) on each measure; bold where the interval excludes 0."""
-    part = found[(found["kind"] != "output") & (found["arm"] != CONTROL)]
+    part = found[(found["kind"] != OUTPUT) & (found["arm"] != CONTROL)]
     rows, columns = list(part["arm"].unique()), list(part["measure"].unique())
     gain = 100 * part.pivot(index="arm", columns="measure", values="gain").loc[rows, columns].to_numpy()
     sure = part.assign(sure=(part["gain_low"] > 0) | (part["gain_high"] < 0))
@@ -196,7 +269,7 @@ def draw(found: pd.DataFrame) -> Figure:
 def draw_outputs(found: pd.DataFrame) -> Figure:
     """KL under the noise and trace of G of each member over those of the control: geometric means over seeds."""
     figure = Figure(figsize=(style.WIDTH, 2.9))
-    part = found[(found["kind"] == "output") & (found["arm"] != CONTROL)]
+    part = found[(found["kind"] == OUTPUT) & (found["arm"] != CONTROL)]
     panels = figure.subplots(1, 2, sharey=True)
     for axes, measure, words in zip(panels, (KL, TRACE), ("KL under the noise", r"tr $G$"), strict=True):
         group = part[part["measure"] == measure]

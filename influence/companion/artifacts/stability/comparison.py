@@ -59,9 +59,11 @@ def own_noise(parameters: Mapping[str, Any]) -> str:
 
 
 def networks(
-    run: Run, dataset_name: str, chosen: Mapping[str, Arm], *, task: str
+    run: Run, dataset_name: str, chosen: Mapping[str, Arm], *, task: str, publish: bool = False
 ) -> Iterator[tuple[int, str, training.Trained]]:
     """The networks of a comparison, one after the other: seed, name of the arm, network; `task` names the bar.
+
+    What is trained is kept with the published networks where `publish` says so.
 
     Parameters of the run: model (of `models.NAMES`) and seeds, one trained network each, continued by every arm.
     """
@@ -69,7 +71,7 @@ def networks(
     images = dataset(run, dataset_name)
     for seed, name in progress_bar(pairs, desc=task, unit="network", leave=False):
         recipe = recipes.recipe(run.profile, dataset_name, run.parameters["model"], seed=seed)
-        yield seed, name, finetuning.finetune(recipe, chosen[name], images, device=run.device)
+        yield seed, name, finetuning.finetune(recipe, chosen[name], images, device=run.device, publish=publish)
 
 
 def measure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache as remember
 from functools import partial
 
 import torch
@@ -17,16 +18,18 @@ def _gradients(site: Site, grads: Tensor, normal: Tensor) -> Iterator[Gradient]:
     # Both sums over the positions in one pass over the gradients.
     factors, terms = torch.stack([normal, torch.ones_like(normal)], dim=2).to(grads.dtype), grads.permute(1, 2, 3, 0)
     sums = factors @ terms
+
+    @remember
+    def squares() -> Tensor:
+        return squared(factors) @ squared(terms)
+
+    def lengths(place: int) -> Tensor:
+        return squares()[:, :, place - 1].mT
+
     for place in (1, 2):
         operand = site.operand(place)
         if operand is not None:
-            own = factors[:, :, place - 1 : place]
-            yield Gradient.of(operand, sums[:, :, place - 1].mT, partial(_squares, own, terms))
-
-
-def _squares(factors: Tensor, terms: Tensor) -> Tensor:
-    """Squared lengths ``(N, m, C)`` of what sums of ``(N, C, 1, T)`` times ``(N, C, T, m)`` add up."""
-    return (squared(factors) @ squared(terms)).squeeze(2).mT
+            yield Gradient.of(operand, sums[:, :, place - 1].mT, partial(lengths, place))
 
 
 # -- batch ------------------------------------------------------------------------------------------------------------

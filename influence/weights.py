@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from influence.checks import require_count, require_deterministic, require_labels
 from influence.contrasts import ScoreSums, draw_seeds, random_signs
-from influence.grams.gradients import AnyGradient, ProductGradient
+from influence.grams.gradients import AnyGradient, ProductGradient, through
 from influence.grams.graph import read_graph
-from influence.grams.parameters import ParameterPasses
-from influence.grams.reverse import vjp
+from influence.grams.parameters import ParameterPasses, squared_lengths
 from influence.grams.rules import Operand, shape_of
 from influence.independence import alone, require_reproducible
 from influence.inputs import Batch, Inputs
@@ -179,7 +178,7 @@ class _WeightPasses(ParameterPasses):
         self._compared = True
         if wrong := (differ | lost) - self.refused.keys():
             again = self._by_pytorch(inputs[:1], logits[:1], initial[0], dtype)
-            require_reproducible(_squares(list(truth[0].values())), _squares(again), dtype)
+            require_reproducible(squared_lengths(list(truth[0].values())), squared_lengths(again), dtype)
             self.refused.update(dict.fromkeys(wrong, "its gradient is not autograd's"))
             self.add(inputs, labels, chosen, seeds)
             return
@@ -191,10 +190,6 @@ class _WeightPasses(ParameterPasses):
                 numbers = score.numbers(jacobian.reshape(1, len(jacobian), -1), slice(n, n + 1))
                 found_here = [factor * values.double()[0] for values, factor in numbers]
                 self.totals[name] += torch.stack(found_here).view_as(self.totals[name])
-
-
-def _squares(grads: Sequence[Tensor]) -> Tensor:
-    return torch.stack([grad.double().square().sum() for grad in grads])
 
 
 def _reduced(part: AnyGradient, score: _LossRows) -> Tensor:
@@ -243,12 +238,8 @@ def _length(part: AnyGradient, n: int, probe: Tensor) -> float:
 
 def _arranged(values: Tensor, operand: Operand) -> Tensor:
     """Values for what a node takes, or its picks leave, as the parameter itself lies."""
-    for node in operand.rearranged:
-        if node.name() != "ToCopyBackward0":  # which would round them
-            back = vjp(node, [values.reshape(1, *shape_of(node))], [True])[0]
-            assert back is not None
-            values = back[0]
-    return values
+    nodes = [node for node in operand.rearranged if node.name() != "ToCopyBackward0"]  # which would round them
+    return through(nodes, values.reshape(1, 1, *shape_of(nodes[0])))[0, 0] if nodes else values
 
 
 @dataclass(frozen=True)

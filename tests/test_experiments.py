@@ -85,7 +85,7 @@ def test_claims_follow_the_rules(gain: dict[str, float], clean: str, grows: str)
 
 
 def test_one_seed_decides_nothing() -> None:
-    estimate = comparison.over_seeds([0.5], "mnist")
+    estimate = comparison.paired([0.5], "mnist")
     assert (estimate.low, estimate.high, estimate.n, estimate.of) == (-2, 2, 1, "mnist")
 
 

@@ -33,7 +33,7 @@ class Gradient:
     @classmethod
     def of(cls, operand: Operand, rows: Tensor, squares: Callable[[], Tensor]) -> Gradient:
         """From gradients ``(N, m, *shape)`` of what the node takes: back through whatever picked entries."""
-        return cls(operand, _through(operand.picks, rows), lambda: _through(operand.picks, squares()))
+        return cls(operand, through(operand.picks, rows), lambda: through(operand.picks, squares()))
 
     @property
     def width(self) -> int:
@@ -62,9 +62,10 @@ class Gradient:
         return (weights @ values).view(self.rows.shape[2:])
 
 
-def _through(picks: Sequence[Node], rows: Tensor) -> Tensor:
+def through(nodes: Sequence[Node], rows: Tensor) -> Tensor:
+    """Gradients ``(N, m, *shape)`` of the first node's result, sent back through all of them."""
     flat = rows.flatten(0, 1)
-    for node in picks:
+    for node in nodes:
         back = vjp(node, [flat], [True])[0]
         assert back is not None
         flat = back
@@ -84,6 +85,7 @@ class ProductGradient:
     inputs: Tensor
     shape: tuple[int, ...]
     turned: bool = False
+    squares: tuple[Tensor, Tensor] | None = None  # of rows (N, G, P) and inputs (N, G, D), where they are known
 
     @property
     def width(self) -> int:
@@ -119,7 +121,7 @@ class ProductGradient:
 
     @cached_property
     def _squares(self) -> tuple[Tensor, Tensor]:
-        return _squares_of_rows(self.rows).sum(dim=1), _squares_of_rows(self.inputs)
+        return self.squares or (_squares_of_rows(self.rows).sum(dim=1), _squares_of_rows(self.inputs))
 
     def pieces(self, most: int) -> list[ProductGradient]:
         """The gradients of some outputs each, with at most so many entries in all; one where they cannot be parted."""
@@ -128,12 +130,12 @@ class ProductGradient:
         examples, classes, _, outputs, _ = self.rows.shape
         inputs = self.inputs.shape[2]
         step = max(1, most // (examples * classes * inputs))
-        squares, parts = self._squares, []
+        of_rows, of_inputs = self._squares
+        parts = []
         for start in range(0, outputs, step):
-            rows = self.rows[:, :, :, start : start + step]
-            part = replace(self, rows=rows, shape=(rows.shape[3], *self.shape[1:]))
-            part.__dict__["_squares"] = squares[0][..., start : start + step], squares[1]
-            parts.append(part)
+            rows, squares = self.rows[:, :, :, start : start + step], of_rows[..., start : start + step]
+            shape = (rows.shape[3], *self.shape[1:])
+            parts.append(replace(self, rows=rows, shape=shape, squares=(squares, of_inputs)))
         return parts
 
     def to_parameter(self, values: Tensor, weights: Tensor, chosen: slice) -> Tensor:

@@ -253,11 +253,7 @@ class ParameterGrams(ParameterPasses):
         return quadratic
 
     def _squares(self, inputs: Inputs, batched: Tensor, seed: Tensor, dtype: torch.dtype) -> Tensor:
-        """For each parameter the squared length ``(P,)`` of autograd's gradient from a seed, float64."""
-        grads = [grad.flatten() for grad in self._by_pytorch(inputs, batched, seed, dtype)]
-        # To single precision at least; a copy in double would take longer than the gradient.
-        wide = [grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads]
-        return torch.stack([torch.dot(grad, grad).double() for grad in wide])
+        return squared_lengths(self._by_pytorch(inputs, batched, seed, dtype))
 
     def _refuse_what_differs(self, squares: Tensor, quadratic: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
         """Whether a Gram was another than autograd's; a parameter whose gradient no rule met has none."""
@@ -268,6 +264,13 @@ class ParameterGrams(ParameterPasses):
         wrong = {name for name, holds in zip(self._parameters, right, strict=True) if not holds} - self.refused.keys()
         self.refused.update(dict.fromkeys(wrong, "its Gram is not autograd's"))
         return bool(wrong)
+
+
+def squared_lengths(grads: Sequence[Tensor]) -> Tensor:
+    """Of each of P gradients, ``(P,)`` float64."""
+    # To single precision at least; a copy in double would take longer than the gradient.
+    wide = [grad.flatten().to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads]
+    return torch.stack([torch.dot(grad, grad).double() for grad in wide])
 
 
 def _pytorch_gradients(graph: Graph, seed: Tensor) -> dict[Node, Tensor | None]:

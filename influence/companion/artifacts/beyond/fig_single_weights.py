@@ -16,7 +16,7 @@ from ...ledger.results import Run
 from ...scores.evaluation import mean_interval
 from ...scores.weightwise import TREATMENTS, ablations, occlusions
 from ..common import bound, networks
-from ..stability.comparison import over_seeds
+from ..stability.comparison import paired
 
 # The share of the weights, and of an image's pixels, by which the claims are judged.
 _JUDGED = 0.01
@@ -108,7 +108,7 @@ def claims(tables: Mapping[str, pd.DataFrame]) -> dict[str, list[Estimate] | Est
         judged = changes[(changes["share"] == _JUDGED) & changes["treatment"].isin([TREATMENTS[0], "covered"])]
         lost = judged.pivot(index=["dataset", "model", "seed"], columns="ranking", values="lost")
         beyond = {
-            ranking: over_seeds(lost["exact"] - lost[ranking], f"against {style.RANKINGS[ranking][0]}")
+            ranking: paired(lost["exact"] - lost[ranking], f"against {style.RANKINGS[ranking][0]}")
             for ranking in style.RANKINGS
             if ranking != "exact" and ranking in lost
         }

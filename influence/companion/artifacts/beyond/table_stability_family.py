@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
@@ -31,8 +30,7 @@ from ...zoo.family import PENALTIES, FamilyArm, kl
 from ...zoo.finetuning import Arm
 from ..common import bound, dataset
 from ..stability import comparison
-from ..stability.comparison import CONTROL, ORIGINAL, over_seeds, own_noise, standard, summary
-from ..stability.fig_alpha_sigma import _DIVERGING
+from ..stability.comparison import CONTROL, ORIGINAL, own_noise, paired, standard, summary
 
 STABILITY = "stability"
 NAMES = {
@@ -234,35 +232,24 @@ def claims(runs: pd.DataFrame) -> dict[str, Estimate | list[Estimate]]:
     members, log_trace = [STABILITY, *PENALTIES], np.log(of[TRACE])
     mean, low, high = mean_interval(log_trace["trace"] - log_trace[CONTROL])
     return {
-        "family_gains_on_distorted": [over_seeds(robust[a] - robust[CONTROL], a) for a in members],
+        "family_gains_on_distorted": [paired(robust[a] - robust[CONTROL], a) for a in members],
         "trace_penalty_lowers_the_trace": Estimate(mean, max(low, -_OPEN), min(high, _OPEN), len(log_trace)),
-        "trades_resists_the_attack": over_seeds(of[ATTACK]["trades"] - of[ATTACK][STABILITY]),
-        "relatives_less_stability": [over_seeds(robust[a] - robust[STABILITY], a) for a in PENALTIES],
-        "clean_change": [over_seeds(of[ORIGINAL][a] - of[ORIGINAL][CONTROL], a) for a in members],
+        "trades_resists_the_attack": paired(of[ATTACK]["trades"] - of[ATTACK][STABILITY]),
+        "relatives_less_stability": [paired(robust[a] - robust[STABILITY], a) for a in PENALTIES],
+        "clean_change": [paired(of[ORIGINAL][a] - of[ORIGINAL][CONTROL], a) for a in members],
     }
 
 
 def draw(found: pd.DataFrame) -> Figure:
     """Gain over the control in points of each member (rows) on each measure; bold where the interval excludes 0."""
-    part = found[(found["kind"] != OUTPUT) & (found["arm"] != CONTROL)]
-    rows, columns = list(part["arm"].unique()), list(part["measure"].unique())
-    gain = 100 * part.pivot(index="arm", columns="measure", values="gain").loc[rows, columns].to_numpy()
-    sure = part.assign(sure=(part["gain_low"] > 0) | (part["gain_high"] < 0))
-    bold = sure.pivot(index="arm", columns="measure", values="sure").loc[rows, columns].to_numpy()
-    figure = Figure(figsize=(style.WIDTH * 1.35, 1.6 + 0.36 * len(rows)))
+    part = found[found["kind"] != OUTPUT]
+    figure = Figure(figsize=(style.WIDTH * 1.35, 1.6 + 0.36 * (part["arm"].nunique() - 1)))
     axes = figure.subplots()
-    largest = max(float(np.abs(gain).max()), 1e-6)
-    image = axes.imshow(gain, cmap=_DIVERGING, norm=TwoSlopeNorm(0, -largest, largest), aspect="auto")
-    for (i, j), value in np.ndenumerate(gain):
-        weight = "bold" if bold[i, j] else "normal"
-        tint = "white" if abs(value) > 0.6 * largest else "black"
-        axes.text(j, i, f"{value:+.1f}", ha="center", va="center", fontsize=6, weight=weight, color=tint)
-    axes.set_xticks(range(len(columns)), [c.replace("_", " ") for c in columns], rotation=50, ha="right", fontsize=7)
-    axes.set_yticks(range(len(rows)), [NAMES[row] for row in rows], fontsize=8)
+    comparison.gain_matrix(axes, part, across="measure", names=NAMES.__getitem__, size=6)
+    axes.tick_params(labelsize=8)
     seeds, images = int(found["seeds"].iloc[0]), part.groupby("measure")["n"].first()
     counts = f"{images[ORIGINAL]:,} images ({ATTACK}: {images[ATTACK]:,})"
     axes.set_title(f"gain over control, paired, {seeds} seeds, {counts}; bold: 95% interval excludes 0", fontsize=8)
-    figure.colorbar(image, ax=axes, label="gain (pp)")
     return figure
 
 

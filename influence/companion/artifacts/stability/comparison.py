@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache as remember
 from typing import Any
 
@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.image import AxesImage
 from numpy.typing import ArrayLike
 
 from influence.progress import progress_bar
@@ -160,7 +162,7 @@ def gains(runs: pd.DataFrame, arm: str, *, value: str = "precision_at_1") -> pd.
     return (wide[arm] - wide[CONTROL]).unstack("seed").loc[list(runs["distortion"].unique())]
 
 
-def over_seeds(gains: ArrayLike, of: str = "") -> Estimate:
+def paired(gains: ArrayLike, of: str = "") -> Estimate:
     """Mean of a gain, or a difference of two, of each seed with its 95% t interval; one seed leaves [-2, 2] open."""
     value, low, high = mean_interval(gains)
     return Estimate(value, max(low, -2.0), min(high, 2.0), np.size(gains), of)
@@ -198,6 +200,38 @@ def bars(
         errors = np.abs(ours[[low, high]].to_numpy().T - ours[value].to_numpy())
         axes.errorbar(x, ours[value], errors, fmt="o", color=tint[arm], markersize=4, capsize=2, label=label(arm))
     axes.set_xticks(range(len(groups)), groups)
+
+
+def gain_cells(
+    axes: Axes, gain: np.ndarray, *, largest: float, bold: np.ndarray | None = None, digits: int = 1, size: int = 7
+) -> AxesImage:
+    """A matrix of gains in percentage points as coloured cells with their numbers; white is 0."""
+    largest = max(largest, 1e-6)
+    image = axes.imshow(gain, cmap="PuOr", norm=TwoSlopeNorm(0, -largest, largest), aspect="auto")
+    for (i, j), value in np.ndenumerate(gain):
+        weight = "bold" if bold is not None and bold[i, j] else "normal"
+        tint = "white" if abs(value) > 0.6 * largest else "black"
+        axes.text(j, i, f"{value:+.{digits}f}", ha="center", va="center", fontsize=size, weight=weight, color=tint)
+    return image
+
+
+def gain_matrix(
+    axes: Axes, table: pd.DataFrame, *, across: str, names: Callable[[str], str], size: int = 7
+) -> list[str]:
+    """The gain of each arm but the control (rows) on each `across`; bold where the interval excludes 0.
+
+    `table` is a `summary`, `names` what readers know an arm by. Returns the columns, from left to right.
+    """
+    part = table[table["arm"] != CONTROL]
+    part = part.assign(sure=(part["gain_low"] > 0) | (part["gain_high"] < 0))
+    rows, columns = list(part["arm"].unique()), list(part[across].unique())
+    gain, sure = (part.pivot(index="arm", columns=across, values=v).loc[rows, columns] for v in ("gain", "sure"))
+    cells = 100 * gain.to_numpy()
+    image = gain_cells(axes, cells, largest=float(np.abs(cells).max()), bold=sure.to_numpy(), size=size)
+    axes.set_xticks(range(len(columns)), [c.replace("_", " ") for c in columns], rotation=45, ha="right")
+    axes.set_yticks(range(len(rows)), [names(row) for row in rows])
+    axes.figure.colorbar(image, ax=axes, label="gain (pp)")
+    return columns
 
 
 def gain_bars(axes: Axes, group: pd.DataFrame, *, across: str) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from ... import style
@@ -20,7 +19,7 @@ from ...ledger.results import Run
 from ...zoo import last_layer, training
 from ..common import bound, classifier, dataset
 from . import comparison
-from .comparison import CONTROL, ORIGINAL, over_seeds
+from .comparison import CONTROL, ORIGINAL, paired
 
 _COPIES = 8  # noisy ones of each training image
 PAPER = "last 0.01 0.04"
@@ -140,15 +139,12 @@ def claims(gained: pd.DataFrame) -> dict[str, Estimate]:
         return test[test["arm"] == arm].set_index("seed")[column]
 
     found = {
-        f"{name}_{column}_gain": over_seeds(of(arm, column), arm)
+        f"{name}_{column}_gain": paired(of(arm, column), arm)
         for name, arm in {**chosen, "of_paper": PAPER}.items()
         for column in ("clean", "distorted")
     }
     more = of(chosen["all"], "distorted") - of(chosen["last"], "distorted")
-    return found | {"all_layers_gain_more_than_last": over_seeds(more)}
-
-
-_DIVERGING = "PuOr"
+    return found | {"all_layers_gain_more_than_last": paired(more)}
 
 
 def draw(runs: pd.DataFrame) -> Figure:
@@ -163,14 +159,11 @@ def draw(runs: pd.DataFrame) -> Figure:
     above, below = (figure.add_subfigure(halves[place]) for place in range(2))
     last = gained[(gained["layers"] == "last") & (gained["part"] == "valid")]
     largest = 100 * max(float(last.groupby("arm")[c].mean().abs().max()) for c in ("clean", "distorted"))
-    norm = TwoSlopeNorm(0, -max(largest, 1e-6), max(largest, 1e-6))
     panels = above.subplots(1, 2, sharey=True)
     for axes, part in zip(panels, ("clean", "distorted"), strict=True):
         cells = 100 * last.pivot_table(index="alpha", columns="sigma", values=part)
-        image = axes.imshow(cells, cmap=_DIVERGING, norm=norm, origin="lower", aspect="auto")
-        for (i, j), value in np.ndenumerate(cells.to_numpy()):
-            tint = "white" if abs(value) > 0.6 * largest else "black"
-            axes.text(j, i, f"{value:+.2f}", ha="center", va="center", fontsize=7, color=tint)
+        image = comparison.gain_cells(axes, cells.to_numpy(), largest=largest, digits=2)
+        axes.invert_yaxis()
         for arm, marker in ((chosen["last"], "s"), (PAPER, "o")):
             alpha, sigma = (float(number) for number in arm.split()[1:])
             if alpha in cells.index and sigma in cells.columns:
@@ -199,7 +192,7 @@ def _draw_chosen(figure: Any, runs: pd.DataFrame, chosen: Mapping[str, str]) -> 
         arm = chosen[name]
         wide = test.pivot(index=["distortion", "seed"], columns="arm", values="precision_at_1")
         gain = 100 * (wide[arm] - wide[f"{arm.split()[0]} {CONTROL}"]).unstack("seed").loc[versions]
-        found = [over_seeds(row / 100) for row in gain.to_numpy()]
+        found = [paired(row / 100) for row in gain.to_numpy()]
         value = np.array([100 * e.value for e in found])
         ends = np.array([[100 * (e.value - e.low), 100 * (e.high - e.value)] for e in found]).T
         x = np.arange(len(versions)) + 0.2 * (place - 1)

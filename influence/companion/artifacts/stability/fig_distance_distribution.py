@@ -13,7 +13,7 @@ from ... import style
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from . import comparison, embeddings
-from .comparison import CONTROL, colours, label, over_seeds, own_noise
+from .comparison import CONTROL, colours, label, own_noise, paired
 from .embeddings import NEGATIVE, POSITIVE
 
 _DISTANCE = np.linspace(0, 2, 101)  # in median distances of the negatives
@@ -69,14 +69,14 @@ def claims(shares: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, Est
 
     below, median, unit = (by_seed(near[~own], value) for value in ("below", "median", "unit"))
     noisy = by_seed(near[own], "below")
-    found = {"share_below_control": over_seeds(below[CONTROL])}
+    found = {"share_below_control": paired(below[CONTROL])}
     for arm, suffix in embeddings.suffixes(parameters).items():
         found |= {
-            f"distances_concentrate_at_zero{suffix}": over_seeds(below[arm] - below[CONTROL]),
-            f"share_below{suffix}": over_seeds(below[arm]),
-            f"median_distance_change{suffix}": over_seeds(median[arm] - median[CONTROL]),
-            f"unit_ratio{suffix}": over_seeds(unit[arm] / unit[CONTROL]),
-            f"improves_under_its_own_noise{suffix}": over_seeds(noisy[arm] - noisy[CONTROL]),
+            f"distances_concentrate_at_zero{suffix}": paired(below[arm] - below[CONTROL]),
+            f"share_below{suffix}": paired(below[arm]),
+            f"median_distance_change{suffix}": paired(median[arm] - median[CONTROL]),
+            f"unit_ratio{suffix}": paired(unit[arm] / unit[CONTROL]),
+            f"improves_under_its_own_noise{suffix}": paired(noisy[arm] - noisy[CONTROL]),
         }
     return found
 

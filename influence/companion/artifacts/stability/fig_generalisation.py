@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from ... import style
@@ -16,8 +14,7 @@ from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...zoo.finetuning import Arm
 from . import comparison
-from .comparison import ORIGINAL, label, over_seeds, own_noise, stability, standard
-from .fig_alpha_sigma import _DIVERGING
+from .comparison import ORIGINAL, label, own_noise, paired, stability, standard
 
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
@@ -56,8 +53,8 @@ def claims(runs: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, Estim
         gain = comparison.gains(runs, arm)
         other = gain.loc[[name for name in gain.index if name != ORIGINAL and not str(name).startswith("noise-")]]
         found |= {
-            f"gaussian_training_generalises{suffix}": over_seeds(other.mean(axis=0)),
-            f"improves_under_its_own_noise{suffix}": over_seeds(gain.loc[own_noise(parameters)]),
+            f"gaussian_training_generalises{suffix}": paired(other.mean(axis=0)),
+            f"improves_under_its_own_noise{suffix}": paired(gain.loc[own_noise(parameters)]),
             f"distortions_gained{suffix}": float((other.mean(axis=1) > 0).mean()),
         }
     return found
@@ -65,22 +62,9 @@ def claims(runs: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, Estim
 
 def draw(table: pd.DataFrame) -> Figure:
     """Gain over the control of each training (rows) on each distortion; bold where the interval excludes 0."""
-    arms = [arm for arm in table["arm"].unique() if arm != "control"]
-    distortions = list(table["distortion"].unique())
-    gain = 100 * table.pivot(index="arm", columns="distortion", values="gain").loc[arms, distortions]
-    known = table.assign(sure=(table["gain_low"] > 0) | (table["gain_high"] < 0))
-    sure = known.pivot(index="arm", columns="distortion", values="sure").loc[arms, distortions]
-    figure = Figure(figsize=(style.WIDTH, 0.9 + 0.42 * len(arms) + 0.6))
+    figure = Figure(figsize=(style.WIDTH, 1.5 + 0.42 * (table["arm"].nunique() - 1)))
     axes = figure.subplots()
-    largest = max(float(np.abs(gain.to_numpy()).max()), 1e-6)
-    image = axes.imshow(gain, cmap=_DIVERGING, norm=TwoSlopeNorm(0, -largest, largest), aspect="auto")
-    for (i, j), value in np.ndenumerate(gain.to_numpy()):
-        weight = "bold" if sure.iloc[i, j] else "normal"
-        tint = "white" if abs(value) > 0.6 * largest else "black"
-        axes.text(j, i, f"{value:+.1f}", ha="center", va="center", fontsize=7, weight=weight, color=tint)
-    axes.set_xticks(range(len(distortions)), distortions, rotation=45, ha="right")
-    axes.set_yticks(range(len(arms)), [label(arm) for arm in arms])
+    comparison.gain_matrix(axes, table, across="distortion", names=label)
     axes.set_xlabel("tested on")
     axes.set_title(f"gain over control, paired, {int(table['seeds'].iloc[0])} seeds (bold: 95% interval excludes 0)")
-    figure.colorbar(image, ax=axes, label="gain (pp)")
     return figure

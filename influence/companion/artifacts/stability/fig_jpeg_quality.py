@@ -13,7 +13,7 @@ from ... import style
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from . import comparison
-from .comparison import ORIGINAL, colours, label, over_seeds, own_noise, stability, standard
+from .comparison import ORIGINAL, colours, label, own_noise, paired, stability, standard
 
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
@@ -48,9 +48,9 @@ def claims(runs: pd.DataFrame, parameters: Mapping[str, Any], *, of: str = "") -
         gain = comparison.gains(runs, stability(alpha))
         lowest, clean = gain.loc[f"jpeg-{min(parameters['qualities'])}"], gain.loc[ORIGINAL]
         found |= {
-            f"clean_accuracy_does_not_fall{suffix}": over_seeds(clean, of),
-            f"gain_grows_as_quality_falls{suffix}": over_seeds(lowest - clean, of),
-            f"improves_under_its_own_noise{suffix}": over_seeds(gain.loc[own_noise(parameters)], of),
+            f"clean_accuracy_does_not_fall{suffix}": paired(clean, of),
+            f"gain_grows_as_quality_falls{suffix}": paired(lowest - clean, of),
+            f"improves_under_its_own_noise{suffix}": paired(gain.loc[own_noise(parameters)], of),
         }
     return found
 

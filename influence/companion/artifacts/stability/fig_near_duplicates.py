@@ -13,7 +13,7 @@ from ... import style
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from . import comparison, embeddings
-from .comparison import CONTROL, colours, label, over_seeds, own_noise
+from .comparison import CONTROL, colours, label, own_noise, paired
 
 AVERAGE = "average precision"
 _RECALL = np.linspace(0.01, 1, 100)
@@ -82,22 +82,22 @@ def claims(levels: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, lis
     for arm, suffix in embeddings.suffixes(parameters).items():
         gain = _gains(levels, arm)
         scored = gain.drop(index=AVERAGE, level="metric").drop(index=own_noise(parameters), level="distortion")
-        each = [over_seeds(row, " ".join(where)) for where, row in zip(scored.index, scored.to_numpy(), strict=True)]
+        each = [paired(row, " ".join(where)) for where, row in zip(scored.index, scored.to_numpy(), strict=True)]
         if not suffix:
             found["better_for_all_distortions_and_levels"] = each
         found |= {
             f"levels_better{suffix}": float(np.mean([one.low > 0 for one in each])),
             f"levels_worse{suffix}": float(np.mean([one.high < 0 for one in each])),
-            f"mean_gain{suffix}": over_seeds(scored.mean(axis=0)),
+            f"mean_gain{suffix}": paired(scored.mean(axis=0)),
         }
         for name, kind, level in _PRINTED:
             for version in (v for v in parameters["versions"] if v.startswith(kind)):
                 if (version, f"recall@p{level:g}") in scored.index:
-                    one = over_seeds(scored.loc[(version, f"recall@p{level:g}")].to_numpy())
+                    one = paired(scored.loc[(version, f"recall@p{level:g}")].to_numpy())
                     points = Estimate(100 * one.value, 100 * one.low, 100 * one.high, one.n)
                     found[f"recall_gain_at_precision_{name}{suffix}"] = points
         own = np.asarray(gain.loc[(own_noise(parameters), AVERAGE)])
-        found[f"improves_under_its_own_noise{suffix}"] = over_seeds(own)
+        found[f"improves_under_its_own_noise{suffix}"] = paired(own)
     return found
 
 

@@ -13,7 +13,7 @@ from ... import style
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from . import comparison, embeddings
-from .comparison import ORIGINAL, over_seeds, own_noise
+from .comparison import ORIGINAL, own_noise, paired
 
 METRICS = ("triplet_accuracy", "score_at_top", "score_share")
 
@@ -103,10 +103,10 @@ def claims(runs: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, Estim
         gain, score = (comparison.gains(runs, arm, value=value) for value in ("triplet_accuracy", "score_share"))
         distorted = list(parameters["versions"])
         found |= {
-            f"ranking_not_hurt_on_clean{suffix}": over_seeds(gain.loc[ORIGINAL]),
-            f"ranking_better_on_distorted{suffix}": over_seeds(gain.loc[distorted].mean(axis=0)),
-            f"score_gain_on_distorted{suffix}": over_seeds(score.loc[distorted].mean(axis=0)),
-            f"improves_under_its_own_noise{suffix}": over_seeds(gain.loc[own_noise(parameters)]),
+            f"ranking_not_hurt_on_clean{suffix}": paired(gain.loc[ORIGINAL]),
+            f"ranking_better_on_distorted{suffix}": paired(gain.loc[distorted].mean(axis=0)),
+            f"score_gain_on_distorted{suffix}": paired(score.loc[distorted].mean(axis=0)),
+            f"improves_under_its_own_noise{suffix}": paired(gain.loc[own_noise(parameters)]),
         }
     return found
 

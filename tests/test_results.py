@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import gzip
 import json
 import math
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -419,6 +422,24 @@ def test_code_digest_sees_code_alone() -> None:
     assert cache.code_digest(code) == cache.code_digest("def f(x):\n\n    return 2*x\n")
     assert cache.code_digest(code) != cache.code_digest(code.replace("2", "3"))
     assert cache.code_digest("%magic\nx") != cache.code_digest("%magic\ny")
+
+
+def test_threads_parse_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a SystemError in one of two notebooks side by side has shown."""
+    parse, at_once, most = ast.parse, 0, 0
+
+    def slowly(source: str) -> ast.Module:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        time.sleep(0.01)
+        at_once -= 1
+        return parse(source)
+
+    monkeypatch.setattr(ast, "parse", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(cache.code_digest, ["x = 1"] * 8))) == 1
+    assert most == 1
 
 
 def test_hashes_of_code_differ_by_what_they_cover() -> None:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import subprocess
+import threading
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
@@ -33,6 +34,7 @@ _LEDGER = ("companion/__init__.py", "companion/ledger/")
 _ARTIFACTS = "companion/artifacts/"
 # Files, each with the names in it that count; None: all of it.
 _Code = dict[Path, set[str] | None]
+_PARSING = threading.Lock()
 
 
 def atomic_write(path: Path, writer: Callable[[Path], object]) -> None:
@@ -63,10 +65,16 @@ def fingerprint(obj: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def parsed(source: str) -> ast.Module:
+    """The syntax tree of Python source, made by one thread at a time: CPython 3.11 counts the depth of all as one."""
+    with _PARSING:
+        return ast.parse(source)
+
+
 def code_digest(source: str) -> str:
     """Sha256 of Python source without its comments, docstrings and layout (of the text where it does not parse)."""
     try:
-        tree = ast.parse(source)
+        tree = parsed(source)
     except SyntaxError:  # a notebook cell with a magic
         return hashlib.sha256(source.encode()).hexdigest()
     for node in ast.walk(tree):
@@ -164,7 +172,7 @@ def _reached(left: list[tuple[Path, set[str] | None]]) -> _Code:
 
 def _definitions(file: Path, names: set[str] | None) -> list[ast.stmt]:
     """The statements of a file, in order: all, or those that define some names or what these use of the same file."""
-    statements = ast.parse(file.read_text(encoding="utf-8")).body
+    statements = parsed(file.read_text(encoding="utf-8")).body
     if names is None:
         return statements
     defined = {name: i for i, statement in enumerate(statements) for name in _defined(statement)}

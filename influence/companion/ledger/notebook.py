@@ -101,7 +101,7 @@ class Notebook:
         if len(tagged) != 1:
             raise NotebookError(f"{self.stem}: expected one cell with the tag 'parameters', found {len(tagged)}")
         try:
-            return dict(_parameter(node) for node in ast.parse("".join(tagged[0]["source"])).body)
+            return dict(_parameter(node) for node in cache.parsed("".join(tagged[0]["source"])).body)
         except (SyntaxError, ValueError) as error:
             reason = f"the parameters cell takes only assignments of literals: {error}"
             raise NotebookError(f"{self.stem}: {reason}") from None

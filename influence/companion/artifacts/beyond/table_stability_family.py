@@ -25,7 +25,7 @@ from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores import attacks
 from ...scores.evaluation import mean_interval
-from ...zoo import finetuning, recipes, training
+from ...zoo import training
 from ...zoo.family import PENALTIES, FamilyArm, kl
 from ...zoo.finetuning import Arm
 from ..common import bound, dataset
@@ -150,17 +150,12 @@ def again(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
         TrainingError: one of them is not published.
     """
     chosen, found = run.parameters, []
-    images = dataset(run, chosen["dataset"])
-    split, known = images.test.sample(chosen["images"] or None), arms(chosen)
+    split = dataset(run, chosen["dataset"]).test.sample(chosen["images"] or None)
     shown = partial(_versions, split, chosen["severities"])
-    for _, group in examples.groupby(["seed", "arm"], sort=False):
-        seed, name = int(group["seed"].iloc[0]), str(group["arm"].iloc[0])
-        recipe = recipes.recipe(run.profile, chosen["dataset"], chosen["model"], seed=seed)
-        if not finetuning.is_published(recipe, known[name], images):
-            raise training.TrainingError(f"the network {recipe.name}, continued by {name}, is not published")
-        trained = finetuning.finetune(recipe, known[name], images, device=run.device)
-        one = measured(trained.model, split, chosen, run.device, shown, only=set(group["measure"]))
-        found.append(one.assign(seed=seed, arm=name))
+    for seed, arm, trained in comparison.published(run, chosen["dataset"], arms(chosen), examples):
+        measures = examples[(examples["seed"] == seed) & (examples["arm"] == arm)]["measure"]
+        one = measured(trained.model, split, chosen, run.device, shown, only=set(measures))
+        found.append(one.assign(seed=seed, arm=arm))
     return pd.concat(found)
 
 

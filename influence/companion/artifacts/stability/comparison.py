@@ -76,6 +76,22 @@ def networks(
         yield seed, name, finetuning.finetune(recipe, chosen[name], images, device=run.device, publish=publish)
 
 
+def published(
+    run: Run, dataset_name: str, chosen: Mapping[str, Arm], examples: pd.DataFrame
+) -> Iterator[tuple[int, str, training.Trained]]:
+    """Those of `networks` that rows with the columns seed and arm name, none of which is trained.
+
+    Raises:
+        TrainingError: one of them is not published.
+    """
+    images = dataset(run, dataset_name)
+    for seed, name in sorted(set(zip(examples["seed"], examples["arm"], strict=True))):
+        recipe = recipes.recipe(run.profile, dataset_name, run.parameters["model"], seed=int(seed))
+        if not finetuning.is_published(recipe, chosen[name], images):
+            raise training.TrainingError(f"the network {recipe.name}, continued by {name}, is not published")
+        yield int(seed), name, finetuning.finetune(recipe, chosen[name], images, device=run.device)
+
+
 def measure(
     run: Run, dataset_name: str, chosen: Mapping[str, Arm], versions: Sequence[str], *, part: str = "test"
 ) -> pd.DataFrame:

@@ -21,10 +21,7 @@ from ..common import bound, dataset
 from . import comparison
 from .comparison import colours, label
 
-_ATTACKED_AT_ONCE = 250
-
-
-PGD_STEPS = 10
+_ATTACKED_AT_ONCE, _PGD_STEPS = 250, 10
 
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
@@ -45,7 +42,8 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     split = dataset(run, name).test.sample(images)
     certificates, attacked = [], []
     arms = comparison.standard(run.parameters)
-    for seed, arm, trained in comparison.networks(run, name, arms, task="certificates and attacks"):
+    publish = run.profile == "cpu"
+    for seed, arm, trained in comparison.networks(run, name, arms, task="certificates and attacks", publish=publish):
         of: dict[str, Any] = {"seed": seed, "arm": arm, "n": len(split)}
         certificates.append(_certificates(run, trained, split, seed).assign(**of))
         attacked.append(_attacks(run, trained, split, seed).assign(**of))
@@ -53,6 +51,20 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
         "certificates": pd.concat(certificates, ignore_index=True),
         "attacks": pd.concat(attacked, ignore_index=True),
     }
+
+
+def attacked_again(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
+    """The rows of "attacks" of some seeds and arms, computed anew on the published networks alone.
+
+    Raises:
+        TrainingError: one of them is not published.
+    """
+    chosen, found = run.parameters, []
+    split = dataset(run, chosen["dataset"]).test.sample(chosen["images"])
+    for seed, arm, trained in comparison.published(run, chosen["dataset"], comparison.standard(chosen), examples):
+        rows = _attacked(trained, split, chosen["epsilons"], run.device, seed)
+        found.append(rows.assign(seed=seed, arm=arm, n=len(split)))
+    return pd.concat(found)
 
 
 def _certificates(run: Run, trained: training.Trained, split: Split, seed: int) -> pd.DataFrame:
@@ -102,7 +114,7 @@ def _attacked(
             moved = {
                 "fgsm": attacks.fgsm(trained.model, x, y, epsilon=epsilon),
                 "pgd": attacks.pgd(
-                    trained.model, x, y, epsilon=epsilon, steps=PGD_STEPS, step_size=epsilon / 4, generator=generator
+                    trained.model, x, y, epsilon=epsilon, steps=_PGD_STEPS, step_size=epsilon / 4, generator=generator
                 ),
             }
             with torch.no_grad():

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from influence.companion.artifacts.bridge import fig_trace
 from influence.companion.artifacts.stability import table_certified
+from influence.companion.ledger import reference
+from influence.companion.ledger.reference import Estimate
 from influence.companion.scores import attacks, smoothing
 
 
@@ -103,8 +105,11 @@ def test_table_and_findings() -> None:
                 ]
     tables = {"certificates": pd.DataFrame(rows), "attacks": pd.DataFrame(hits)}
     findings = table_certified.claims(tables, {"alphas": [0.01, 1.0]})
-    assert findings["certified_radius_grows"] is True and findings["no_adversarial_robustness"] is True
-    assert findings["gain_of_radius"] == pytest.approx(0.1)
+    grows, no_robustness = findings["certified_radius_grows"], findings["no_adversarial_robustness"]
+    assert isinstance(grows, Estimate) and isinstance(no_robustness, Estimate)
+    assert (grows.value, grows.n) == (pytest.approx(0.1), 3) and no_robustness.value == pytest.approx(0.35)
+    outcomes = {c.item: c.outcome for c in reference.compare("stability/table_certified", findings)}
+    assert outcomes["certified_radius_grows"] == outcomes["no_adversarial_robustness"] == "checked"
     table = table_certified.summary(tables)
     assert set(table["quantity"]) == {"certified", "fgsm", "pgd"} and len(table) == 12
     assert len(table_certified.draw(table).axes) == 3

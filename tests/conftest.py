@@ -59,4 +59,4 @@ def _companion_in(root: Path) -> Iterator[Workspace]:
         importlib.reload(paths)
         yield Workspace(root)
     importlib.reload(paths)
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")

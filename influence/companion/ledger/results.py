@@ -295,7 +295,9 @@ def _deterministic_device(seeds: object) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     import torch
 
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # use_deterministic_algorithms(True, warn_only=True) by its other name, which leaves PyTorch's compiler alone: to
+    # import that takes three seconds of every start.
+    torch.set_deterministic_debug_mode("warn")
     torch.backends.cudnn.benchmark = False
     # TF32 keeps 10 bits of the mantissa: too few for the small singular values of the metric tensor.
     torch.backends.cudnn.allow_tf32 = False

@@ -207,11 +207,12 @@ class Weighting:
         return bool((wrong <= self.noise * row.abs().amax(dim=(0, 2))).all())
 
 
-def gradients(output: Tensor | GradientEdge, leaves: Sequence[Tensor], seed: Tensor, *, retain: bool) -> list[Tensor]:
+def gradients(output: Tensor | GradientEdge, leaves: Sequence[Tensor], seed: Tensor) -> list[Tensor]:
     """Gradients of the leaves by autograd, dense, zero where there is none; a RuntimeError says if PyTorch cannot."""
     try:
+        # The graph is kept: a model may hold a part of it from call to call, such as a table of attention biases.
         grads = torch.autograd.grad(
-            output, list(leaves), seed, retain_graph=retain, allow_unused=True, materialize_grads=True
+            output, list(leaves), seed, retain_graph=True, allow_unused=True, materialize_grads=True
         )
     except RuntimeError as error:
         if is_out_of_memory(error):

@@ -209,7 +209,7 @@ class InputGrams:
         def rows(part: Tensor) -> Tensor:
             """Gradients ``(copies, N, ...)`` of so many seeds."""
             missing = part.new_zeros(copies - len(part), *part.shape[1:])
-            (grad,) = gradients(output, [inputs.x], torch.cat([part, missing]).flatten(0, 1), retain=True)
+            (grad,) = gradients(output, [inputs.x], torch.cat([part, missing]).flatten(0, 1))
             return grad.unflatten(0, (copies, examples))[: len(part)]
 
         jacobian = torch.cat([rows(part) for part in seeds.split(copies)])

@@ -110,12 +110,20 @@ def plain(m: Any, x: Tensor) -> Tensor:
     return m.body(x).mean(dim=1)
 
 
+def keeps_a_table(m: Any, x: Tensor) -> Tensor:
+    """Made from a parameter in the first call, with its graph, and used again, as LeViT has its attention biases."""
+    if not hasattr(m, "held"):
+        m.held = (m.table.square())[torch.tensor([2, 0, 1, 1, 0])]
+    return torch.tanh(m.body(x) + m.held).mean(dim=1)
+
+
 def other() -> nn.Module:
     return nn.Linear(4, 6)
 
 
 UNUSUAL: dict[str, Callable[[], nn.Module]] = {
     "unpadded": lambda: model(unpadded),
+    "keeps a table": lambda: model(keeps_a_table, table=lambda: nn.Parameter(torch.randn(3, 6))),
     "trimmed": lambda: model(trimmed),
     "routed": lambda: model(routed, other=other),
     "packed": lambda: model(packed, lstm=lambda: nn.LSTM(6, 6, batch_first=True)),

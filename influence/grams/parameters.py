@@ -139,14 +139,14 @@ class ParameterPasses:
         """
         logits, self._first = self._first if self._first is not None else alone(self._model, inputs), None
         require_same(self._model, inputs, logits.detach(), batched, dtype)
-        return gradients(logits, self.perturbed, seed, retain=False)
+        return gradients(logits, self.perturbed, seed)
 
     def _rows_of_refused(self, inputs: Inputs, rows: Rows) -> Iterator[tuple[str, Tensor]]:
         """Gradients ``(m, *shape)`` of the refused parameters for one example, row by row by autograd."""
         leaves = {name: parameter for name, parameter in self._parameters.items() if name in self.refused}
         logits = forward(self._model, inputs)
         seeds, tensors = rows.seeds(logits.dtype), list(leaves.values())
-        found = [gradients(logits, tensors, seed, retain=k < len(seeds) - 1) for k, seed in enumerate(seeds)]
+        found = [gradients(logits, tensors, seed) for seed in seeds]
         for name, made in zip(leaves, zip(*found, strict=True), strict=True):
             yield name, torch.stack(made)
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from benchmarks import gpu, methods, run, stability
+from benchmarks import architectures, gpu, methods, run, stability
 from influence.kernels.backend import HAS_TRITON
 
 CASE = run.Case("chain1", 3, 2, "influence", 1.0, 8, 1, "cpu", False)
@@ -140,3 +141,30 @@ def test_the_table_of_a_gpu_is_what_its_file_says() -> None:
     done = json.loads((gpu.RESULTS / "cuda.json").read_text())
     page = (Path(gpu.__file__).parent / "README.md").read_text(encoding="utf-8")
     assert page.partition("<!-- gpu -->\n")[2].partition("\n<!-- /gpu -->")[0] == gpu.table(done)
+
+
+def test_networks_of_others_are_right_refused_or_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 1, 4, 4)
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.Tanh(), nn.Linear(5, 3))
+    across = nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.BatchNorm1d(3, track_running_stats=False))
+
+    def broken() -> architectures.Made:
+        raise OSError("no such file")
+
+    def large() -> architectures.Made:
+        raise architectures._LeftOutError("too large")
+
+    found = {
+        "a:plain": architectures.judged(lambda: (plain.eval(), x)),
+        "a:across": architectures.judged(lambda: (across.eval(), x)),
+        "a:broken": architectures.judged(broken),
+        "b:large": architectures.judged(large),
+    }
+    assert [row["kind"] for row in found.values()] == ["right", "refused", "fails", "left out"]
+    traces = architectures.traces
+    monkeypatch.setattr(architectures, "traces", lambda *a, **k: 1.01 * traces(*a, **k))
+    found["b:wrong"] = architectures.judged(lambda: (plain.eval(), x))
+    assert found["b:wrong"]["kind"] == "wrong" and found["b:wrong"]["error"] == pytest.approx(0.01 / 1.01)
+    lines = architectures.table(found).splitlines()
+    assert lines[2:4] == ["| a | 3 | 1 | 0 | 1 | 0 | 1 | 0 | 0 |", "| b | 2 | 0 | 0 | 0 | 1 | 0 | 0 | 1 |"]
+    assert [line.split(":")[1] for line in lines[5:]] == ["across", "broken", "wrong"]

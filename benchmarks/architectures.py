@@ -144,7 +144,7 @@ def traces(model: nn.Module, x: Batch, *, perturb: bool) -> Tensor:
         total = 0.0
         for value in getattr(output, "logits", output)[0].log_softmax(0):
             grads = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
-            total += float(value.exp() * sum(grad.square().sum() for grad in grads if grad is not None))
+            total += float(value.detach().exp() * sum(grad.square().sum() for grad in grads if grad is not None))
         found.append(total)
     return torch.tensor(found, dtype=torch.float64)
 

@@ -4,9 +4,9 @@
     python -m benchmarks.architectures levit bert # those whose names hold one of these words; no result is written
     python -m benchmarks.architectures --table    # Markdown from the JSON file
 
-Random weights, float64, three classes, two examples. Held against each other are the traces of the metric tensor of all
-parameters and of the input (of text models: of the parameters alone), ours and those of autograd, class by class. A run
-that was interrupted goes on where it stopped; its result is benchmarks/results/architectures/cpu.json.
+Random weights, float64, three classes, two examples. Held against each other are the squared lengths of the contrasts'
+gradients by all parameters and by the image (of text models: by the parameters alone), ours and autograd's. A run that was
+interrupted goes on where it stopped; its result is benchmarks/results/architectures/cpu.json.
 """
 
 from __future__ import annotations
@@ -130,21 +130,21 @@ def from_transformers() -> Iterator[tuple[str, Callable[[], Made]]]:
         yield f"transformers:{name}", lambda name=name: make(name)
 
 
-def traces(model: nn.Module, x: Batch, *, perturb: bool) -> Tensor:
-    """tr G of two examples, ``(2,)``, of all parameters, or of the image, by autograd, class by class.
+def lengths(model: nn.Module, x: Batch, *, perturb: bool) -> Tensor:
+    """Of two examples, ``(2,)``: sum_k |d (z_k - z_y)|^2, y the predicted class, by autograd, class by class.
 
-    Each is called beside itself: of a single example PyTorch (2.14) has wrong gradients where batch normalisation meets
-    channels-last memory, and says nothing.
+    Of all parameters, or of the image. Each example is called beside itself: of a single one PyTorch (2.14) has wrong
+    gradients where batch normalisation meets channels-last memory, and says nothing.
     """
     found = []
     for n in range(2):
         twice = {k: torch.cat([v[n : n + 1]] * 2) for k, v in (x if isinstance(x, dict) else {"x": x}).items()}
         leaves = [twice["x"].requires_grad_()] if perturb else list(model.parameters())
         output = model(**twice) if isinstance(x, dict) else model(twice["x"])
-        total = 0.0
-        for value in getattr(output, "logits", output)[0].log_softmax(0):
-            grads = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
-            total += float(value.detach().exp() * sum(grad.square().sum() for grad in grads if grad is not None))
+        logits, total = getattr(output, "logits", output)[0], 0.0
+        for contrast in logits - logits.max():
+            grads = torch.autograd.grad(contrast, leaves, retain_graph=True, allow_unused=True)
+            total += float(sum(grad.square().sum() for grad in grads if grad is not None))
         found.append(total)
     return torch.tensor(found, dtype=torch.float64)
 
@@ -162,9 +162,9 @@ def judged(make: Callable[[], Made]) -> dict[str, Any]:
         model, x = model.double(), x.double() if isinstance(x, Tensor) else x
         worst = 0.0
         for wrt in ("parameters", "input") if isinstance(x, Tensor) else ("parameters",):
-            ours = influence.metric_tensor(model, x, wrt=wrt).trace()[:, 0]
-            truth = traces(model, x, perturb=wrt == "input")
-            worst = max(worst, float(((ours - truth).abs() / truth.abs().clamp(min=1e-300)).max()))
+            gram = influence.metric_tensor(model, x, wrt=wrt).contrast_gram()[:, 0]
+            ours, truth = gram.diagonal(dim1=1, dim2=2).sum(dim=1), lengths(model, x, perturb=wrt == "input")
+            worst = max(worst, float(((ours - truth).abs() / truth).max()))  # NaN, and wrong, where nothing moves it
     except _TooLongError:
         return {"kind": "not finished", "detail": f"in {_SECONDS} s"}
     except _LeftOutError as error:

@@ -161,8 +161,8 @@ def test_networks_of_others_are_right_refused_or_wrong(monkeypatch: pytest.Monke
         "b:large": architectures.judged(large),
     }
     assert [row["kind"] for row in found.values()] == ["right", "refused", "fails", "left out"]
-    traces = architectures.traces
-    monkeypatch.setattr(architectures, "traces", lambda *a, **k: 1.01 * traces(*a, **k))
+    lengths = architectures.lengths
+    monkeypatch.setattr(architectures, "lengths", lambda *a, **k: 1.01 * lengths(*a, **k))
     found["b:wrong"] = architectures.judged(lambda: (plain.eval(), x))
     assert found["b:wrong"]["kind"] == "wrong" and found["b:wrong"]["error"] == pytest.approx(0.01 / 1.01)
     lines = architectures.table(found).splitlines()

@@ -5,8 +5,8 @@
     python -m benchmarks.architectures --table    # Markdown from the JSON file
 
 Random weights, float64, three classes, two examples. Held against each other are the squared lengths of the contrasts'
-gradients by all parameters and by the image (of text models: by the parameters alone), ours and autograd's. A run that was
-interrupted goes on where it stopped; its result is benchmarks/results/architectures/cpu.json.
+gradients by all parameters and by the image (of text models: by the parameters alone), ours and autograd's. A run that
+was interrupted goes on where it stopped; its result is benchmarks/results/architectures/cpu.json.
 """
 
 from __future__ import annotations
@@ -160,11 +160,12 @@ def judged(make: Callable[[], Made]) -> dict[str, Any]:
     try:
         model, x = make()
         model, x = model.double(), x.double() if isinstance(x, Tensor) else x
-        worst = 0.0
+        errors = []
         for wrt in ("parameters", "input") if isinstance(x, Tensor) else ("parameters",):
             gram = influence.metric_tensor(model, x, wrt=wrt).contrast_gram()[:, 0]
             ours, truth = gram.diagonal(dim1=1, dim2=2).sum(dim=1), lengths(model, x, perturb=wrt == "input")
-            worst = max(worst, float(((ours - truth).abs() / truth).max()))  # NaN, and wrong, where nothing moves it
+            errors.append((ours - truth).abs() / truth)  # NaN, and wrong, where nothing moves it
+        worst = float(torch.cat(errors).max())
     except _TooLongError:
         return {"kind": "not finished", "detail": f"in {_SECONDS} s"}
     except _LeftOutError as error:

@@ -24,6 +24,7 @@ from influence.companion.artifacts.sensitivity import (
     fig_what_fi_measures,
 )
 from influence.companion.images import data
+from influence.companion.ledger import reference
 from influence.companion.scores import detection, imagewise, layerwise, pixelwise
 from influence.companion.zoo import pretrained, training
 from truth import influence as brute_force
@@ -317,3 +318,12 @@ def test_networks_of_others_come_once_beside_those_of_every_seed(monkeypatch: py
     found = list(common.networks(run))  # type: ignore[arg-type]
     assert [(s.model, s.seed) for s in found] == [("resnet50", 0), ("resnet50", 1), ("theirs", 0)]
     assert found[2].trained.model is model and found[2].trained.key == inputs["theirs-digits"]
+
+
+def test_logged_pairs_are_the_ceiling_and_another_value_would_show() -> None:
+    pairs = fig_what_fi_measures.logged_pairs()
+    assert pairs["mnist_densenet121_fi"] == pytest.approx((1 - 0.7040077) / 0.7040077) and len(pairs) == 3
+    for factor, outcome in ((1.0, "checked"), (1.02, "check fails")):
+        found = {item: factor * value for item, value in pairs.items()}
+        compared = reference.compare("sensitivity/fig_what_fi_measures", found)
+        assert [c.outcome for c in compared if c.item in pairs] == [outcome] * 3

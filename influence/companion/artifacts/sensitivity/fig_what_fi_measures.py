@@ -15,7 +15,7 @@ from torch import nn
 import influence
 
 from ... import style
-from ...ledger import cache
+from ...ledger import cache, reference
 from ...ledger.results import Run
 from ...scores import imagewise
 from ...scores.detection import agreement
@@ -302,7 +302,15 @@ def claims(table: pd.DataFrame, check: float, definition_gap: float) -> dict[str
         "exact_fi_is_invariant_to_the_unit": bool(max(exact["change"].max(), check) <= 1e-6),
         "released_fi_is_invariant_to_the_unit": bool(released["change"].max() <= 1e-6),
         "released_peak": peak(1e-3, classes=10)[0],
+        **logged_pairs(),
     }
+
+
+def logged_pairs() -> dict[str, float]:
+    """(1 - P) / P at each P that the released code logged, whose item names the FI logged beside it."""
+    logged = {row.item: row.value for row in reference.load("sensitivity/fig_vulnerable_areas")}
+    known = {item.removesuffix("_p"): value for item, value in logged.items() if item.endswith("_p")}
+    return {f"{name}_fi": 1 / value - 1 for name, value in known.items() if value is not None}
 
 
 _UNITS = {"0-255": "o", "0-1": "s", "standardised": "^"}

@@ -112,7 +112,7 @@ def test_table_and_findings() -> None:
     assert outcomes["certified_radius_grows"] == outcomes["no_adversarial_robustness"] == "checked"
     table = table_certified.summary(tables)
     assert set(table["quantity"]) == {"certified", "fgsm", "pgd"} and len(table) == 12
-    assert len(table_certified.draw(table).axes) == 3
+    assert len(table_certified.draw(table, images=10).axes) == 3
 
 
 def test_trace_tables() -> None:

@@ -154,8 +154,8 @@ def claims(tables: Mapping[str, pd.DataFrame], parameters: Mapping[str, Any]) ->
     }
 
 
-def draw(table: pd.DataFrame) -> Figure:
-    """Certified accuracy against the l2 radius, and accuracy against the strength of each attack."""
+def draw(table: pd.DataFrame, *, images: int) -> Figure:
+    """Certified accuracy against the l2 radius, and accuracy against the strength of each attack, of so many images."""
     quantities = {
         "certified": (r"certified $\ell_2$ radius", "certified accuracy"),
         "fgsm": (r"$\ell_\infty$ radius of FGSM", "accuracy"),
@@ -173,6 +173,7 @@ def draw(table: pd.DataFrame) -> Figure:
         axes.set_ylabel(y)
     panels[0].set_ylim(-0.02, 1.05)
     seeds = int(table["seeds"].iloc[0])
-    figure.suptitle(f"mean and 95% interval over {seeds} seeds; radii for pixels in [0, 1]", fontsize=9)
+    over = f"over {seeds} seeds, {images:,} images"
+    figure.suptitle(f"mean and 95% interval {over}; radii for pixels in [0, 1]", fontsize=9)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return figure

@@ -18,7 +18,7 @@ from torch import nn
 import influence
 from benchmarks import kernels, stability
 from benchmarks import run as benchmarks
-from influence.companion.ledger import manifest
+from influence.companion.ledger import manifest, reference
 from influence.companion.runner import cli, listing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,6 +112,17 @@ def _untrue(text: str) -> list[str]:
 
 def test_sentences_are_true_of_the_published_results(readme: str) -> None:
     assert _untrue(readme) == []
+
+
+def test_all_six_claims_of_stability_training_are_supported(readme: str) -> None:
+    assert "(six claims of six)" in readme
+    rows, claims = manifest.read("cpu", root=ROOT / "results"), {}
+    for row in reference.load():
+        number = re.search(r"claim \((i|ii|iii|iv|v|vi)\)", row.source)
+        if row.artifact.startswith("stability/") and row.status == "paper" and row.kind != "context" and number:
+            judged = {judged["item"]: judged["outcome"] for judged in rows[row.artifact]["reference"]}
+            claims.setdefault(number[1], set()).add(judged[row.item])
+    assert claims == {number: {"supported"} for number in ("i", "ii", "iii", "iv", "v", "vi")}
 
 
 @pytest.mark.parametrize(("true", "false"), [("AUROC .96", "AUROC .97"), ("α = 1 it is 12", "α = 1 it is 11")])

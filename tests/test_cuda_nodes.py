@@ -39,7 +39,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
         seen.nodes.add(node.name())
         return vjp(node, *arguments, **options)
 
-    def zeros(output: Tensor, leaves: Any, seed: Tensor, *, retain: bool) -> list[Tensor]:
+    def zeros(output: Tensor, leaves: Any, seed: Tensor) -> list[Tensor]:
         return [torch.zeros_like(leaf) for leaf in leaves]
 
     # It draws until the values suit it.

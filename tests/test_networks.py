@@ -276,8 +276,8 @@ def test_memory_that_runs_out_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) 
         return forward(ids)
 
     monkeypatch.setattr(model, "forward", limited)
-    # One example alone, twice, tells what fits and is compared with autograd, each chunk's last by themselves.
-    for most, seen in ((2, [1, 1, 9, 4, 2, 1, 2, 1, 2, 1]), (1, [1, 1, 9, 4, 2, 1, 1, 1])):  # noqa: B007 (read by limited)
+    # One example alone, twice, tells what fits and is compared with autograd, the tokens of each chunk by themselves.
+    for most, seen in ((2, [1, 1, 9, 4, 2, 1, 1, 2, 1, 1]), (1, [1, 1, 9, 4, 2, 1, 1, 1])):  # noqa: B007 (read by limited)
         sizes.clear()
         ours = influence.metric_tensor(model, x, wrt="layers").gram
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-13)

@@ -160,6 +160,9 @@ def judged(make: Callable[[], Made]) -> dict[str, Any]:
     try:
         model, x = make()
         model, x = model.double(), x.double() if isinstance(x, Tensor) else x
+        for parameter in model.parameters():
+            if not bool(parameter.any()):  # a layer that begins at zero hides all that is below it
+                nn.init.normal_(parameter, std=0.1)
         errors = []
         for wrt in ("parameters", "input") if isinstance(x, Tensor) else ("parameters",):
             gram = influence.metric_tensor(model, x, wrt=wrt).contrast_gram()[:, 0]

@@ -486,26 +486,15 @@ def test_committed_zoo_is_as_its_ledger_says() -> None:
     assert sum(file.stat().st_size for file in paths.ZOO.rglob("*") if file.is_file()) < 80e6
 
 
-# One of each kind.
+# One of each kind: all of them take `influence zoo check` a quarter of an hour.
 FIRST = [recipe.name for recipe in recipes.everything() if recipe.published and recipe.seed == 0]
 FIRST = [name for name in FIRST if not name.startswith("noisy-") or "-0-0" in name]
 
 
 @pytest.mark.data
-def test_a_published_network_measures_what_the_ledger_says(data_dir: Path) -> None:
-    assert list(published.check(["base-resnet20-cifar10-0"], data_dir=data_dir)) == []
-
-
-@pytest.mark.data
 @pytest.mark.parametrize("name", FIRST)
-def test_published_networks_on_some_test_images(name: str, data_dir: Path) -> None:
-    """Within 4.5 standard errors: all of them on all images are a quarter of an hour, and `influence zoo check`."""
-    recipe, stored = recipes.named(name), published.ledger()[name]["accuracy"]["test"]
-    whole = recipe.dataset(data_dir)
-    some = whole.test.sample(1500)
-    found = training.accuracy(training.fit(recipe, whole).model, some)
-    error = (stored * (1 - stored) / len(some) * (1 - len(some) / len(whole.test))) ** 0.5
-    assert abs(found - stored) <= 4.5 * error
+def test_published_networks_measure_what_the_ledger_says(name: str, data_dir: Path) -> None:
+    assert list(published.check([name], data_dir=data_dir)) == []
 
 
 # -- networks that others trained -------------------------------------------------------------------------------------

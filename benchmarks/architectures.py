@@ -33,23 +33,7 @@ RESULTS = Path(__file__).parent / "results" / "architectures" / "cpu.json"
 CLASSES, AGREE = 3, 1e-6  # relative, in float64
 _SIZES, _MOST, _SECONDS = (64, 96, 128), 45e6, 300
 # How the smallest network of a family is called.
-_SMALL = (
-    "atto",
-    "femto",
-    "pico",
-    "zepto",
-    "nano",
-    "xxs",
-    "xxt",
-    "tiny",
-    "mini",
-    "_xs",
-    "_s0",
-    "_b0",
-    "050",
-    "18",
-    "_s",
-)
+_SMALL = tuple("atto femto pico zepto nano xxs xxt tiny mini _xs _s0 _b0 050 18 _s".split())
 KINDS = ("right", "announced", "refused", "wrong", "fails", "not finished", "left out")
 Batch = Tensor | dict[str, Tensor]
 Made = tuple[nn.Module, Batch]

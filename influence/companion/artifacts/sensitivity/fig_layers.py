@@ -319,7 +319,7 @@ def shade(axes: Axes, group: pd.DataFrame) -> None:
 
 
 def _block(layer: pd.Series) -> pd.Series:
-    return layer.str.removeprefix("network.").str.split(".").str[0]
+    return layer.map({name: name.removeprefix("network.").partition(".")[0] for name in layer.unique()})
 
 
 def _block_numbers(group: pd.DataFrame) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,8 @@ def _companion_in(root: Path) -> Iterator[Workspace]:
         for name in ("INFLUENCE_RESULTS", "INFLUENCE_CACHE", "INFLUENCE_DATA", "INFLUENCE_DEVICE"):
             patch.delenv(name, raising=False)
         importlib.reload(paths)
+        forkserver._forkserver._stop()  # what it has imported knows another tree
         yield Workspace(root)
+    forkserver._forkserver._stop()
     importlib.reload(paths)
     torch.set_deterministic_debug_mode("default")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
+if __name__ == "__main__":  # kernels import this file, see runner/kernels.py
+    import sys
 
-from .runner.cli import main
+    from .runner.cli import main
 
-sys.exit(main())
+    sys.exit(main())

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
-import signal
-import sys
 import threading
 import time
 import traceback
@@ -16,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ..ledger import cache
-
-_kernels: set[int] = set()  # process ids of those that run now
 
 
 def execute(
@@ -43,29 +38,10 @@ def execute(
         TimeoutError: over the limit.
     """
     import papermill
-    from jupyter_client.kernelspec import KernelSpec
-    from jupyter_client.manager import AsyncKernelManager
-    from jupyter_client.provisioning import LocalProvisioner
     from nbclient.exceptions import CellTimeoutError
 
-    class ThisInterpreter(AsyncKernelManager):
-        """Starts `python3` with our interpreter, whatever kernels the reader has registered under that name."""
+    from . import kernels
 
-        @property
-        def kernel_spec(self) -> KernelSpec:
-            argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-            return KernelSpec(argv=argv, display_name="Python 3 (ipykernel)", language="python", resource_dir="")
-
-        async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
-            """Start it with its own messages in our log."""
-            with log.open("a", encoding="utf-8") as file:
-                await self._async_start_kernel(stderr=file, env={**os.environ, **environment}, **options)
-            assert isinstance(self.provisioner, LocalProvisioner)  # what that spec asks for
-            if pid := self.provisioner.pid:
-                started.add(pid)
-                _kernels.add(pid)
-
-    started: set[int] = set()
     deadline = time.monotonic() + limit
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -80,19 +56,10 @@ def execute(
             log_output=True,
             # A limit for the notebook, not for each cell: every cell gets what is left.
             timeout_func=lambda cell: max(1, round(deadline - time.monotonic())),
-            kernel_manager_class=ThisInterpreter,
+            kernel_manager_class=kernels.manager(environment, source.parent, log),
         )
     except CellTimeoutError:
         raise TimeoutError(f"over its limit of {limit:g} s") from None
-    finally:
-        _kernels.difference_update(started)
-
-
-def kill_kernels() -> None:
-    """End every kernel that runs, so that the threads that wait for them end too."""
-    for pid in tuple(_kernels):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 def refresh(source: Path, executed_path: Path) -> None:

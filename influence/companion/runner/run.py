@@ -119,6 +119,8 @@ def run(options: argparse.Namespace) -> int:
         UsageError: the request cannot be carried out.
         NotebookError, ManifestError: a notebook, its parameters or the ledger cannot be read.
     """
+    from . import kernels  # Jupyter takes half a second
+
     profile, refresh = options.profile, options.refresh_notebooks
     jobs = plan(profile, options.only, recompute=options.recompute or options.retrain)
     if refresh:  # each is committed as it runs by itself
@@ -127,7 +129,8 @@ def run(options: argparse.Namespace) -> int:
     _require_writable(manifest.folder(profile), paths.BUILD)
     with _alone():
         force = options.force or options.retrain or refresh
-        lacking = _lacking([job for job in jobs if force or not _up_to_date(job)], environment)
+        due = [job for job in jobs if force or not _up_to_date(job)]
+        lacking = _lacking(due, environment)
         for half_written in manifest.folder(profile).rglob(f"{cache.TEMPORARY}*"):  # by a run that was killed
             half_written.unlink(missing_ok=True)
         limit = options.time_limit or _TIME_LIMIT.get(profile, _LONG)
@@ -136,6 +139,8 @@ def run(options: argparse.Namespace) -> int:
         long = profile != SMOKE and (options.recompute or options.retrain)
         at_once = 1 if long else min(cores, _MOST_AT_ONCE)
         environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(cores // at_once))
+        if due:
+            kernels.prepare(environment)
 
         def finish(job: Job) -> Outcome:
             # Asked when its turn comes: the overview depends on what the others have just found.
@@ -169,6 +174,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _side_by_side(finish: Callable[[Job], Outcome], jobs: Sequence[Job], at_once: int) -> Iterator[Outcome]:
     """The outcomes of the jobs as they end, so many at once."""
+    from . import kernels
+
     with ThreadPoolExecutor(at_once) as pool:
         waiting = [pool.submit(finish, job) for job in jobs]
         try:
@@ -177,7 +184,7 @@ def _side_by_side(finish: Callable[[Job], Outcome], jobs: Sequence[Job], at_once
         except BaseException:  # Ctrl-C, before all others
             pool.shutdown(wait=False, cancel_futures=True)
             while wait(waiting, timeout=0.1).not_done:  # again and again: one may just be starting its kernel
-                execute.kill_kernels()
+                kernels.kill_all()
             raise
 
 

@@ -184,24 +184,37 @@ def test_every_profile_gives_what_the_notebook_leaves_open(book: Notebook) -> No
             assert open_ones <= set(profile.get(book.stem, {})), path.stem
 
 
+@pytest.fixture(scope="module")
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What nbval finds wrong with every notebook that is asked for."""
+    asked = [item.callspec.params["book"] for item in request.session.items if "found" in item.fixturenames]
+    return _nbval(*(book.path for book in asked), folder=tmp_path_factory.mktemp("nbval"), timeout=1800)
+
+
 @pytest.mark.notebooks
 @pytest.mark.timeout(3600)
 @each
-def test_outputs(book: Notebook, tmp_path: Path) -> None:
+def test_outputs(book: Notebook, found: dict[str, list[str]]) -> None:
     """Every notebook runs, and its check cells print what is committed."""
-    finished = _nbval(book.path, timeout=1800)
-    assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-2000:]
+    assert found[str(book.path)] == []
 
 
 # -- would these tests see it? ----------------------------------------------------------------------------------------
 
 
-def _nbval(path: Path, *, timeout: int) -> subprocess.CompletedProcess[str]:
+def _nbval(*books: Path, folder: Path, timeout: int) -> dict[str, list[str]]:
+    """What nbval finds wrong with each notebook, its kernels forked from one process."""
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-q", "-p", "no:cacheprovider"]
-    command += [f"--nbval-cell-timeout={timeout}", f"--timeout={timeout}", str(path)]
+    command += ["-p", "nbval_forked", f"--nbval-cell-timeout={timeout}", f"--timeout={timeout}", *map(str, books)]
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "NBVAL_FOUND": str(folder / "found.json")}
     # The same silence as under the runner: a progress bar is an output too.
-    environment = {**os.environ, "TQDM_DISABLE": "1", "PYTHONHASHSEED": "0"}
-    return subprocess.run(command, env=environment, cwd=paths.ROOT, capture_output=True, text=True)
+    environment |= {"TQDM_DISABLE": "1", "PYTHONHASHSEED": "0"}
+    finished = subprocess.run(command, env=environment, cwd=paths.ROOT, capture_output=True, text=True)
+    assert finished.returncode in (0, 1), finished.stdout[-6000:] + finished.stderr[-2000:]
+    found: dict[str, list[str]] = json.loads((folder / "found.json").read_text(encoding="utf-8"))
+    assert finished.returncode == any(found.values())
+    return found
 
 
 @pytest.fixture
@@ -227,11 +240,11 @@ def _written(book: nbformat.NotebookNode, folder: Path) -> Notebook:
 
 
 def test_changed_output_fails(tiny: nbformat.NotebookNode, tmp_path: Path) -> None:
-    assert _nbval(_written(tiny, tmp_path).path, timeout=60).returncode == 0
+    path = _written(tiny, tmp_path).path
+    assert _nbval(path, folder=tmp_path, timeout=60) == {str(path): []}
     tiny.cells[3].outputs[0].text = "auc 0.92\n"
-    finished = _nbval(_written(tiny, tmp_path).path, timeout=60)
-    assert finished.returncode == 1
-    assert "auc 0.92" in finished.stdout
+    [wrong] = _nbval(_written(tiny, tmp_path).path, folder=tmp_path, timeout=60)[str(path)]
+    assert "auc 0.92" in wrong
 
 
 def test_a_number_that_is_not_shown_is_seen(tiny: nbformat.NotebookNode, tmp_path: Path) -> None:

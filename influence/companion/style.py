@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import matplotlib as mpl
+import numpy as np
+import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 from PIL import Image
 
 WIDTH = 7.2  # inches: a text page
@@ -111,17 +117,64 @@ def _show_figures() -> None:
         shell.display_formatter.formatters["image/png"].for_type(Figure, small_png)
 
 
+_drawn: WeakKeyDictionary[Figure, bytes] = WeakKeyDictionary()
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG, drawn once for notebook and results as long as nothing of it changes."""
+    if figure.stale or figure not in _drawn:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+        _drawn[figure] = buffer.getvalue()
+        figure.stale = False  # until something of it changes
+    return _drawn[figure]
+
+
 def small_png(figure: Figure) -> bytes:
-    """A figure as a PNG of 64 colours: a third of the bytes, so that notebooks with their outputs stay small."""
-    buffer, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    Image.open(buffer).convert("RGB").quantize(64).save(small, format="png", optimize=True)
+    """The same in 64 colours: a third of the bytes, so that notebooks with their outputs stay small."""
+    small = io.BytesIO()
+    Image.open(io.BytesIO(png(figure))).convert("RGB").quantize(64).save(small, format="png", optimize=True)
     return small.getvalue()
+
+
+def pdf(figure: Figure) -> bytes:
+    """A figure as a PDF without dates, in the layout of its PNG."""
+    png(figure)
+    engine, buffer = figure.get_layout_engine(), io.BytesIO()
+    figure.set_layout_engine("none")
+    figure.savefig(buffer, format="pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    figure.set_layout_engine(engine)
+    figure.stale = False  # nothing but the format was another
+    return buffer.getvalue()
 
 
 def class_colours(n_classes: int) -> list[tuple[float, float, float]]:
     """One colour for each class of a Manhattan plot."""
     return list(sns.color_palette("tab10" if n_classes <= 10 else "husl", n_classes))
+
+
+def dots(
+    axes: Axes,
+    x: pd.Series,
+    y: pd.Series,
+    label: ArrayLike,
+    colours: Sequence[tuple[float, float, float]],
+    *,
+    size: float,
+) -> None:
+    """Points (x, y) in the colour of their class, as pixels; ten times as fast as `scatter`, which draws each anew.
+
+    Args:
+        axes: where.
+        x: (N,).
+        y: (N,).
+        label: (N,) class, a place in `colours`.
+        colours: one for each class.
+        size: diameter, points.
+    """
+    for place, colour in enumerate(colours):
+        mine = np.asarray(label) == place
+        axes.plot(x[mine], y[mine], "o", color=colour, markersize=size, markeredgewidth=0, rasterized=True)
 
 
 def network(key: str) -> str:

@@ -71,6 +71,7 @@ def parsed(source: str) -> ast.Module:
         return ast.parse(source)
 
 
+@cache
 def code_digest(source: str) -> str:
     """Sha256 of Python source without its comments, docstrings and layout (of the text where it does not parse)."""
     try:

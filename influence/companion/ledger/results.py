@@ -39,11 +39,6 @@ if TYPE_CHECKING:
 SMOKE = "smoke"
 _COMPRESS_ABOVE = 1_000_000  # bytes of CSV
 _PACKAGES = ("numpy", "scipy", "pandas", "torch", "torchvision", "scikit-learn", "matplotlib", "seaborn", "papermill")
-# matplotlib dates a PDF and names its version in both formats
-_NO_DATES: dict[str, dict[str, Any]] = {
-    "png": {"Software": None},
-    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
-}
 
 
 @dataclass
@@ -191,13 +186,13 @@ class Run:
         print(f"verdict: {outcome}")
 
     def _figures(self, figures: Figure | Mapping[str, Figure] | None) -> dict[str, bytes]:
+        from .. import style
+
         parts = figures if isinstance(figures, Mapping) else {"": figures} if figures is not None else {}
-        files = {}
+        files: dict[str, bytes] = {}
         for part, figure in parts.items():
-            for suffix, no_dates in _NO_DATES.items():
-                buffer = io.BytesIO()
-                figure.savefig(buffer, format=suffix, metadata=no_dates)
-                files[f"figures/{self.stem}{'.' if part else ''}{part}.{suffix}"] = buffer.getvalue()
+            name = f"figures/{self.stem}{'.' if part else ''}{part}"
+            files |= {f"{name}.png": style.png(figure), f"{name}.pdf": style.pdf(figure)}
         return files
 
     def _row(

@@ -17,20 +17,25 @@ from unittest.mock import patch
 
 from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.kernelspec import KernelSpec
-from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.manager import AsyncKernelManager, KernelManager
 from jupyter_client.provisioning import LocalProvisioner
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# What every notebook imports; not pyplot, which asks for the kernel. Elsewhere than on Linux (Accelerate, Objective-C)
-# libraries that are loaded do not survive a fork.
-_LIBRARIES = (__name__, "scipy.stats", "matplotlib.figure", "pyarrow.parquet", "ipykernel.ipkernel")
+_ALWAYS = f"{__package__}.preloaded"
+# The first step of an optimizer imports PyTorch's compiler, which takes longer than most steps under smoke.
+_COMPUTING = ("torch._dynamo", "torchvision.transforms.v2.functional", "sklearn.datasets")
 _BACKEND = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # as every kernel sets it
 _running: set[BaseProcess] = set()
 
 
-def prepare(environment: Mapping[str, str]) -> None:
-    """Start the process that all kernels are forked from; what libraries read once, such as threads, is read here."""
-    _CONTEXT.set_forkserver_preload(list(_LIBRARIES) if sys.platform == "linux" else [])
+def prepare(environment: Mapping[str, str], *, computing: bool) -> None:
+    """Start the process that all kernels are forked from; what libraries read once, such as threads, is read here.
+
+    `computing` says whether a notebook does more than to draw what is published.
+    """
+    # Elsewhere than on Linux (Accelerate, Objective-C) libraries that are loaded do not survive a fork.
+    modules = [_ALWAYS, *(_COMPUTING if computing else ())] if sys.platform == "linux" else []
+    _CONTEXT.set_forkserver_preload(modules)
     with patch.dict(os.environ, {**_BACKEND, **environment}):
         forkserver.ensure_running()
 
@@ -42,24 +47,26 @@ def kill_all() -> None:
             process.kill()
 
 
-def manager(environment: Mapping[str, str], folder: Path, log: Path) -> type[AsyncKernelManager]:
+def manager(
+    environment: Mapping[str, str], folder: Path, log: Path, base: type[KernelManager] = AsyncKernelManager
+) -> type[KernelManager]:
     """The class of kernels in a folder, with these variables on top of our own and with their own messages in `log`.
 
     They run this interpreter, whatever kernels the reader has registered.
     """
 
-    class Manager(AsyncKernelManager):
+    class Manager(base):  # type: ignore[misc, valid-type]
         @property
         def kernel_spec(self) -> KernelSpec:
             """What the forked process gets in the place of a command line."""
             argv = ["-f", "{connection_file}"]
             return KernelSpec(argv=argv, display_name="Python 3 (ipykernel)", language="python", resource_dir="")
 
-        async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
-            """Fork it."""
-            variables = {**os.environ, **environment}
+        async def _async_pre_start_kernel(self, **options: Any) -> tuple[list[str], dict[str, Any]]:
+            """Let the kernel be forked."""
             self.provisioner = _Forked(kernel_id="", kernel_spec=self.kernel_spec, parent=self)
-            await self._async_start_kernel(**{**options, "env": variables, "cwd": folder, "log": log})
+            options |= {"env": {**os.environ, **environment}, "cwd": folder, "log": log}
+            return await super()._async_pre_start_kernel(**options)
 
     return Manager
 

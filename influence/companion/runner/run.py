@@ -140,7 +140,7 @@ def run(options: argparse.Namespace) -> int:
         at_once = 1 if long else min(cores, _MOST_AT_ONCE)
         environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(cores // at_once))
         if due:
-            kernels.prepare(environment)
+            kernels.prepare(environment, computing=not all(job.only_redraws for job in due))
 
         def finish(job: Job) -> Outcome:
             # Asked when its turn comes: the overview depends on what the others have just found.

@@ -172,8 +172,7 @@ def detection_table(frame: pd.DataFrame, *, seed: int = 0, also: Sequence[str] =
 def manhattan(axes: Axes, position: pd.Series, score: pd.Series, label: pd.Series) -> None:
     """The paper's own form: x = class, images of class i spread over [i, i+1), y = score, one colour per class."""
     n_classes = int(label.max()) + 1
-    colours = np.asarray(style.class_colours(n_classes))
-    axes.scatter(position, score, s=4, c=colours[label.to_numpy()], linewidths=0, rasterized=True)
+    style.dots(axes, position, score, label, style.class_colours(n_classes), size=2)
     axes.set_xticks(np.arange(n_classes) + 0.5, [str(k) for k in range(n_classes)])
     axes.set_xlim(0, n_classes)
     axes.tick_params(axis="x", length=0)

@@ -245,14 +245,8 @@ def draw_by_layer(released: pd.DataFrame) -> Figure:
         zoom = float(np.quantile(group["released"], 0.9)) or float(group["released"].max())
         for axes, top in zip(grid[2 * row : 2 * row + 2], (None, zoom), strict=True):
             shade(axes, group)
-            axes.scatter(
-                group["number"],
-                group["released"],
-                s=3,
-                c=np.asarray(style.class_colours(10))[_block_numbers(group) % 10],
-                linewidths=0,
-                rasterized=True,
-            )
+            colours = style.class_colours(10)
+            style.dots(axes, group["number"], group["released"], _block_numbers(group) % 10, colours, size=1.7)
             axes.set_ylim(0, top)
             axes.set_ylabel("released FI" if top is None else "lower 90%")
         count = group["number"].nunique()

@@ -245,6 +245,10 @@ def test_what_can_be_made_without_the_missing_data_is_made(
     assert "akamaster" in lines[4] and "resnet20-12fca82f.th" in lines[4] and "BSD" in lines[4]
     assert "sensitivity/networks  no data               needs cifar10, resnet20" in lines
     assert lines[-1] == "profile cpu: 1 ok, 0 unchanged, 0 failed, 2 no data"
+    monkeypatch.setattr(run, "_up_to_date", lambda job: job.notebook.stem == "sensitivity/drawn")
+    monkeypatch.setattr(run.Job, "verdict", "checked")
+    assert workspace.run(*command, "--recompute") == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "profile cpu: 0 ok, 1 unchanged, 0 failed, 2 no data"
 
 
 def test_networks_are_trained_anew_beside_the_published_ones(workspace: Workspace) -> None:

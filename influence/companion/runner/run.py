@@ -130,7 +130,7 @@ def run(options: argparse.Namespace) -> int:
     with _alone():
         force = options.force or options.retrain or refresh
         due = [job for job in jobs if force or not _up_to_date(job)]
-        lacking = _lacking(due, environment)
+        lacking = _lacking(due, environment, asked=len(jobs))
         for half_written in manifest.folder(profile).rglob(f"{cache.TEMPORARY}*"):  # by a run that was killed
             half_written.unlink(missing_ok=True)
         limit = options.time_limit or _TIME_LIMIT.get(profile, _LONG)
@@ -139,7 +139,7 @@ def run(options: argparse.Namespace) -> int:
         long = profile != SMOKE and (options.recompute or options.retrain)
         at_once = 1 if long else min(cores, _MOST_AT_ONCE)
         environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(cores // at_once))
-        if due:
+        if len(lacking) < len(due):
             kernels.prepare(environment, computing=not all(job.only_redraws for job in due))
 
         def finish(job: Job) -> Outcome:
@@ -252,11 +252,11 @@ def check_device(name: str) -> None:
         raise UsageError(f"device {name!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices")
 
 
-def _lacking(jobs: Sequence[Job], environment: Mapping[str, str]) -> dict[str, str]:
+def _lacking(jobs: Sequence[Job], environment: Mapping[str, str], *, asked: int) -> dict[str, str]:
     """Say what the jobs read from the folder of the data sets; by stem, what cannot be made without.
 
     Raises:
-        UsageError: none of them can be made.
+        UsageError: none of all that is asked for can be made.
     """
     wanted = {job.notebook.stem: needs.of(job.parameters) for job in jobs}
     named = environment.get("INFLUENCE_DATA")
@@ -270,7 +270,7 @@ def _lacking(jobs: Sequence[Job], environment: Mapping[str, str]) -> dict[str, s
             print(f"  not there ({problem}), so not made: {without}", flush=True)
     lacking = {stem: ", ".join(name for name in names if name in missing) for stem, names in wanted.items()}
     lacking = {stem: f"needs {names}" for stem, names in lacking.items() if names}
-    if jobs and len(lacking) == len(jobs):
+    if lacking and len(lacking) == asked:
         raise UsageError(next(iter(missing.values())))
     return lacking
 

@@ -121,8 +121,8 @@ run_tests() {
     "$python" -m mypy influence || failed=1
     # One process on each core, each with one thread: most tensors are small. A file's tests stay in one process: they
     # share what it sets up, and two notebooks that start kernels at once may choose the same port.
-    OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest -n "$(nproc)" --maxprocesses 8 --dist loadfile "$@" ||
-        failed=1
+    OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest -n "$(nproc)" --maxprocesses 8 --dist loadfile \
+        --no-loadscope-reorder "$@" || failed=1
     return "$failed"
 }
 

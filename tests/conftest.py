@@ -20,6 +20,14 @@ def pytest_configure() -> None:
     torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)))
 
 
+# Files that take minutes go first, so that no core works on one of them while the others have ended.
+_LONG = ("test_zoo.py", "test_notebooks.py", "test_fuzz.py", "test_run.py", "test_benchmarks.py", "test_scoring.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _results_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test writes into results/: notebooks that run under test write here."""

@@ -240,10 +240,13 @@ def _written(book: nbformat.NotebookNode, folder: Path) -> Notebook:
 
 
 def test_changed_output_fails(tiny: nbformat.NotebookNode, tmp_path: Path) -> None:
-    path = _written(tiny, tmp_path).path
-    assert _nbval(path, folder=tmp_path, timeout=60) == {str(path): []}
+    same, other = tmp_path / "same.ipynb", tmp_path / "other.ipynb"
+    nbformat.write(tiny, same)
     tiny.cells[3].outputs[0].text = "auc 0.92\n"
-    [wrong] = _nbval(_written(tiny, tmp_path).path, folder=tmp_path, timeout=60)[str(path)]
+    nbformat.write(tiny, other)
+    found = _nbval(same, other, folder=tmp_path, timeout=60)
+    assert found[str(same)] == []
+    [wrong] = found[str(other)]
     assert "auc 0.92" in wrong
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import tomllib
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 import influence
-from benchmarks import kernels, stability
+from benchmarks import architectures, kernels, stability
 from benchmarks import run as benchmarks
 from influence.companion.ledger import manifest, reference
 from influence.companion.runner import cli, listing
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks" / "results"
+OTHERS = RESULTS / "architectures" / "cpu.json"
 
 
 @pytest.fixture(scope="module")
@@ -226,11 +228,12 @@ def test_table_of_claims() -> None:
         ("engine", lambda: benchmarks.table(RESULTS)),
         ("loss", lambda: stability.table(RESULTS / "stability" / "cpu-loss-n128.json")),
         ("kernels", lambda: kernels.table(RESULTS / "kernels.json")),
+        ("architectures", lambda: architectures.table(json.loads(OTHERS.read_text())["networks"]).strip()),
     ],
 )
 def test_tables_of_benchmarks(name: str, table: Callable[[], str]) -> None:
     body = BENCHMARKS.partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0]
-    assert body.strip() == table(), "renew it: python -m benchmarks.run, .stability or .kernels with --table"
+    assert body.strip() == table(), "renew it: --table of benchmarks.run, .stability, .kernels or .architectures"
 
 
 def test_links_of_benchmarks() -> None:

@@ -162,7 +162,7 @@ def dots(
     *,
     size: float,
 ) -> None:
-    """Points (x, y) in the colour of their class, as pixels; ten times as fast as `scatter`, which draws each anew.
+    """Points (x, y) in the colour of their class, as pixels; five times as fast as `scatter`, which draws each anew.
 
     Args:
         axes: where.

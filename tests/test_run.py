@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,6 +210,22 @@ def test_one_run_at_a_time(workspace: Workspace, capsys: pytest.CaptureFixture[s
     with run._alone():
         assert workspace.run() == 2
     assert "another run is under way" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["measures.py", "companion/style.py"])  # loaded before the fork, and after it
+def test_code_edited_during_a_run_is_seen(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """A notebook that was computed by other code than the run began with must not end as up to date."""
+    shutil.copytree(ROOT / "influence", tmp_path / "influence", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    path = workspace.notebook("sensitivity/good")
+    book = nbformat.read(path, as_version=4)
+    book.cells[1].source = f'open("{tmp_path}/influence/{file}", "a").write("EDITED = 1\\n")\n{book.cells[1].source}'
+    nbformat.write(book, path)
+    output, _ = workspace.start("--force").communicate(timeout=300)
+    assert "RuntimeError: ended without run.save(), or a file it depends on was edited meanwhile" in output
 
 
 # -- data sets that are not there -------------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ import matplotlib.figure
 import pyarrow.parquet
 import scipy.stats
 
-from ..ledger import cache
+from ..ledger import cache, paths
 from . import kernels
 
 __all__ = ["ipykernel", "kernels", "matplotlib", "pyarrow", "scipy"]
 
-cache.package_hash()
+# Not `package_hash`: each kernel reads the files anew, so that an edit made meanwhile is seen.
+for _file in paths.PACKAGE.rglob("*.py"):
+    cache.code_digest(_file.read_text(encoding="utf-8"))

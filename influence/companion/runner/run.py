@@ -129,7 +129,8 @@ def run(options: argparse.Namespace) -> int:
     _require_writable(manifest.folder(profile), paths.BUILD)
     with _alone():
         force = options.force or options.retrain or refresh
-        due = [job for job in jobs if force or not _up_to_date(job)]
+        # Asked of all: the code's digest must be older than the process that kernels get their modules from.
+        due = [job for job in jobs if not _up_to_date(job) or force]
         lacking = _lacking(due, environment, asked=len(jobs))
         for half_written in manifest.folder(profile).rglob(f"{cache.TEMPORARY}*"):  # by a run that was killed
             half_written.unlink(missing_ok=True)

@@ -42,12 +42,8 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
 
 def summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Share below the threshold, median and unit of each arm, long form, with paired gains over the control."""
-    frames = []
-    for metric in ("below", "median", "unit"):
-        table = comparison.summary(tables["shares"], value=metric, within=("distortion", "kind"))
-        frames.append(table.rename(columns={metric: "value"}).assign(metric=metric))
-    columns = ["distortion", "kind", "metric", "arm", "seeds", "value", "low", "high", "gain", "gain_low", "gain_high"]
-    return pd.concat(frames, ignore_index=True)[columns]
+    long = tables["shares"].melt(["seed", "arm", "distortion", "kind"], ["below", "median", "unit"], "metric")
+    return comparison.summary(long, value="value", within=("distortion", "kind", "metric"))
 
 
 def claims(shares: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, Estimate]:

@@ -35,14 +35,9 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
 
 def summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Both precisions of each arm, long form, with paired gains over the control."""
-    frames = []
-    for k in (1, 5):
-        value = f"precision_at_{k}"
-        table = comparison.summary(tables["runs"], value=value, within=("dataset", "distortion"))
-        frames.append(table.rename(columns={value: "precision"}).assign(at=k))
-    columns = ["dataset", "distortion", "at", "arm", "seeds", "precision"]
-    columns += ["low", "high", "gain", "gain_low", "gain_high"]
-    return pd.concat(frames, ignore_index=True)[columns]
+    runs = tables["runs"].rename(columns={"precision_at_1": 1, "precision_at_5": 5})
+    long = runs.melt(["dataset", "seed", "arm", "distortion"], [1, 5], "at", "precision")
+    return comparison.summary(long, value="precision", within=("dataset", "distortion", "at"))
 
 
 def claims(runs: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, list[Estimate]]:

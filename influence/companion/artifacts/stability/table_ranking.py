@@ -80,12 +80,8 @@ def ordered(z: np.ndarray, labels: np.ndarray, queries: np.ndarray, *, top: int)
 
 def summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Triplet accuracy and score of each arm, long form (metric, value), with paired gains over the control."""
-    frames = []
-    for metric in METRICS:
-        table = comparison.summary(tables["runs"], value=metric)
-        frames.append(table.rename(columns={metric: "value"}).assign(metric=metric))
-    columns = ["distortion", "metric", "arm", "seeds", "value", "low", "high", "gain", "gain_low", "gain_high"]
-    return pd.concat(frames, ignore_index=True)[columns]
+    long = tables["runs"].melt(["seed", "arm", "distortion"], METRICS, "metric")
+    return comparison.summary(long, value="value", within=("distortion", "metric"))
 
 
 def claims(runs: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, Estimate]:

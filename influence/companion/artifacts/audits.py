@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,12 @@ from ..scores import imagewise
 from ..scores.layerwise import score_layers, with_all
 from ..zoo import pretrained, published, recipes, training
 from .beyond import table_stability_family
-from .common import classifier, dataset, named, networks
+from .common import Subject, classifier, dataset, named, networks
 from .sensitivity.common import ceiling_check
 from .sensitivity.fig_layers import by_definition
 from .sensitivity.fig_outlier_ranking import score_images
 from .sensitivity.table_accuracy import quality
 from .stability import table_certified
-
-_Subject = tuple[nn.Module, Split, dict[str, Any]]
 
 
 def _require(recipe: recipes.Recipe) -> None:
@@ -41,7 +40,7 @@ def _having(split: Split, images: pd.Series) -> Split:
     return split.take(np.flatnonzero(np.isin(split.index.numpy(), images)))
 
 
-def _by_network(run: Run, examples: pd.DataFrame) -> Iterator[_Subject]:
+def _by_network(run: Run, examples: pd.DataFrame) -> Iterator[tuple[Subject, Split, dict[str, Any]]]:
     """For each network (and part) that examples name: the network, their images, the columns that name it."""
     names = [name for name in ("dataset", "model", "seed", "part") if name in examples]
     for _, group in examples.groupby(names, sort=False):
@@ -49,8 +48,8 @@ def _by_network(run: Run, examples: pd.DataFrame) -> Iterator[_Subject]:
         data, model, seed = about["dataset"], about["model"], int(about["seed"])
         if f"{model}-{data}" not in pretrained.NAMES:
             _require(recipes.recipe(run.profile, data, model, seed=seed))
-        split = getattr(dataset(run, data), about.get("part", "train"))
-        yield classifier(run, data, model, seed=seed).model, _having(split, group["image"]), about
+        subject = Subject(classifier(run, data, model, seed=seed), dataset(run, data), model, seed)
+        yield subject, _having(getattr(subject.dataset, about.get("part", "train")), group["image"]), about
 
 
 def _near_cut(metric: influence.MetricTensor, labels: Tensor | None, epsilons: Sequence[float]) -> np.ndarray:
@@ -66,41 +65,39 @@ def _of_image(run: Run, model: nn.Module, split: Split) -> influence.MetricTenso
     return influence.metric_tensor(model, training.pixels(split.images, run.device), wrt="input")
 
 
-def _rankings(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
+def _of_layers(run: Run, model: nn.Module, split: Split) -> influence.MetricTensor:
+    return with_all(influence.metric_tensor(model, training.pixels(split.images, run.device), wrt="layers"))
+
+
+def _scored(
+    score: Callable[..., pd.DataFrame],
+    run: Run,
+    examples: pd.DataFrame,
+    *,
+    of: Callable[[Run, nn.Module, Split], influence.MetricTensor] = _of_image,
+    predicted: bool = False,
+) -> pd.DataFrame:
+    """Scores of the examples, for their labels or the predicted classes, and what rounding may decide of them."""
     frames, epsilon = [], run.parameters["epsilon"]
-    for model, split, about in _by_network(run, examples):
-        frame = score_images(model, split, epsilon=epsilon, device=run.device)
-        near = _near_cut(_of_image(run, model, split), split.labels.to(run.device), [epsilon])
+    for subject, split, about in _by_network(run, examples):
+        model = subject.trained.model
+        frame = score(model, split, epsilon=epsilon, device=run.device)
+        near = _near_cut(of(run, model, split), None if predicted else split.labels.to(run.device), [epsilon])
         frames.append(frame.assign(near_cut=near, **about))
     return pd.concat(frames)
+
+
+_rankings = partial(_scored, score_images)
+_both_parts = partial(_scored, imagewise.predicted_class_scores, predicted=True)
+_layers = partial(_scored, score_layers, of=_of_layers)
 
 
 def _definitions(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
-    frames = []
-    for _, _, about in _by_network(run, examples):
-        # Those that were published, among which the examples are.
-        checked = ceiling_check(run, [about["dataset"]], [about["model"]], seed=about["seed"], images=16)
-        frames.append(checked.assign(seed=about["seed"]))
-    return pd.concat(frames)
-
-
-def _both_parts(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
-    frames, epsilon = [], run.parameters["epsilon"]
-    for model, split, about in _by_network(run, examples):
-        frame = imagewise.predicted_class_scores(model, split, epsilon, run.device)
-        near = _near_cut(_of_image(run, model, split), None, [epsilon])
-        frames.append(frame.assign(near_cut=near, **about))
-    return pd.concat(frames)
-
-
-def _layers(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
-    frames, epsilon = [], run.parameters["epsilon"]
-    for model, split, about in _by_network(run, examples):
-        frame = score_layers(model, split, epsilon=epsilon, device=run.device)
-        metric = with_all(influence.metric_tensor(model, training.pixels(split.images, run.device), wrt="layers"))
-        near = _near_cut(metric, split.labels.to(run.device), [epsilon])
-        frames.append(frame.assign(near_cut=near, **about))
-    return pd.concat(frames)
+    # Those that were published, among which the examples are.
+    return pd.concat(
+        ceiling_check(subject, device=run.device).assign(seed=subject.seed)
+        for subject, _, _ in _by_network(run, examples)
+    )
 
 
 def _all_parameters(run: Run, examples: pd.DataFrame) -> pd.DataFrame:

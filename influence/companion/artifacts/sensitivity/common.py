@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
+from influence.measures import log_ceiling
+
 from ... import style
 from ...images import outliers
 from ...ledger import cache
@@ -23,31 +25,27 @@ from ...scores.imagewise import predicted_class_scores
 from ...zoo import training
 from ..common import Subject, bound, classifier, dataset, networks
 
+CHECKED = 16  # images of a check
 
-def ceiling_check(run: Run, datasets: Sequence[str], models: Sequence[str], *, seed: int, images: int) -> pd.DataFrame:
-    """FI from its definition (float64, thin SVD, no closed form) over (1 - P_y) / P_y, for some training images.
+
+def ceiling_check(subject: Subject, *, device: torch.device) -> pd.DataFrame:
+    """FI from its definition (float64, thin SVD, no closed form) over (1 - P_y) / P_y, for `CHECKED` training images.
 
     Returns:
-        One row per data set, model and image: image, p_label, by_definition (FI), ceiling.
+        One row per image: image, p_label, by_definition (FI), ceiling, dataset, model.
     """
-    frames = []
-    for name in datasets:
-        for model in models:
-            network = copy.deepcopy(classifier(run, name, model, seed=seed).model).double()
-            split = dataset(run, name).train.sample(images, seed=seed)
-            x, labels = training.pixels(split.images, run.device).double(), split.labels.to(run.device)
-            with torch.no_grad():
-                log_p = F.log_softmax(network(x), dim=1)
-            others = log_p.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
-            log_label = log_p.gather(1, labels[:, None])[:, 0]
-            values = {
-                "image": split.index.numpy(),
-                "p_label": log_label.exp().cpu().numpy(),
-                "by_definition": influence_by_definition(network, x, labels).cpu().numpy(),
-                "ceiling": (others - log_label).exp().cpu().numpy(),
-            }
-            frames.append(pd.DataFrame(values).assign(dataset=name, model=model))
-    return pd.concat(frames, ignore_index=True)
+    network = copy.deepcopy(subject.trained.model).double()
+    split = subject.dataset.train.sample(CHECKED, seed=subject.seed)
+    x, labels = training.pixels(split.images, device).double(), split.labels.to(device)
+    with torch.no_grad():
+        log_p = F.log_softmax(network(x), dim=1)
+    values = {
+        "image": split.index,
+        "p_label": log_p.gather(1, labels[:, None])[:, 0].exp(),
+        "by_definition": influence_by_definition(network, x, labels),
+        "ceiling": log_ceiling(log_p, labels).exp(),
+    }
+    return imagewise.table(values).assign(dataset=subject.dataset.name, model=subject.model)
 
 
 # What the gap is read through: FI needs no label, the loss does.

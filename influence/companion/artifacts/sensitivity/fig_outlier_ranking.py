@@ -52,8 +52,8 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
             key | {"epsilon": epsilon, "device": run.device.type},
             bound(score_images, trained.model, split, epsilon=epsilon, device=run.device),
         ).assign(**network.columns)
-        check = ceiling_check(run, [network.dataset.name], [network.model], seed=seed, images=16)
-        parts = {"scores": scores, "check": check.assign(seed=seed), "pictures": largest(network, scores)}
+        check = ceiling_check(network, device=run.device).assign(seed=seed)
+        parts = {"scores": scores, "check": check, "pictures": largest(network, scores)}
         for name, frame in parts.items():
             found[name].append(frame)
     return {name: pd.concat(frames, ignore_index=True) for name, frames in found.items()}

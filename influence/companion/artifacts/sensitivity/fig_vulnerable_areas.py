@@ -20,16 +20,11 @@ from ...ledger.results import Run
 from ...scores.detection import bootstrap_interval, share_interval
 from ...scores.pixelwise import intervene, patch_maps
 from ...zoo import training
-from ..common import Subject, bound, classifier, dataset, networks, over_seeds
+from ..common import Subject, bound, networks, over_seeds
 
-# How pixels are ranked -> what it needs.
-RANKINGS = {
-    "exact": "FI of the pixel, exact",
-    "released": "FI of the pixel, as released",
-    "saliency": "|d log P / d pixel|",
-    "trace": "trace of G for the pixel",
-    "random": "at random",
-}
+_PATCH = 3  # side of the patch that is changed
+
+RANKINGS = ("exact", "released", "saliency", "trace", "random")  # of pixels, by `pixelwise.rankings`
 
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
@@ -40,8 +35,8 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     entries are changed), counts (how many at once), epsilon (e of the released code).
 
     Returns:
-        "pictures", "maps" and "flatness", of the functions of these names; "changes", of `intervention` with 3x3
-        patches. All with the columns dataset, model, seed.
+        "pictures", "maps" and "flatness", of the functions of these names; "changes", of `intervention`. All with the
+        columns dataset, model, seed.
     """
     chosen = run.parameters
     found: dict[str, list[pd.DataFrame]] = {"pictures": [], "maps": [], "flatness": [], "changes": []}
@@ -53,14 +48,7 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
             "maps": frame,
             "flatness": flatness(frame, len(network.dataset.classes)),
             "changes": intervention(
-                run,
-                network.dataset.name,
-                network.model,
-                seed=network.seed,
-                images=chosen["changed"],
-                counts=chosen["counts"],
-                patch=3,
-                epsilon=chosen["epsilon"],
+                run, network, images=chosen["changed"], counts=chosen["counts"], epsilon=chosen["epsilon"]
             ),
         }
         for name, part in parts.items():
@@ -177,17 +165,7 @@ def pictures(run: Run, subject: Subject, chosen: pd.DataFrame, frame: pd.DataFra
     return pd.concat([pd.DataFrame(rows), packed(everything.test.images[chosen["row"].tolist()])], axis=1)
 
 
-def intervention(
-    run: Run,
-    dataset_name: str,
-    model: str,
-    *,
-    seed: int,
-    images: int,
-    counts: Sequence[int],
-    patch: int,
-    epsilon: float,
-) -> pd.DataFrame:
+def intervention(run: Run, network: Subject, *, images: int, counts: Sequence[int], epsilon: float) -> pd.DataFrame:
     """Change the entries that each ranking puts first, and see how far P of the predicted class moves.
 
     Every chosen entry (a pixel in one channel) goes to the farther end of 0..255 ("farther"), in the same way for every
@@ -197,25 +175,21 @@ def intervention(
 
     Args:
         run: the artifact.
-        dataset_name: a name of `data.NAMES`.
-        model: a name of `models.NAMES`.
-        seed: of network, images and the random ranking.
+        network: whose predictions move.
         images: test images, drawn at random.
         counts: how many single entries are changed at once.
-        patch: size of the one patch (in one channel) that is changed.
         epsilon: e of the released code.
 
     Returns:
-        One row per image (with data set, model and seed), ranking, target ("entries" or "patch"), count and change
-        ("farther", "step 8", "step 32"): image, p_before, p_after, drop (p_before - p_after), flipped.
+        One row per image (with data set, model and seed), ranking, target ("entries" or "patch", the one of 3x3 in one
+        channel), count and change ("farther", "step 8", "step 32"): image, p_before, p_after, drop (p_before -
+        p_after), flipped.
     """
-    trained = classifier(run, dataset_name, model, seed=seed)
-    split = dataset(run, dataset_name).test.sample(images, seed=seed)
-    key = {"model": trained.key, "data": dataset(run, dataset_name).digest, "seed": seed, "images": images}
-    key |= {"counts": list(counts), "patch": patch, "epsilon": epsilon, "device": run.device.type}
-    compute = bound(intervene, trained.model, split, tuple(counts), patch, epsilon, seed, run.device)
-    frame = cache.table(f"setup4/intervention-{dataset_name}-{model}", key, compute)
-    return frame.assign(dataset=dataset_name, model=model, seed=seed)
+    split = network.dataset.test.sample(images, seed=network.seed)
+    key = {"model": network.trained.key, "data": network.dataset.digest, "seed": network.seed, "images": images}
+    key |= {"counts": list(counts), "epsilon": epsilon, "device": run.device.type}
+    compute = bound(intervene, network.trained.model, split, tuple(counts), _PATCH, epsilon, network.seed, run.device)
+    return cache.table(f"setup4/intervention-{network.name}", key, compute).assign(**network.columns)
 
 
 def intervention_table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -356,7 +330,7 @@ def draw_intervention(table: pd.DataFrame) -> Figure:
                 part = group[(group["ranking"] == ranking) & (group["change"] == change)]
                 x = np.arange(len(targets)) + 0.13 * (place - (len(rankings) - 1) / 2)
                 bars = [part["drop"] - part["drop_low"], part["drop_high"] - part["drop"]]
-                look = {"fmt": "o", "markersize": 3, "elinewidth": 1, "color": _colour(ranking)}
+                look = {"fmt": "o", "markersize": 3, "elinewidth": 1, "color": style.SCORES[ranking][0]}
                 axes.errorbar(x, part["drop"], yerr=bars, label=style.name(ranking), **look)
             axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
             axes.set_xticks(range(len(targets)), [_target(*target) for target in targets], fontsize=7, rotation=20)
@@ -366,10 +340,6 @@ def draw_intervention(table: pd.DataFrame) -> Figure:
     figure.suptitle(f"{first['images'].iloc[0]} test images of each data set, 95% intervals", fontsize=9)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7)
     return figure
-
-
-def _colour(ranking: str) -> str:
-    return style.SCORES[ranking][0]
 
 
 def _target(target: str, count: int) -> str:

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from torch import nn
 
 import influence
 
@@ -23,10 +22,11 @@ from ...scores.layerwise import layer_noise_scores
 from ...zoo import training
 from ..common import Subject, bound, classifier, dataset
 from . import fig_label_noise, fig_vulnerable_areas
-from .common import both_parts, ceiling_check, detection_table, gap
+from .common import CHECKED, both_parts, ceiling_check, detection_table, gap
 
-_CHECKED, _EPSILON, _SHARE = 16, 1e-3, 0.2  # images of the checks; e of the four tasks; flipped labels
+_EPSILON, _SHARE = 1e-3, 0.2  # e of the four tasks; flipped labels
 _LAYER_IMAGES, _CLASSES = 64, 10
+_UNIT = 255.0  # of pixels in [0, 1], in which the check of the unit is made
 
 
 def released_curve(epsilons: Sequence[float], *, classes: int) -> pd.DataFrame:
@@ -77,39 +77,19 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     name, model = p["dataset"], p["model"]
     network = Subject(classifier(run, name, model, seed=seed), dataset(run, name), model, seed)
     labels: dict[str, Any] = {"images": p["label_images"] or None, "share": _SHARE, "without": p["without"]}
-    noise: dict[str, Any] = {"images": _LAYER_IMAGES, "sigma": p["sigma"], "draws": p["draws"], "epsilon": _EPSILON}
-    pixels: dict[str, Any] = {"images": p["changed"], "counts": p["counts"], "epsilon": _EPSILON}
+    pixels = fig_vulnerable_areas.intervention(run, network, images=p["changed"], counts=p["counts"], epsilon=_EPSILON)
     return {
-        "scores": sensitivity(run, name, model, seed=seed, images=p["images"] or None, epsilons=p["epsilons"]),
-        "definition": ceiling_check(run, [name], [model], seed=seed, images=_CHECKED),
-        "units": pd.DataFrame({"change": [unit_check(run, name, model, seed=seed, images=_CHECKED)]}),
-        "layers": layer_noise(run, name, model, seed=seed, **noise),
+        "scores": sensitivity(run, network, images=p["images"] or None, epsilons=p["epsilons"]),
+        "definition": ceiling_check(network, device=run.device),
+        "units": pd.DataFrame({"change": [unit_check(network, device=run.device)]}),
+        "layers": layer_noise(run, network, sigma=p["sigma"], draws=p["draws"]),
         "labels": fig_label_noise.of_kind(run, p["labels"][0], name, p["detectors"][:1], seed=seed, **labels),
         "parts": both_parts(run, network, images=p["part_images"] or None, epsilon=_EPSILON),
-        "pixels": pixel_table(run, name, model, seed=seed, **pixels),
+        "pixels": fig_vulnerable_areas.intervention_table(pixels),
     }
 
 
-def tasks(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Which score for which of the four tasks, see `practice`."""
-    return practice(
-        outlier=detection_table(tables["labels"]),
-        layer=tables["layers"],
-        generalisation=gap(tables["parts"]),
-        pixels=tables["pixels"],
-        classes=_CLASSES,
-    )
-
-
-def sensitivity(
-    run: Run,
-    dataset_name: str,
-    model: str,
-    *,
-    seed: int,
-    images: int | None,
-    epsilons: Sequence[float],
-) -> pd.DataFrame:
+def sensitivity(run: Run, network: Subject, *, images: int | None, epsilons: Sequence[float]) -> pd.DataFrame:
     """Scores of the same images and network in each unit of the pixels, and released FI for each e.
 
     A unit is a factor u with x = u * (pixels in that unit): 1 for raw 0..255, 255 for 0..1, the standard deviation of
@@ -117,17 +97,16 @@ def sensitivity(
     same function; the metric tensor takes the factor u^2. `unit_check` does it with a rescaled network instead.
 
     Returns:
-        One row per image, unit ("0-255", "0-1", "standardised") and score: image, loss, p_label, epsilon (NaN but for
+        One row per image, unit ("0-255", "0-1", "standardised") and score: image, loss, ceiling, epsilon (NaN but for
         released FI), value, rank.
     """
-    trained = classifier(run, dataset_name, model, seed=seed)
-    train = dataset(run, dataset_name).train
-    split = train.sample(images, seed=seed)
+    train = network.dataset.train
+    split = train.sample(images, seed=network.seed)
     factors = {"0-255": 1.0, "0-1": 255.0, "standardised": float(train.images.double().std())}
-    key = {"model": trained.key, "data": dataset(run, dataset_name).digest, "seed": seed, "images": images}
+    key = {"model": network.trained.key, "data": network.dataset.digest, "seed": network.seed, "images": images}
     key |= {"epsilons": list(epsilons), "device": run.device.type}
-    compute = bound(imagewise.unit_scores, trained.model, split, factors, tuple(epsilons), run.device)
-    return cache.table(f"meaning/{dataset_name}-{model}", key, compute)
+    compute = bound(imagewise.unit_scores, network.trained.model, split, factors, tuple(epsilons), run.device)
+    return cache.table(f"meaning/{network.name}", key, compute)
 
 
 def sensitivity_table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -160,33 +139,18 @@ def sensitivity_table(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-class Rescaled(nn.Module):
-    """The same classifier for inputs in another unit: x = factor * input."""
-
-    def __init__(self, model: nn.Module, factor: float) -> None:
-        super().__init__()
-        self.model, self.factor = model, factor
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W) in the unit to logits (N, K)."""
-        return self.model(x * self.factor)
-
-
-def unit_check(run: Run, dataset_name: str, model: str, *, seed: int, images: int, factor: float = 255.0) -> float:
+def unit_check(subject: Subject, *, device: torch.device) -> float:
     """Largest relative difference of exact FI between raw pixels and a network that takes them in another unit."""
-    network = copy.deepcopy(classifier(run, dataset_name, model, seed=seed).model).double()
-    split = dataset(run, dataset_name).train.sample(images, seed=seed)
-    x, y = training.pixels(split.images, run.device).double(), split.labels.to(run.device)
-    values = [
-        influence.first_order_influence(influence.metric_tensor(net, pixels, wrt="input"), y).fi
-        for net, pixels in ((network, x), (Rescaled(network, factor), x / factor))
-    ]
-    return float((values[0] / values[1] - 1).abs().max())
+    network = copy.deepcopy(subject.trained.model).double()
+    split = subject.dataset.train.sample(CHECKED, seed=subject.seed)
+    x, y = training.pixels(split.images, device).double(), split.labels.to(device)
+    before = influence.first_order_influence(influence.metric_tensor(network, x), y).fi
+    network.register_forward_pre_hook(lambda _, inputs: (inputs[0] * _UNIT,))
+    after = influence.first_order_influence(influence.metric_tensor(network, x / _UNIT), y).fi
+    return float((before / after - 1).abs().max())
 
 
-def layer_noise(
-    run: Run, dataset_name: str, model: str, *, seed: int, images: int, sigma: float, draws: int, epsilon: float
-) -> pd.DataFrame:
+def layer_noise(run: Run, network: Subject, *, sigma: float, draws: int) -> pd.DataFrame:
     """The mean divergence of the output when one layer's parameters get noise, beside each score of that layer.
 
     Noise N(0, sigma^2) on every parameter of the layer, KL(p || p') averaged over images and draws.
@@ -195,12 +159,11 @@ def layer_noise(
         One row per layer: number, layer, size, divergence (nats) and its standard error over draws, and the means over
         the same images of exact, released, alignment, trace.
     """
-    trained = classifier(run, dataset_name, model, seed=seed)
-    split = dataset(run, dataset_name).train.sample(images, seed=seed)
-    key = {"model": trained.key, "data": dataset(run, dataset_name).digest, "seed": seed, "images": images}
-    key |= {"sigma": sigma, "draws": draws, "epsilon": epsilon, "device": run.device.type}
-    compute = bound(layer_noise_scores, trained.model, split, sigma, draws, seed, epsilon, run.device)
-    return cache.table(f"meaning/layers-{dataset_name}-{model}", key, compute)
+    split = network.dataset.train.sample(_LAYER_IMAGES, seed=network.seed)
+    key = {"model": network.trained.key, "data": network.dataset.digest, "seed": network.seed}
+    key |= {"images": _LAYER_IMAGES, "sigma": sigma, "draws": draws, "epsilon": _EPSILON, "device": run.device.type}
+    noisy = network.trained.model, split, sigma, draws, network.seed, _EPSILON, run.device
+    return cache.table(f"meaning/layers-{network.name}", key, bound(layer_noise_scores, *noisy))
 
 
 def cost(score: str, *, classes: int) -> str:
@@ -221,64 +184,35 @@ def cost(score: str, *, classes: int) -> str:
     return f"{forward} forward, {backward} backward{more}"
 
 
-def practice(
-    *,
-    outlier: pd.DataFrame,
-    layer: pd.DataFrame,
-    generalisation: pd.DataFrame,
-    pixels: pd.DataFrame,
-    classes: int,
-) -> pd.DataFrame:
-    """Which score for which of the four tasks, from what was measured: the value of each score, best first.
-
-    Args:
-        outlier: `outlier_simulation.detection_table` or `label_noise.detection_table` of one network and state.
-        layer: of `layer_noise`.
-        generalisation: of `generalisation.gap`, one network.
-        pixels: of `vulnerability.intervention_table`.
-        classes: K.
+def tasks(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Which score for which of the four tasks, from what was measured (the tables of `compute`), best first.
 
     Returns:
         One row per task and score: measured (what the number is), value, low, high (95% interval), cost, use (True for
         the cheapest score whose interval reaches the best value).
     """
-    rows: list[dict[str, object]] = []
-    for row in outlier.itertuples():
-        rows.append(_row("1 find outliers", row.score, "AUROC", row.auroc, row.auroc_low, row.auroc_high))
+    found = [
+        ("1 find outliers", row.score, "AUROC", row.auroc, row.auroc_low, row.auroc_high)
+        for row in detection_table(tables["labels"]).itertuples()
+    ]
+    layer, measured = tables["layers"], "Spearman with the divergence under noise, over layers"
     for score in ("trace", "released", "exact", "alignment"):
-        value, low, high = _spearman(layer[score], layer["divergence"])
-        measured = "Spearman with the divergence under noise, over layers"
-        rows.append(_row("2 compare layers", score, measured, value, low, high))
-    for row in generalisation.itertuples():
-        measured = "P(test image > training image)"
-        rows.append(_row("3 train against test", row.measure, measured, row.effect, row.effect_low, row.effect_high))
-    single = pixels[(pixels["target"] == "entries") & (pixels["change"] == "farther")]
-    single = single[single["count"] == single["count"].max()]
-    for row in single.itertuples():
-        rows.append(_row("4 find vulnerable pixels", row.ranking, "fall of P", row.drop, row.drop_low, row.drop_high))
-    table = pd.DataFrame(rows)
-    table["cost"] = [cost(str(score), classes=classes) for score in table["score"]]
+        found.append(("2 compare layers", score, measured, *_spearman(layer[score], layer["divergence"])))
+    for row in gap(tables["parts"]).itertuples():
+        ends = row.effect_low, row.effect_high
+        found.append(("3 train against test", row.measure, "P(test image > training image)", row.effect, *ends))
+    single = tables["pixels"][(tables["pixels"]["target"] == "entries") & (tables["pixels"]["change"] == "farther")]
+    for row in single[single["count"] == single["count"].max()].itertuples():
+        found.append(("4 find vulnerable pixels", row.ranking, "fall of P", row.drop, row.drop_low, row.drop_high))
+    table = pd.DataFrame(found, columns=["task", "score", "measured", "value", "low", "high"])
+    table["cost"] = [cost(str(score), classes=_CLASSES) for score in table["score"]]
     table["use"] = False
     for _, group in table.groupby("task"):
         close = group[group["high"] >= group["value"].max()].copy()
-        close["passes"] = [_passes(text, classes) for text in close["cost"]]
+        close["passes"] = [_passes(text, _CLASSES) for text in close["cost"]]
         best = close.sort_values(["passes", "value"], ascending=[True, False]).index[0]
         table.loc[best, "use"] = True
     return table.sort_values(["task", "value"], ascending=[True, False], ignore_index=True)
-
-
-def pixel_table(
-    run: Run, dataset_name: str, model: str, *, seed: int, images: int, counts: Sequence[int], epsilon: float
-) -> pd.DataFrame:
-    """`vulnerability.intervention_table` of one network, with 3x3 patches as in `fig_vulnerable_areas`."""
-    frame = fig_vulnerable_areas.intervention(
-        run, dataset_name, model, seed=seed, images=images, counts=counts, patch=3, epsilon=epsilon
-    )
-    return fig_vulnerable_areas.intervention_table(frame)
-
-
-def _row(task: str, score: object, measured: str, value: object, low: object, high: object) -> dict[str, object]:
-    return {"task": task, "score": score, "measured": measured, "value": value, "low": low, "high": high}
 
 
 def _passes(text: str, classes: int) -> float:

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+TEMPORARY = ".tmp-"
 _RUN = "_run.json"
 # Where a file says which batches it was made from.
 _MADE_FROM = b"influence.made_from"
@@ -200,7 +202,7 @@ def _files(folder: Path) -> list[Path]:
 
 def write(file: Path, table: pd.DataFrame, digests: Sequence[str], *, is_last: bool) -> None:
     """Write a file, whole or not at all, with the digests of its batches and whether the data end with it."""
-    for left in file.parent.glob(f".{file.name}.*"):  # by a run that was killed while it wrote
+    for left in file.parent.glob(f"{TEMPORARY}*-{file.name}"):  # by a run that was killed while it wrote
         left.unlink(missing_ok=True)
     made_from = {"numbers": table["example"].iloc[[0, -1]].tolist(), "digests": digests, "is_last": is_last}
     columns = pa.Table.from_pandas(table, preserve_index=False)
@@ -209,10 +211,18 @@ def write(file: Path, table: pd.DataFrame, digests: Sequence[str], *, is_last: b
 
 
 def atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let something write a file beside it, then move it to its place."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a file so that a reader, or a run after `kill -9`, sees all of it or the former one.
+
+    Args:
+        path: the file to write; its folder is made.
+        write: writes the content to the temporary path that it is given, in the same folder, with the same suffix.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}-{path.name}")
     try:
         write(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -30,7 +30,7 @@ write, folder = shards.atomically, Path(sys.argv[1])
 def killed(path, writer):
     write(path, writer)
     if path.suffix == ".parquet":
-        while not any(folder.glob(".part-000002.parquet.*")):
+        while not any(folder.glob(".tmp-*-part-000002.parquet")):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -235,7 +235,8 @@ def test_two_processes_one_of_them_killed(tmp_path: Path) -> None:
     assert len(whole) == 6
     assert run(launch, DYING="1") != 0
     part = [name.rpartition(".parquet")[0] for name in contents(tmp_path / "two") if "part" in name]
-    assert part == [".part-000002", "part-000000", "part-000001"]
+    assert part[0].startswith(".tmp-") and part[0].endswith("-part-000002")
+    assert part[1:] == ["part-000000", "part-000001"]
     assert run(launch) == 0
     assert contents(tmp_path / "two") == whole
 

@@ -10,10 +10,8 @@ import ast
 import dataclasses
 import hashlib
 import json
-import os
 import subprocess
 import threading
-import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -23,9 +21,10 @@ from typing import Any, TypeGuard
 import numpy as np
 import pandas as pd
 
+from influence.shards import atomically as atomic_write
+
 from . import paths
 
-TEMPORARY = ".tmp-"
 # Code that starts notebooks and shows results: an edit there changes no file of results.
 _RUNNER = ("companion/__main__.py", "companion/runner/")
 # Code that names and keeps results: an edit there changes no number in a cached table.
@@ -35,24 +34,6 @@ _ARTIFACTS = "companion/artifacts/"
 # Files, each with the names in it that count; None: all of it.
 _Code = dict[Path, set[str] | None]
 _PARSING = threading.Lock()
-
-
-def atomic_write(path: Path, writer: Callable[[Path], object]) -> None:
-    """Write a file so that a reader, or a run after `kill -9`, sees all of it or the former one.
-
-    Args:
-        path: the file to write; its folder is made.
-        writer: writes the content to the temporary path that it is given, in the same folder, with the same suffix.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}-{path.name}")
-    try:
-        writer(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def fingerprint(obj: object) -> str:

@@ -21,6 +21,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from influence.shards import TEMPORARY
+
 from ..ledger import cache, manifest, notebook, paths
 from ..ledger.notebook import Notebook, discover
 from ..ledger.results import SMOKE, published
@@ -132,7 +134,7 @@ def run(options: argparse.Namespace) -> int:
         # Asked of all: the code's digest must be older than the process that kernels get their modules from.
         due = [job for job in jobs if not _up_to_date(job) or force]
         lacking = _lacking(due, environment, asked=len(jobs))
-        for half_written in manifest.folder(profile).rglob(f"{cache.TEMPORARY}*"):  # by a run that was killed
+        for half_written in manifest.folder(profile).rglob(f"{TEMPORARY}*"):  # by a run that was killed
             half_written.unlink(missing_ok=True)
         limit = options.time_limit or _TIME_LIMIT.get(profile, _LONG)
         width = max((len(job.notebook.stem) for job in jobs), default=0)
@@ -278,7 +280,7 @@ def _lacking(jobs: Sequence[Job], environment: Mapping[str, str], *, asked: int)
 
 def _require_writable(*folders: Path) -> None:
     for folder in folders:
-        probe = folder / f"{cache.TEMPORARY}probe"
+        probe = folder / f"{TEMPORARY}probe"
         try:
             cache.atomic_write(probe, lambda path: path.write_bytes(b""))
             probe.unlink()

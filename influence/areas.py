@@ -54,9 +54,9 @@ def patch_influence(
     """
     patches = Patches() if patches is None else patches
     given = given_labels(labels)
+    require_deterministic(model)
     inputs = Inputs.of(x).perturbing(None)
     blocks = patches.blocks(x.shape[1:])
-    require_deterministic(model)
     parts, compute = [], InputGrams(model)
     for n in range(len(x)):
         with exact_autograd(model, compute.perturbed):

@@ -96,8 +96,10 @@ def require_deterministic(model: nn.Module) -> None:
     """Refuse with RuntimeError a model whose examples influence each other or whose output is random.
 
     That is BatchNorm or Dropout (also inside attention and recurrent layers) in training mode, and in any mode
-    BatchNorm without running statistics.
+    BatchNorm without running statistics. What is no module is a TypeError.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     for name, module in model.named_modules():
         where = f"{type(module).__name__} at {name or 'the model itself'!r}"
         batch_norm = nn.modules.batchnorm._BatchNorm

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -115,14 +114,3 @@ def draw_seeds(count: int, generator: torch.Generator | None) -> list[int]:
 
 
 LogitRows = Classes | ScoreSums
-
-
-class Rows(Protocol):
-    """All that a backward pass asks of rows."""
-
-    @property
-    def count(self) -> int:
-        """How many, m."""
-
-    def seeds(self, dtype: torch.dtype) -> Tensor:
-        """What the backward passes start from, ``(m, N, K)``."""

@@ -240,8 +240,7 @@ def computation(
     model: nn.Module, x: Batch, wrt: str | Sequence[str] | Patches, *, trainable_only: bool
 ) -> tuple[Inputs, dict[str, int], Engine]:
     """The batch, the blocks with their sizes p, and what computes a chunk; raises as ``metric_tensor`` says."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    require_deterministic(model)
     inputs = Inputs.of(x)
     engine: Engine
     if isinstance(wrt, Patches):
@@ -254,7 +253,6 @@ def computation(
         groups, parameters = parameter_blocks(model, wrt, trainable_only=trainable_only)
         dims = {block: sum(parameters[name].numel() for name in names) for block, names in groups.items()}
         engine = ParameterGrams(model, groups, parameters)
-    require_deterministic(model)
     return inputs, dims, engine
 
 

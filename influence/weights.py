@@ -7,7 +7,7 @@ weight and dropped.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -91,14 +91,12 @@ def weight_influence(
         (torch.Size([3, 5]), 2)
     """
     require_count(chunk_size=chunk_size, samples=samples)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    require_deterministic(model)
     if wrt in ("input", "layers"):
         raise ValueError(f"wrt must be 'parameters' or a list of modules or parameters, got {wrt!r}.")
     inputs, given = Inputs.of(x), given_labels(labels)
     groups, parameters = parameter_blocks(model, wrt, trainable_only=trainable_only)
     wanted = {name for names in groups.values() for name in names}
-    require_deterministic(model)
     seeds = None if samples is None else draw_seeds(len(inputs), generator)
     passes = _WeightPasses(model, {name: p for name, p in parameters.items() if name in wanted}, samples)
 
@@ -243,7 +241,7 @@ def _arranged(values: Tensor, operand: Operand) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _LossRows:
+class _LossRows(ScoreSums):
     r"""Rows of a Jacobian from which the three numbers are sums of squares, nothing being subtracted.
 
     Exact: with contrasts t_k of the other classes with y, Q_k = P_k / (1 - P_y), a = sum_k Q_k t_k and
@@ -255,18 +253,14 @@ class _LossRows:
     of a multinomial covariance.
     Sampled: the gradient of the loss, and m random sums h, of whose squares G_jj is the mean.
 
+    ``scale``, ``(N, 1)``, is one for all rows of an example.
+
     Attributes:
-        log_probs: ``(N, K)`` float64.
-        coefficients: ``(N, m, K)`` float64, gradients of the rows by the logits, divided by ``scale``.
-        scale: ``(N, 1)`` float64.
         of_label: ``(N, 1)`` float64, P_y.
         of_rest: ``(N, 1)`` float64, 1 - P_y.
         samples: m; 0 where exact.
     """
 
-    log_probs: Tensor
-    coefficients: Tensor
-    scale: Tensor
     of_label: Tensor
     of_rest: Tensor
     samples: int
@@ -304,30 +298,12 @@ class _LossRows:
         sums = ScoreSums.of(log_probs, torch.cat([own, signs], dim=1))
         largest = sums.scale.amax(dim=1, keepdim=True).clamp(min=torch.finfo(sums.scale.dtype).tiny)
         rest = log_ceiling(log_probs, labels)[:, None] + log_probs.gather(1, labels[:, None])
-        coefficients = sums.unit * (sums.scale / largest)[..., None]
-        return cls(
-            log_probs, coefficients, largest, log_probs.gather(1, labels[:, None]).exp(), rest.exp(), signs.shape[1]
-        )
+        unit, of_label = sums.unit * (sums.scale / largest)[..., None], log_probs.gather(1, labels[:, None]).exp()
+        return cls(log_probs, unit, largest, of_label, rest.exp(), signs.shape[1])
 
-    @property
-    def count(self) -> int:
-        """How many rows."""
-        return self.coefficients.shape[1]
-
-    def __getitem__(self, n: int) -> _LossRows:
-        one = slice(n, n + 1)
-        return _LossRows(
-            self.log_probs[one],
-            self.coefficients[one],
-            self.scale[one],
-            self.of_label[one],
-            self.of_rest[one],
-            self.samples,
-        )
-
-    def seeds(self, dtype: torch.dtype) -> Tensor:
-        """What the backward passes start from, ``(m, N, K)``."""
-        return self.coefficients.transpose(0, 1).to(dtype)
+    def __getitem__(self, example: int) -> _LossRows:
+        names, one = ("log_probs", "unit", "scale", "of_label", "of_rest"), slice(example, example + 1)
+        return replace(self, **{name: getattr(self, name)[one] for name in names})
 
     def numbers(self, jacobian: Tensor, chosen: slice, *, floor: Tensor | float = 0.0) -> list[tuple[Tensor, Tensor]]:
         """FI, trace and gradient of some examples from their rows ``(n, m, p)``, each as values and their factors.

@@ -20,20 +20,11 @@ from influence.kernels.gram import products
 
 
 @dataclass(frozen=True)
-class Gradient:
-    """Gradients ``rows``, ``(N, m, *shape)``, of what the picks of an operand leave of it.
-
-    ``squares`` gives, in the same shape, the sums of the squares of what was added up for each entry.
-    """
+class _Rows:
+    """Gradients ``rows``, ``(N, m, *shape)``, of what an operand gives its node."""
 
     operand: Operand
     rows: Tensor
-    squares: Callable[[], Tensor]
-
-    @classmethod
-    def of(cls, operand: Operand, rows: Tensor, squares: Callable[[], Tensor]) -> Gradient:
-        """From gradients ``(N, m, *shape)`` of what the node takes: back through whatever picked entries."""
-        return cls(operand, through(operand.picks, rows), lambda: through(operand.picks, squares()))
 
     @property
     def width(self) -> int:
@@ -48,6 +39,21 @@ class Gradient:
         """Of some examples: ``(n, m, p)``."""
         rows = self.rows[chosen]
         return rows.reshape(*rows.shape[:2], -1)
+
+
+@dataclass(frozen=True)
+class Gradient(_Rows):
+    """Gradients ``rows``, ``(N, m, *shape)``, of what the picks of an operand leave of it.
+
+    ``squares`` gives, in the same shape, the sums of the squares of what was added up for each entry.
+    """
+
+    squares: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, operand: Operand, rows: Tensor, squares: Callable[[], Tensor]) -> Gradient:
+        """From gradients ``(N, m, *shape)`` of what the node takes: back through whatever picked entries."""
+        return cls(operand, through(operand.picks, rows), lambda: through(operand.picks, squares()))
 
     def terms(self, chosen: slice) -> Tensor:
         """What was squared and added up over the rows before any sum could cancel: ``(n, p)``."""
@@ -145,29 +151,14 @@ class ProductGradient:
 
 
 @dataclass(frozen=True)
-class TokenGradient:
+class TokenGradient(_Rows):
     """Gradients ``rows``, ``(N, m, L, D)``, of the rows of a table of some shape that ``tokens``, ``(N, L)``, name.
 
     Of the positions with the same token the first has the gradient, the others none.
     """
 
-    operand: Operand
-    rows: Tensor
     tokens: Tensor
     shape: tuple[int, ...]
-
-    @property
-    def width(self) -> int:
-        """L D."""
-        return math.prod(self.rows.shape[2:])
-
-    def gram(self) -> Tensor:
-        """``(N, m, m)`` float64."""
-        return products(self.rows.flatten(2))
-
-    def entries(self, chosen: slice) -> Tensor:
-        """Of some examples: ``(n, m, L D)``."""
-        return self.rows[chosen].flatten(2)
 
     def terms(self, chosen: slice) -> Tensor:
         """The squares of the entries themselves, few of which are sums."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from influence.contrasts import Classes, LogitRows, Rows
+from influence.contrasts import Classes, LogitRows
 from influence.grams.gradients import AnyGradient
 from influence.grams.graph import Graph, read_graph
 from influence.grams.reverse import reverse
@@ -31,7 +31,7 @@ from influence.last_layer import NarrowLayer
 from influence.memory import is_out_of_memory
 
 _LOG = logging.getLogger("influence")
-R = TypeVar("R", bound=Rows)
+R = TypeVar("R", bound=LogitRows)
 # Models and parameters whose slower way has been announced.
 _ANNOUNCED: set[tuple[str, tuple[str, ...]]] = set()
 # Of so many examples of the first chunk the Gram of one is compared with autograd's: of one at least, of two at most.
@@ -141,7 +141,7 @@ class ParameterPasses:
         require_same(self._model, inputs, logits.detach(), batched, dtype)
         return gradients(logits, self.perturbed, seed)
 
-    def _rows_of_refused(self, inputs: Inputs, rows: Rows) -> Iterator[tuple[str, Tensor]]:
+    def _rows_of_refused(self, inputs: Inputs, rows: LogitRows) -> Iterator[tuple[str, Tensor]]:
         """Gradients ``(m, *shape)`` of the refused parameters for one example, row by row by autograd."""
         leaves = {name: parameter for name, parameter in self._parameters.items() if name in self.refused}
         logits = forward(self._model, inputs)

@@ -13,10 +13,11 @@ from torch import Tensor
 
 import influence
 from influence.last_layer import head
+from influence.measures import log_ceiling
 
 from ..scores.evaluation import rank_agreement
 from .material import Examples
-from .study import Subject, estimated_trace, log_probs_of, odds, picture
+from .study import Subject, estimated_trace, log_probs_of, picture
 
 _QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 # How FI is found. Beyond 64 classes a sample decides which of the last two may stand in for the first.
@@ -121,8 +122,8 @@ def _in_closed_form(subject: Subject, x: Tensor, labels: Tensor) -> pd.DataFrame
     with torch.no_grad():
         log_probs = log_probs_of(subject, x)
     values = {
-        "fi": odds(log_probs, labels),
-        "fi_predicted": odds(log_probs, log_probs.argmax(1)),
+        "fi": log_ceiling(log_probs, labels).exp(),
+        "fi_predicted": log_ceiling(log_probs, log_probs.argmax(1)).exp(),
         "alignment": torch.ones(len(x)),
         "rank": torch.full((len(x),), subject.classes - 1),
     }
@@ -138,7 +139,7 @@ def _rows(
         "predicted": log_probs.argmax(1),
         "p_label": log_p.exp(),
         "loss": -log_p,
-        "ceiling": odds(log_probs, labels),
+        "ceiling": log_ceiling(log_probs, labels).exp(),
         **values,
         "trace": trace,
     }

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 import influence
+from influence.measures import log_ceiling
 
 from .material import as_input
-from .study import Subject, input_trace, log_probs_of, odds, picture
+from .study import Subject, input_trace, log_probs_of, picture
 
 # Float64 numbers, 2 GiB with what is alive beside them: products of two gradients, one for each pair of classes and
 # value of the image, and the Grams of all patches. Beyond the first each patch has a factorisation of its own.
@@ -44,7 +45,7 @@ def maps(subject: Subject, table: pd.DataFrame, *, images: int, size: int = 3) -
                 "example": example,
                 "label_name": subject.class_name(int(chosen["label"])),
                 "predicted_name": subject.class_name(int(chosen["predicted"])),
-                "ceiling": float(odds(log_probs.detach(), log_probs.argmax(1))),
+                "ceiling": float(log_ceiling(log_probs.detach(), log_probs.argmax(1)).exp()),
                 "pixels": picture(stored),
                 "trace": trace.sum(0).cpu().numpy(),
                 "single": single.amax(0).cpu().numpy(),

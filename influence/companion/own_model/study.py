@@ -98,12 +98,6 @@ def log_probs_of(subject: Subject, x: Tensor) -> Tensor:
     return influence.checks.require_logits(subject.model(x)).double().log_softmax(1)
 
 
-def odds(log_probs: Tensor, labels: Tensor) -> Tensor:
-    """(1 - P) / P without the digits that 1 - P would lose."""
-    others = log_probs.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
-    return (others - log_probs.gather(1, labels[:, None])[:, 0]).exp()
-
-
 def estimated_trace(subject: Subject, x: Tensor, *, wrt: str, draws: int = DRAWS, seed: int = 0) -> Tensor:
     """Traces ``(N, B)`` from random signs of the classes, a backward pass for each draw."""
     return influence.trace(subject.model, x, wrt=wrt, samples=draws, generator=torch.Generator().manual_seed(seed))

@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..images.data import Split
+from .imagewise import chunks
+
+_AT_ONCE = 250  # images: their starts are drawn together
+
+
+def accuracy(
+    model: nn.Module, split: Split, attack: Callable[[nn.Module, Tensor, Tensor], Tensor], device: torch.device
+) -> float:
+    """Share of the images of a split that are still classified rightly when an attack has moved them."""
+    right = 0
+    for _, x, labels in chunks(split, _AT_ONCE, device, "attacks"):
+        moved = attack(model, x, labels)
+        with torch.no_grad():
+            right += int((model(moved).argmax(1) == labels).sum())
+    return right / len(split)
 
 
 def fgsm(model: nn.Module, x: Tensor, labels: Tensor, *, epsilon: float) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +28,18 @@ def influence_by_definition(model: nn.Module, x: Tensor, labels: Tensor) -> Tens
         zip(x.double(), labels.tolist(), strict=True), total=len(x), desc="definition", unit="image", leave=False
     ):
         leaf = example[None].clone().requires_grad_()
-        logits = network(leaf)[0]
-        log_p = F.log_softmax(logits.detach(), dim=0)
-        contrasts = torch.stack(
-            [torch.autograd.grad(z - logits[label], leaf, retain_graph=True)[0].flatten() for z in logits]
-        )
-        scores = contrasts - log_p.exp() @ contrasts
-        l0 = scores.T * (log_p / 2).exp()  # (p, K), columns sqrt(P_k) d log P_k
-        left, singular, _ = torch.linalg.svd(l0, full_matrices=False)
-        kept = singular > 1e-12 * singular[0]
-        coordinates = left[:, kept].T @ -scores[label]
-        values.append((coordinates / singular[kept]).square().sum())
+        values.append(of_logits(network(leaf)[0], label, [leaf]))
     return torch.stack(values)
+
+
+def of_logits(logits: Tensor, label: int, perturbed: Sequence[Tensor]) -> Tensor:
+    """The same of one example from its logits (K,) with their graph, for some leaves of it that are perturbed."""
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    rows = (torch.autograd.grad(z - logits[label], perturbed, **options) for z in logits)
+    contrasts = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+    log_p = F.log_softmax(logits.detach(), dim=0)
+    scores = contrasts - log_p.exp() @ contrasts
+    l0 = scores.T * (log_p / 2).exp()  # (p, K), columns sqrt(P_k) d log P_k
+    left, singular, _ = torch.linalg.svd(l0, full_matrices=False)
+    kept = singular > 1e-12 * singular[0]
+    return ((left[:, kept].T @ -scores[label]) / singular[kept]).square().sum()

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from influence.measures import log_ceiling
+
 TOLERANCE = 1e-11  # norm of the gradient of the summed loss at which a fit has converged
 _STEPS = 100
 _SHORT_STEPS = 40
@@ -84,9 +86,7 @@ class Regression:
 
     def ceiling(self, features: Tensor, labels: Tensor) -> Tensor:
         """(1 - P_y) / P_y of examples, ``(N,)``, without the cancellation of 1 - P_y where the model is sure."""
-        logits = features @ self.weights.T
-        others = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(dim=1)
-        return (others - logits.gather(1, labels[:, None])[:, 0]).exp()
+        return log_ceiling(features @ self.weights.T, labels).exp()
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
         """-log P_y of examples, ``(N,)`` nats."""

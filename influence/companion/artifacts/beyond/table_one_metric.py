@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import influence
+from influence.measures import log_ceiling
 from influence.progress import progress_bar
 
 from ... import style
@@ -153,9 +154,7 @@ def scores(model: nn.Module, split: Split, *, radius: float, device: torch.devic
 
 def loss(logits: Tensor, labels: Tensor) -> Tensor:
     """-log P_y from the other classes, with all digits where P_y is near 1; (N, K) and (N,) to (N,) float64."""
-    wide = logits.double()
-    others = wide.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
-    return F.softplus(others - wide.gather(1, labels[:, None])[:, 0], threshold=100)
+    return F.softplus(log_ceiling(logits.double(), labels), threshold=100)
 
 
 def flips(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 
 import influence
 
@@ -19,6 +19,7 @@ from ... import style
 from ...ledger import cache
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
+from ...scores.definition import of_logits
 from ...scores.layerwise import score_layers
 from ...zoo import training
 from ..common import Subject, bound, networks
@@ -137,7 +138,8 @@ def by_definition(subject: Subject, *, images: int, layers: int, device: torch.d
     for number in np.linspace(0, len(metric.blocks) - 1, layers).round().astype(int):
         weights = list(modules[metric.blocks[number]].parameters(recurse=False))
         for i in range(len(split)):
-            value = _definition(network, x[i : i + 1], int(split.labels[i]), weights)
+            with torch.enable_grad():
+                value = float(of_logits(network(x[i : i + 1])[0], int(split.labels[i]), weights))
             rows.append(
                 {
                     "layer": metric.blocks[number],
@@ -149,26 +151,6 @@ def by_definition(subject: Subject, *, images: int, layers: int, device: torch.d
                 }
             )
     return pd.DataFrame(rows)
-
-
-def _definition(network: nn.Module, x: Tensor, label: int, weights: Sequence[nn.Parameter]) -> float:
-    """FI of `weights`; scores from contrasts, as in `definition.influence_by_definition`."""
-    with torch.enable_grad():
-        logits = network(x)[0]
-        rows = [torch.autograd.grad(z - logits[label], weights, retain_graph=True, allow_unused=True) for z in logits]
-    contrasts = torch.stack(
-        [
-            torch.cat(
-                [torch.zeros_like(w).flatten() if g is None else g.flatten() for g, w in zip(row, weights, strict=True)]
-            )
-            for row in rows
-        ]
-    )
-    log_p = logits.detach().log_softmax(0)
-    scores = contrasts - log_p.exp() @ contrasts
-    left, singular, _ = torch.linalg.svd(scores.T * (log_p / 2).exp(), full_matrices=False)
-    kept = singular > 1e-12 * singular[0]
-    return float(((left[:, kept].T @ -scores[label]) / singular[kept]).square().sum())
 
 
 def claims(tables: Mapping[str, pd.DataFrame]) -> dict[str, bool | float | Estimate]:

@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import influence
-from influence.progress import progress_bar
 
 from ... import style
 from ...images.data import Split
@@ -21,8 +20,7 @@ from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores.detection import agreement
 from ...scores.evaluation import rank_agreement
-from ...scores.imagewise import positions
-from ...zoo import training
+from ...scores.imagewise import chunks, positions, table
 from ..common import Subject, bound, networks, over_seeds
 from .common import ceiling_check, manhattan
 
@@ -64,30 +62,15 @@ def score_images(
 ) -> pd.DataFrame:
     """Exact and released FI of the whole image for every image of a split, f = -log P(y_true)."""
     parts = []
-    chunks = list(zip(split.images.split(_CHUNK), split.labels.split(_CHUNK), split.index.split(_CHUNK), strict=True))
-    for pictures, labels, index in progress_bar(chunks, desc="FI of the image", unit="batch", leave=False):
-        metric = influence.metric_tensor(model, training.pixels(pictures, device), wrt="input")
-        exact = influence.first_order_influence(metric, labels.to(device))
-        released = influence.first_order_influence(
-            metric, labels.to(device), estimator=influence.Released(epsilon=epsilon)
-        )
-        log_p = metric.log_probs.gather(1, labels.to(device)[:, None])[:, 0].cpu()
-        parts.append(
-            pd.DataFrame(
-                {
-                    "image": index.numpy(),
-                    "label": labels.numpy(),
-                    "predicted": metric.log_probs.argmax(1).cpu().numpy(),
-                    "p_label": log_p.exp().numpy(),
-                    "loss": -log_p.numpy(),
-                    "ceiling": exact.ceiling.cpu().numpy(),
-                    "exact": exact.fi[:, 0].cpu().numpy(),
-                    "released": released.fi[:, 0].cpu().numpy(),
-                    "rank": exact.rank[:, 0].cpu().numpy(),
-                    "classes": metric.log_probs.shape[1],
-                }
-            )
-        )
+    for rows, x, y in chunks(split, _CHUNK, device, "FI of the image"):
+        metric = influence.metric_tensor(model, x, wrt="input")
+        exact = influence.first_order_influence(metric, y)
+        released = influence.first_order_influence(metric, y, estimator=influence.Released(epsilon=epsilon))
+        log_p = metric.log_probs.gather(1, y[:, None])[:, 0]
+        values = {"image": split.index[rows], "label": y, "predicted": metric.log_probs.argmax(1)}
+        values |= {"p_label": log_p.exp(), "loss": -log_p, "ceiling": exact.ceiling, "exact": exact.fi[:, 0]}
+        values |= {"released": released.fi[:, 0], "rank": exact.rank[:, 0]}
+        parts.append(table(values).assign(classes=metric.log_probs.shape[1]))
     frame = pd.concat(parts, ignore_index=True)
     frame["position"] = positions(frame["label"].to_numpy())
     return frame

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from ..common import bound, dataset
 from . import comparison
 from .comparison import colours, label
 
-_ATTACKED_AT_ONCE, _PGD_STEPS = 250, 10
+_PGD_STEPS = 10
 
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
@@ -106,21 +107,10 @@ def _attacked(
     generator = torch.Generator(device).manual_seed(training.mixed_seed(seed, 40_000))
     rows = []
     for epsilon in epsilons:
-        right = {"fgsm": 0, "pgd": 0}
-        for pictures, classes in zip(
-            split.images.split(_ATTACKED_AT_ONCE), split.labels.split(_ATTACKED_AT_ONCE), strict=True
-        ):
-            x, y = training.pixels(pictures, device), classes.to(device)
-            moved = {
-                "fgsm": attacks.fgsm(trained.model, x, y, epsilon=epsilon),
-                "pgd": attacks.pgd(
-                    trained.model, x, y, epsilon=epsilon, steps=_PGD_STEPS, step_size=epsilon / 4, generator=generator
-                ),
-            }
-            with torch.no_grad():
-                for attack, images in moved.items():
-                    right[attack] += int((trained.model(images).argmax(1) == y).sum())
-        rows += [{"attack": attack, "epsilon": epsilon, "accuracy": n / len(split)} for attack, n in right.items()]
+        pgd = partial(attacks.pgd, epsilon=epsilon, steps=_PGD_STEPS, step_size=epsilon / 4, generator=generator)
+        for name, attack in (("fgsm", partial(attacks.fgsm, epsilon=epsilon)), ("pgd", pgd)):
+            accuracy = attacks.accuracy(trained.model, split, attack, device)
+            rows.append({"attack": name, "epsilon": epsilon, "accuracy": accuracy})
     return pd.DataFrame(rows)
 
 

@@ -81,7 +81,7 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _record(results: Path, row: dict[str, object]) -> None:
     """The ledger of this row, its files as they are now."""
-    digests = {name: manifest.sha256(results / "cpu" / name) for name in row["files"]}  # type: ignore[attr-defined]
+    digests = {name: cache.sha256(results / "cpu" / name) for name in row["files"]}  # type: ignore[attr-defined]
     (results / "cpu" / "manifest.json").write_text(json.dumps({STEM: {**row, "files": digests}}))
 
 

@@ -71,7 +71,7 @@ def test_files_and_row(begun: Run, workspace: Workspace, table: pd.DataFrame) ->
         ]
     }
     for name, digest in row["files"].items():
-        assert manifest.sha256(workspace.results / "smoke" / name) == digest
+        assert cache.sha256(workspace.results / "smoke" / name) == digest
     assert {k: v for k, v in row.items() if k not in ("files", "key", "code_hash", "package_hash")} == {
         "stem": STEM,
         "parameters": {"scale": 2.0, "limit": None},

@@ -371,7 +371,7 @@ def test_the_life_of_a_published_network(
         training.fit(recipe, recipe.dataset())
     weights.write_bytes(whole[:100])
     changed = json.loads(sound)
-    changed["tiny-0"]["sha256"] = training.sha256(weights)
+    changed["tiny-0"]["sha256"] = cache.sha256(weights)
     ledger.write_text(json.dumps(changed))
     assert cli.main(["zoo", "check"]) == 1
     assert "damaged, or the weights of another network" in capsys.readouterr().out
@@ -482,7 +482,7 @@ def test_committed_zoo_is_as_its_ledger_says() -> None:
             file = published._checked(name, row)
             assert file.stat().st_size == row["bytes"] < 5e6
     for notes in (paths.ZOO / "continued").glob("*.json"):
-        assert json.loads(notes.read_text())["sha256"] == training.sha256(notes.with_suffix(".safetensors")), notes
+        assert json.loads(notes.read_text())["sha256"] == cache.sha256(notes.with_suffix(".safetensors")), notes
     assert sum(file.stat().st_size for file in paths.ZOO.rglob("*") if file.is_file()) < 80e6
 
 

@@ -36,6 +36,12 @@ _Code = dict[Path, set[str] | None]
 _PARSING = threading.Lock()
 
 
+def sha256(file: Path) -> str:
+    """Checksum of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def fingerprint(obj: object) -> str:
     """Sha256 of the canonical JSON of plain values, mappings, sequences and dataclasses.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,11 +103,7 @@ def problems(profile: str, stems: set[str]) -> list[str]:
     return found + [f"{profile}: {relative} is owned by no notebook" for relative in sorted(files - owned)]
 
 
-def sha256(path: Path) -> str:
-    """Sha256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _damaged(root: Path, row: Mapping[str, Any]) -> list[str]:
     files: Mapping[str, str] = row.get("files", {})
-    return [name for name, digest in files.items() if not (root / name).is_file() or sha256(root / name) != digest]
+    kept = {name: cache.sha256(root / name) for name in files if (root / name).is_file()}
+    return [name for name, digest in files.items() if kept.get(name) != digest]

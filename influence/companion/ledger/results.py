@@ -175,7 +175,7 @@ class Run:
                 files[f"data/{self.stem}.csv"] = content
         for relative, content in files.items():
             _write(root / relative, content)
-            written[relative] = manifest.sha256(root / relative)
+            written[relative] = cache.sha256(root / relative)
         provenance = json.dumps(self._provenance(), indent=1, sort_keys=True) + "\n"
         _write(root / f"provenance/{self.stem}.json", provenance.encode())
         manifest.record(self.profile, self._row(comparisons, outcome, written))

@@ -6,7 +6,6 @@ CIFAR-10 and on MNIST), and a DenseNet-BC-40-12. All take raw pixels 0..255, and
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..images.data import DataError
+from ..ledger import cache
 from .models import Append, in_turn
 
 
@@ -206,7 +206,7 @@ def load(name: str, data_dir: str | Path | None, *, device: torch.device | str =
             f"{name}: no {file}; name the folder with --data DIR or INFLUENCE_DATA=DIR "
             f"(the file is from {source.address})"
         )
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = cache.sha256(file)
     expected = source.file.partition(".")[0].rpartition("-")[2]
     if not digest.startswith(expected):
         raise DataError(f"{file} is corrupt (its sha256 begins with {digest[:8]}, not {expected})")

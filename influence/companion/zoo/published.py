@@ -60,7 +60,7 @@ def _checked(name: str, row: Row) -> Path:
         raise TrainingError(
             f"{name}: {file} is missing: restore it with git checkout, or run `influence zoo train {name}`"
         )
-    if training.sha256(file) != row["sha256"]:
+    if cache.sha256(file) != row["sha256"]:
         raise TrainingError(f"{name}: {file} has another checksum than the ledger: restore it with git checkout")
     return file
 
@@ -97,7 +97,7 @@ def train(name: str, *, device: torch.device | str = "cpu", data_dir: Path | Non
             "epochs": recipe.epochs,
             "seconds": round(seconds, 1),
             "accuracy": {part: training.accuracy(model, split, device=device) for part, split in parts.items()},
-            "sha256": training.sha256(weights),
+            "sha256": cache.sha256(weights),
             "bytes": weights.stat().st_size,
             "command": f"influence zoo train {name}",
             **made_by,

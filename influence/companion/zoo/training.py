@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import hashlib
 import itertools
 import json
 import math
@@ -336,12 +335,6 @@ def published_folder() -> Path:
     return paths.ZOO / "continued"
 
 
-def sha256(file: Path) -> str:
-    """Checksum of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def made_once(
     name: str,
     key: str,
@@ -371,13 +364,13 @@ def made_once(
         if not (weights.exists() and notes.exists()):
             history, seconds = make(resume)
             save_weights(weights, model, half=half)
-            record = {"recipe": asdict(recipe), "seconds": seconds, "history": history, "sha256": sha256(weights)}
+            record = {"recipe": asdict(recipe), "seconds": seconds, "history": history, "sha256": cache.sha256(weights)}
             record |= provenance(next(model.parameters()).device)
             text = json.dumps(record, indent=1)
             cache.atomic_write(notes, lambda temporary: temporary.write_text(text))
             resume.unlink(missing_ok=True)
     record = json.loads(notes.read_text())
-    if record.get("sha256") != sha256(weights):
+    if record.get("sha256") != cache.sha256(weights):
         raise TrainingError(f"{weights}: damaged (another checksum than in its .json): delete both, to train it again")
     load_weights(weights, model)
     return Trained(model.eval(), key, record["history"], record["seconds"])

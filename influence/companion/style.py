@@ -21,14 +21,12 @@ COLOURS: dict[str, str] = {
     "exact": "#0072B2",
     "released": "#D55E00",
     "ceiling": "#000000",
-    "resnet50": "#0072B2",
-    "densenet121": "#E69F00",
     "control": "#999999",
     "augmentation": "#009E73",
 }
 # One for each stability arm: the alphas from the smallest, then the variants.
 STABILITY = ("#56B4E9", "#0072B2", "#CC79A7", "#D55E00", "#E69F00")
-# Scores of an example, in the order of `companion.scores.NAMES`: colour and line.
+# Scores of an example, in the order of `imagewise.NAMES`: colour and line.
 SCORES: dict[str, tuple[str, str]] = {
     "exact": ("#0072B2", "-"),
     "released_1e-8": ("#D55E00", "--"),

@@ -8,8 +8,6 @@ draws are ours, the same at every call, and images come out rounded down, as the
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from PIL import Image
@@ -20,7 +18,6 @@ from . import distortions
 
 SIDE = 32  # the constants are for this size
 _Pixels = np.ndarray  # (N, H, W, 3) float64, pixels in [0, 1]
-_Corruption = Callable[[_Pixels, int, np.random.Generator], _Pixels]
 
 
 def _gaussian_noise(x: _Pixels, severity: int, draw: np.random.Generator) -> _Pixels:
@@ -128,24 +125,16 @@ def _pixelate(x: _Pixels, severity: int, draw: np.random.Generator) -> _Pixels:
     return np.stack([np.asarray(p.resize((side, side), box).resize((SIDE, SIDE), box)) for p in pictures]) / 255
 
 
-def _jpeg(x: _Pixels, severity: int, draw: np.random.Generator) -> _Pixels:
+def _jpeg_compression(x: _Pixels, severity: int, draw: np.random.Generator) -> _Pixels:
     images = torch.from_numpy(np.round(255 * x).astype(np.uint8)).permute(0, 3, 1, 2)
     return distortions.jpeg(images, [80, 65, 58, 50, 40][severity - 1]).permute(0, 2, 3, 1).numpy() / 255
 
 
-_BY_NAME: dict[str, _Corruption] = {
-    "gaussian_noise": _gaussian_noise,
-    "shot_noise": _shot_noise,
-    "impulse_noise": _impulse_noise,
-    "defocus_blur": _defocus_blur,
-    "glass_blur": _glass_blur,
-    "zoom_blur": _zoom_blur,
-    "fog": _fog,
-    "brightness": _brightness,
-    "contrast": _contrast,
-    "pixelate": _pixelate,
-    "jpeg_compression": _jpeg,
-}
+# In the order that seeds their draws.
+_NOISE = (_gaussian_noise, _shot_noise, _impulse_noise)
+_BLUR = (_defocus_blur, _glass_blur, _zoom_blur)
+_OTHERS = (_fog, _brightness, _contrast, _pixelate, _jpeg_compression)
+_BY_NAME = {function.__name__.removeprefix("_"): function for function in (*_NOISE, *_BLUR, *_OTHERS)}
 NAMES = tuple(_BY_NAME)
 
 

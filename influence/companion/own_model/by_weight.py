@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import influence
 
 from ..scores import weightwise
-from ..scores.detection import share_interval
+from ..scores.detection import columns, share_interval
 from .material import Examples
 from .study import Subject, log_probs_of
 
@@ -101,5 +101,4 @@ def _quality(subject: Subject, examples: Examples) -> dict[str, float]:
         log_probs = log_probs_of(subject, x)
         right += int((log_probs.argmax(1) == labels).sum())
         loss += float(F.nll_loss(log_probs, labels, reduction="sum"))
-    accuracy, low, high = share_interval(right, len(examples))
-    return {"accuracy": accuracy, "low": low, "high": high, "loss": loss / len(examples)}
+    return columns("accuracy", share_interval(right, len(examples)), "") | {"loss": loss / len(examples)}

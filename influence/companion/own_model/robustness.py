@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import influence
 
 from ..images import distortions
-from ..scores.detection import share_interval
+from ..scores.detection import columns, share_interval
 from ..zoo import training
 from .material import Examples
 from .study import Subject
@@ -134,9 +134,8 @@ def robustness(
     for family, strength, pictures in _versions(bytes_):
         for arm, model in arms.items():
             right = _hits(subject, model, pictures, labels, unit / 255)
-            accuracy, low, high = share_interval(right, len(labels))
-            row = {"arm": arm, "family": family, "strength": strength, "accuracy": accuracy, "low": low, "high": high}
-            rows.append(row | {"n": len(labels)})
+            accuracy = columns("accuracy", share_interval(right, len(labels)), "")
+            rows.append({"arm": arm, "family": family, "strength": strength, **accuracy, "n": len(labels)})
     return pd.DataFrame(rows)
 
 

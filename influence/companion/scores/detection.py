@@ -8,6 +8,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+LEVEL = 0.95  # of all intervals
+Interval = tuple[float, float, float]  # value, low, high
+
 
 def vector(values: ArrayLike) -> np.ndarray:
     """`values` as a float64 vector; a ValueError where there are none."""
@@ -17,9 +20,7 @@ def vector(values: ArrayLike) -> np.ndarray:
     return x
 
 
-def bootstrap_interval(
-    values: ArrayLike, *, level: float = 0.95, repeats: int = 1000, seed: int = 0
-) -> tuple[float, float, float]:
+def bootstrap_interval(values: ArrayLike) -> Interval:
     """Mean with its percentile bootstrap interval: (mean, low, high).
 
     Raises:
@@ -28,26 +29,32 @@ def bootstrap_interval(
     x = vector(values)
     if len(x) == 1:
         return float(x[0]), float(x[0]), float(x[0])
-    options = {"n_resamples": repeats, "confidence_level": level, "method": "percentile"}
-    low, high = stats.bootstrap((x,), np.mean, rng=np.random.default_rng(seed), **options).confidence_interval
+    options = {"n_resamples": 1000, "confidence_level": LEVEL, "method": "percentile"}
+    low, high = stats.bootstrap((x,), np.mean, rng=np.random.default_rng(0), **options).confidence_interval
     return float(x.mean()), float(low), float(high)
 
 
-def _interval(samples: np.ndarray, level: float) -> tuple[float, float]:
-    """Percentiles of bootstrap samples; NaN of none."""
+def _percentiles(value: float, samples: np.ndarray) -> Interval:
+    """A value with the percentiles of its bootstrap samples; NaN of none."""
     if not len(samples):
-        return np.nan, np.nan
-    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+        return float(value), np.nan, np.nan
+    low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(value), float(low), float(high)
 
 
-def share_interval(successes: int, trials: int, *, level: float = 0.95) -> tuple[float, float, float]:
+def columns(name: str, interval: Interval, ends: str | None = None) -> dict[str, float]:
+    """An estimate with its interval as the columns NAME, NAME_low and NAME_high; `ends` stands for NAME_ in these."""
+    ends = f"{name}_" if ends is None else ends
+    return dict(zip((name, f"{ends}low", f"{ends}high"), interval, strict=True))
+
+
+def share_interval(successes: int, trials: int) -> Interval:
     """A share with Wilson's interval: (share, low, high).
 
     Raises:
         ValueError: no trials, or more successes than trials.
     """
-    found = stats.binomtest(successes, trials).proportion_ci(level, method="wilson")
+    found = stats.binomtest(successes, trials).proportion_ci(LEVEL, method="wilson")
     return successes / trials, float(found.low), float(found.high)
 
 
@@ -56,21 +63,17 @@ def detection(
     positive: ArrayLike,
     *,
     weight: ArrayLike | None = None,
-    level: float = 0.95,
     repeats: int = 200,
-    seed: int = 0,
 ) -> dict[str, float]:
     """AUROC and average precision of a score, with percentile bootstrap intervals over the examples.
 
-    The resampling keeps the numbers of positives and negatives, and is the same for every score of one seed.
+    The resampling keeps the numbers of positives and negatives, and is the same for every score.
 
     Args:
         score: (N,) larger for what is to be found; infinities allowed.
         positive: (N,) bool.
         weight: (N,) weights of the examples in the average precision, to stand for another share of positives.
-        level: of the intervals.
         repeats: bootstrap samples.
-        seed: of the resampling.
 
     Returns:
         auroc, auroc_low, auroc_high, ap, ap_low, ap_high.
@@ -79,23 +82,18 @@ def detection(
         ValueError: there are no positives or no negatives.
     """
     hit = np.asarray(positive, dtype=bool)
-    counts = _resampled(hit.tobytes(), repeats, seed)
-    auroc, ap = _curves(score, hit, counts, weight)
-    return _named("auroc", auroc[0], auroc[1:], level) | _named("ap", ap[0], ap[1:], level)
+    auroc, ap = _curves(score, hit, _resampled(hit.tobytes(), repeats), weight)
+    return columns("auroc", _percentiles(auroc[0], auroc[1:])) | columns("ap", _percentiles(ap[0], ap[1:]))
 
 
-def auroc_difference(
-    first: ArrayLike, second: ArrayLike, positive: ArrayLike, *, level: float = 0.95, repeats: int = 200, seed: int = 0
-) -> tuple[float, float, float]:
+def auroc_difference(first: ArrayLike, second: ArrayLike, positive: ArrayLike, *, repeats: int = 200) -> Interval:
     """AUROC of one score less that of another, with a percentile bootstrap interval paired by example.
 
     Args:
         first: (N,) larger for what is to be found.
         second: (N,) likewise.
         positive: (N,) bool.
-        level: of the interval.
         repeats: bootstrap samples, which keep the numbers of positives and negatives.
-        seed: of the resampling.
 
     Returns:
         The difference, low, high.
@@ -104,19 +102,19 @@ def auroc_difference(
         ValueError: there are no positives or no negatives.
     """
     hit = np.asarray(positive, dtype=bool)
-    counts = _resampled(hit.tobytes(), repeats, seed)
+    counts = _resampled(hit.tobytes(), repeats)
     difference = _curves(first, hit, counts)[0] - _curves(second, hit, counts)[0]
-    return float(difference[0]), *_interval(difference[1:], level)
+    return _percentiles(difference[0], difference[1:])
 
 
 @lru_cache(maxsize=2)  # every score of the same examples is resampled alike
-def _resampled(positive: bytes, repeats: int, seed: int) -> np.ndarray:
+def _resampled(positive: bytes, repeats: int) -> np.ndarray:
     """How often each example is drawn, (repeats + 1, N); the first row is the data themselves."""
     hit = np.frombuffer(positive, dtype=bool)
     groups = np.flatnonzero(hit), np.flatnonzero(~hit)
     if not (len(groups[0]) and len(groups[1])):
         raise ValueError(f"expected positives and negatives, got {len(groups[0])} and {len(groups[1])}")
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     counts = np.ones((repeats + 1, len(hit)))
     for group in groups:
         counts[1:, group] = generator.multinomial(len(group), np.full(len(group), 1 / len(group)), size=repeats)
@@ -138,11 +136,6 @@ def _curves(
     return auroc, _average_precision(counts * hit, counts * ~hit, last)
 
 
-def _named(name: str, value: float, samples: np.ndarray, level: float) -> dict[str, float]:
-    low, high = _interval(samples, level)
-    return {name: float(value), f"{name}_low": low, f"{name}_high": high}
-
-
 def _auroc(true: np.ndarray, false: np.ndarray, last: np.ndarray) -> np.ndarray:
     """Area under the ROC by trapezes, for rows of weights in falling order of the score."""
     t, f = (np.pad(x.cumsum(axis=1)[:, last], ((0, 0), (1, 0))) for x in (true, false))
@@ -157,7 +150,7 @@ def _average_precision(true: np.ndarray, false: np.ndarray, last: np.ndarray) ->
     return np.asarray((precision * np.diff(t, axis=1, prepend=0)).sum(axis=1) / t[:, -1])
 
 
-def two_sample(first: ArrayLike, second: ArrayLike, *, level: float = 0.95, seed: int = 0) -> dict[str, float]:
+def two_sample(first: ArrayLike, second: ArrayLike) -> dict[str, float]:
     """Two-sample tests of scores (N,) and (M,), and the size of the effect with its bootstrap interval.
 
     Returns:
@@ -170,7 +163,7 @@ def two_sample(first: ArrayLike, second: ArrayLike, *, level: float = 0.95, seed
     a, b = (np.asarray(x, dtype=np.float64) for x in (first, second))
     ks = stats.ks_2samp(a, b)
     hit = np.repeat([False, True], [len(a), len(b)])
-    both = detection(np.concatenate([a, b]), hit, level=level, seed=seed)
+    both = detection(np.concatenate([a, b]), hit)
     return {
         "ks": float(ks.statistic),
         "ks_p": float(ks.pvalue),
@@ -179,21 +172,19 @@ def two_sample(first: ArrayLike, second: ArrayLike, *, level: float = 0.95, seed
     }
 
 
-def agreement(
-    first: ArrayLike, second: ArrayLike, *, level: float = 0.95, repeats: int = 200, seed: int = 0
-) -> dict[str, float]:
+def agreement(first: ArrayLike, second: ArrayLike, *, repeats: int = 200) -> dict[str, float]:
     """Spearman's rho and Kendall's tau-b of two scores, with percentile bootstrap intervals over the examples.
 
     Returns:
         spearman, spearman_low, spearman_high, kendall, kendall_low, kendall_high.
     """
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     samples = [np.arange(len(a)), *(generator.integers(0, len(a), len(a)) for _ in range(repeats))]
     pairs = [(a[rows], b[rows]) for rows in samples]
     found = np.array([(stats.spearmanr(*pair).statistic, stats.kendalltau(*pair).statistic) for pair in pairs])
     result: dict[str, float] = {}
     for name, (value, *drawn) in zip(("spearman", "kendall"), found.T, strict=True):
         ordered = np.array(drawn)[~np.isnan(drawn)]  # a sample of one value alone has no order
-        result |= _named(name, value, ordered, level)
+        result |= columns(name, _percentiles(value, ordered))
     return result

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from .detection import vector
+from .detection import LEVEL, Interval, vector
 
 
 def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, *, bins: int = 15) -> float:
@@ -25,7 +25,7 @@ def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, *, bin
     return float(np.abs(gaps).sum() / len(p))
 
 
-def mean_interval(values: ArrayLike, *, level: float = 0.95) -> tuple[float, float, float]:
+def mean_interval(values: ArrayLike) -> Interval:
     """Mean over seeds with its Student t interval: (mean, low, high); the interval of a single value is infinite.
 
     Raises:
@@ -35,7 +35,7 @@ def mean_interval(values: ArrayLike, *, level: float = 0.95) -> tuple[float, flo
     mean = float(x.mean())
     if len(x) == 1:
         return mean, -np.inf, np.inf
-    half = float(stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
     return mean, mean - half, mean + half
 
 

@@ -17,7 +17,7 @@ from ...ledger import cache
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores import swarm
-from ...scores.detection import bootstrap_interval, share_interval
+from ...scores.detection import bootstrap_interval, columns, share_interval
 from ...scores.imagewise import chunks, table
 from ...scores.pixelwise import top_entries
 from ...zoo import training
@@ -131,15 +131,11 @@ def summary(attacks: pd.DataFrame) -> pd.DataFrame:
         wide = group.pivot(index="image", columns="choice", values="changed").astype(float)
         for choice in CHOICES:
             part = group[group["choice"] == choice]
-            changed, low, high = share_interval(int(part["changed"].sum()), len(part))
-            less = bootstrap_interval(wide["fi"] - wide[choice])
             row = {**dict(zip(keys, key, strict=True)), "choice": choice, "images": len(part)}
             row |= {name: float(part[name].mean()) for name in ("values", "reached")}
-            row |= dict(
-                zip(("passing", "passing_low", "passing_high"), bootstrap_interval(part["passing"]), strict=True)
-            )
-            row |= {"changed": changed, "low": low, "high": high}
-            rows.append(row | dict(zip(("fi_less", "fi_less_low", "fi_less_high"), less, strict=True)))
+            row |= columns("passing", bootstrap_interval(part["passing"]))
+            row |= columns("changed", share_interval(int(part["changed"].sum()), len(part)), "")
+            rows.append(row | columns("fi_less", bootstrap_interval(wide["fi"] - wide[choice])))
     return pd.DataFrame(rows)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -236,19 +235,15 @@ def draw_totals(measures: pd.DataFrame, fits: pd.DataFrame) -> Figure:
     wide = group[group["l2"] == best_l2(fits)].pivot(index="image", columns="quantity", values="size")
     figure = Figure(figsize=(style.WIDTH, 2.8))
     for axes, name in zip(figure.subplots(1, 2), ("influence", "cross_fi"), strict=True):
-        _scatter(axes, wide, name)
+        colour, words = PREDICTORS[name]
+        axes.scatter(wide["change"], wide[name], s=8, color=colour, alpha=0.6, linewidths=0)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("|change| (nats)")
+        axes.set_ylabel(f"|{words}| (nats)" if name == "influence" else words)
+        spearman = rank_agreement(wide["change"], wide[name])
+        axes.set_title(f"{len(wide)} training images, Spearman {spearman:+.2f}", fontsize=8)
     return figure
-
-
-def _scatter(axes: Axes, wide: pd.DataFrame, name: str) -> None:
-    colour, words = PREDICTORS[name]
-    axes.scatter(wide["change"], wide[name], s=8, color=colour, alpha=0.6, linewidths=0)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("|change| (nats)")
-    axes.set_ylabel(f"|{words}| (nats)" if name == "influence" else words)
-    spearman = rank_agreement(wide["change"], wide[name])
-    axes.set_title(f"{len(wide)} training images, Spearman {spearman:+.2f}", fontsize=8)
 
 
 def draw_by_l2(table: pd.DataFrame, fits: pd.DataFrame) -> Figure:

@@ -13,6 +13,7 @@ from ... import style
 from ...ledger import cache
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
+from ...scores.detection import columns
 from ...scores.evaluation import mean_interval
 from ...scores.weightwise import TREATMENTS, ablations, occlusions
 from ..common import bound, networks
@@ -76,8 +77,7 @@ def table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
             row = {"what": what, "treatment": treatment, "ranking": ranking, "share": share, "networks": len(group)}
             row |= {"images": int(group["images"].iloc[0]), "count": int(group[counted].iloc[0])}
             for column in ("lost", "risen"):
-                interval = mean_interval(group[column])
-                row |= dict(zip((column, f"{column}_low", f"{column}_high"), interval, strict=True))
+                row |= columns(column, mean_interval(group[column]))
             rows.append(row)
     return pd.DataFrame(rows)
 

@@ -26,7 +26,7 @@ from ...ledger import cache, paths
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores import attacks, imagewise
-from ...scores.detection import detection
+from ...scores.detection import columns, detection
 from ...scores.evaluation import mean_interval, rank_agreement
 from ...zoo import finetuning, pretrained, recipes, training
 from ...zoo.recipes import RecipeError
@@ -50,13 +50,7 @@ _PGD_STEPS = 10
 _LEAST = 5  # examples of either sort without which a network says nothing about a task
 _TO_RESAMPLE = 8  # kinds of network without which there is no bootstrap over them
 _WITHOUT = [name for name in imagewise.NAMES if name in ("cook", "grand")]
-MEASURES = {
-    "lambda_max": r"median $\lambda_{max}$(G)",
-    "mean_lambda_max": r"mean $\lambda_{max}$(G)",
-    "trace": "median trace of G",
-    "loss": "mean loss",
-    "error": "error",
-}
+MEASURES = ("lambda_max", "mean_lambda_max", "trace", "loss", "error")  # medians where no mean is named
 
 
 def attack(radius: float) -> str:
@@ -275,8 +269,7 @@ def ranks(table: pd.DataFrame) -> pd.DataFrame:
             for unit, frame in (("kinds", means), ("networks", table)):
                 row = {"attack": name, "measure": measure, "unit": unit, "n": len(frame)}
                 found = correlation(frame[measure].to_numpy(), frame[name].to_numpy())
-                row |= dict(zip(("spearman", "low", "high"), found, strict=True))
-                rows.append(row)
+                rows.append(row | columns("spearman", found, ""))
     return pd.DataFrame(rows)
 
 
@@ -301,10 +294,6 @@ def _attacks(table: pd.DataFrame) -> list[str]:
     return [str(column) for column in table if str(column).startswith("PGD")]
 
 
-def _difference(row: Mapping[Any, Any]) -> tuple[float, float, float]:
-    return row["difference"], row["difference_low"], row["difference_high"]
-
-
 def claims(found: pd.DataFrame, table: pd.DataFrame, ranked: pd.DataFrame) -> dict[str, bool | list[Estimate]]:
     """What `results/reference/beyond.csv` has rules for; a task that no network can say anything about is left out.
 
@@ -315,8 +304,9 @@ def claims(found: pd.DataFrame, table: pd.DataFrame, ranked: pd.DataFrame) -> di
       lambda_max_ranks_networks, mean_lambda_max_ranks_kinds and error_ranks_kinds stand beside it.
     * fi_orders_as_the_loss: no AUROC of FI is further than 1e-9 from that of the loss.
     """
-    metric, pgd = ("trace", "lambda_max"), [task for task in table["task"].unique() if task.startswith("PGD")]
-    of = {
+    of, metric = "difference", ("trace", "lambda_max")
+    pgd = [task for task in table["task"].unique() if task.startswith("PGD")]
+    asked = {
         "wrong_labels_need_the_label": ([LABELS], metric),
         "wrong_labels_worst_direction": ([LABELS], [WORST]),
         "noise_flips_metric": ([NOISE], metric),
@@ -325,11 +315,12 @@ def claims(found: pd.DataFrame, table: pd.DataFrame, ranked: pd.DataFrame) -> di
         "pgd_flips_worst_direction": (pgd, [WORST]),
     }
     claimed: dict[str, bool | list[Estimate]] = {}
-    for item, (tasks, measures) in of.items():
+    for item, (tasks, measures) in asked.items():
         rows = table[table["task"].isin(tasks) & table["score"].isin(measures)].to_dict("records")
         if rows:
             claimed[item] = [
-                Estimate(*_difference(row), n=row["kinds"], of=f"{row['task']}, {row['score']}") for row in rows
+                Estimate(row[of], row[f"{of}_low"], row[f"{of}_high"], row["kinds"], f"{row['task']}, {row['score']}")
+                for row in rows
             ]
     for measure, unit in _RANKED:
         rows = ranked[(ranked["measure"] == measure) & (ranked["unit"] == unit)].to_dict("records")

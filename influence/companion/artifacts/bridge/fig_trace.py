@@ -20,6 +20,7 @@ from ...images.data import Split
 from ...ledger import cache
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
+from ...scores.detection import columns
 from ...scores.evaluation import mean_interval
 from ...zoo import training
 from ..common import bound, dataset, named
@@ -157,22 +158,11 @@ def losses(measures: pd.DataFrame) -> pd.DataFrame:
         by_seed = group.groupby("seed").agg(
             loss=("loss", "mean"), limit=("limit", "mean"), variance=("loss_variance", "sum"), images=("image", "size")
         )
-        loss, low, high = mean_interval(by_seed["loss"])
         error = np.sqrt(by_seed["variance"]) / by_seed["images"] / by_seed["limit"]
-        rows.append(
-            {
-                "arm": arm,
-                "sigma": sigma,
-                "seeds": len(by_seed),
-                "images": int(by_seed["images"].iloc[0]),
-                "loss": loss,
-                "low": low,
-                "high": high,
-                "limit": float(by_seed["limit"].mean()),
-                "ratio": float((by_seed["loss"] / by_seed["limit"]).mean()),
-                "ratio_error": float(np.sqrt((error**2).sum()) / len(by_seed)),
-            }
-        )
+        row = {"arm": arm, "sigma": sigma, "seeds": len(by_seed), "images": int(by_seed["images"].iloc[0])}
+        row |= columns("loss", mean_interval(by_seed["loss"]), "") | {"limit": float(by_seed["limit"].mean())}
+        row |= {"ratio": float((by_seed["loss"] / by_seed["limit"]).mean())}
+        rows.append(row | {"ratio_error": float(np.sqrt((error**2).sum()) / len(by_seed))})
     return pd.DataFrame(rows)
 
 

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from influence.measures import log_ceiling
 
 from ... import style
-from ...images import outliers
 from ...ledger import cache
 from ...ledger.results import Run
 from ...scores import imagewise
@@ -23,7 +22,7 @@ from ...scores.definition import influence_by_definition
 from ...scores.detection import detection, two_sample
 from ...scores.imagewise import predicted_class_scores
 from ...zoo import training
-from ..common import Subject, bound, classifier, dataset, networks
+from ..common import Subject, bound, networks
 
 CHECKED = 16  # images of a check
 
@@ -50,9 +49,9 @@ def ceiling_check(subject: Subject, *, device: torch.device) -> pd.DataFrame:
 
 # What the gap is read through: FI needs no label, the loss does.
 MEASURES = {
-    "exact": "FI of the predicted class, exact",
-    "released": "FI of the predicted class, as released",
-    "loss": "-log P of the true class",
+    "exact": "exact FI of the predicted class",
+    "released": "released FI of the predicted class",
+    "loss": "loss (true class)",
     "margin": "-log P of the predicted class",
 }
 
@@ -86,7 +85,7 @@ def both_parts(run: Run, network: Subject, *, images: int | None, epsilon: float
     return pd.concat(frames, ignore_index=True)
 
 
-def gap(frame: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
+def gap(frame: pd.DataFrame) -> pd.DataFrame:
     """Training against test images through each measure: tests, and the size of the effect with its interval.
 
     Returns:
@@ -100,59 +99,13 @@ def gap(frame: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
         for measure in MEASURES:
             values = {part: rest[measure].to_numpy() for part, rest in parts.items()}
             means = {f"mean_{part}": float(x.mean()) for part, x in values.items()}
-            tests = two_sample(values["train"], values["test"], seed=seed)
+            tests = two_sample(values["train"], values["test"])
             row = {"dataset": name, "model": model, "seed": network, "measure": measure, "images": len(values["train"])}
             rows.append({**row, **hits, **means, **tests})
     return pd.DataFrame(rows)
 
 
-SYNTHETIC = "flipped"
-
-
-def flipped_scores(
-    run: Run,
-    dataset_name: str,
-    models: Sequence[str],
-    *,
-    seed: int,
-    images: int | None,
-    share: float,
-    without: Sequence[str] = (),
-) -> pd.DataFrame:
-    """Every score of images whose labels were flipped, by each network, which was trained on right ones.
-
-    Images are drawn from the validation part, which the networks have not seen.
-
-    Args:
-        run: the artifact.
-        dataset_name: whose labels are flipped.
-        models: names of `models.NAMES`.
-        seed: of the networks, the choice of images and the flips.
-        images: how many, drawn at random; None for all.
-        share: of the labels that are replaced.
-        without: scores to leave out.
-
-    Returns:
-        One row per model and image: kind ("flipped"), wrong (bool: the given label is not the right one) and the
-        columns of `scores.all_scores`.
-    """
-    whole = dataset(run, dataset_name)
-    split = whole.valid.sample(images, seed=seed)
-    given = {SYNTHETIC: outliers.flip_labels(split.labels, share=share, classes=len(whole.classes), seed=seed)}
-    frames = []
-    for model in models:
-        trained = classifier(run, dataset_name, model, seed=seed)
-        key: dict[str, object] = {"model": trained.key, "data": whole.digest, "images": images, "seed": seed}
-        key |= {"share": share, "without": list(without), "device": run.device.type}
-        compute = bound(imagewise.all_scores, trained.model, split, given=given, device=run.device, without=without)
-        frame = cache.table(f"labels/{dataset_name}-{model}", key, compute)
-        right = dict(zip(split.index.tolist(), split.labels.tolist(), strict=True))
-        wrong = frame["label"] != frame["image"].map(right)
-        frames.append(frame.rename(columns={"given": "kind"}).assign(model=model, wrong=wrong))
-    return pd.concat(frames, ignore_index=True)
-
-
-def detection_table(frame: pd.DataFrame, *, seed: int = 0, also: Sequence[str] = ()) -> pd.DataFrame:
+def detection_table(frame: pd.DataFrame, *, also: Sequence[str] = ()) -> pd.DataFrame:
     """AUROC and average precision of each score for finding wrong labels, with 95% bootstrap intervals over images.
 
     The scores are those of `imagewise.NAMES` and the columns in `also`, where they were computed.
@@ -162,7 +115,7 @@ def detection_table(frame: pd.DataFrame, *, seed: int = 0, also: Sequence[str] =
         hits = {"accuracy": float((group["predicted"] == group["label"])[~group["wrong"]].mean())}
         counts = {"images": len(group), "wrong": int(group["wrong"].sum())}
         for score in (name for name in (*imagewise.NAMES, *also) if name in group and group[name].notna().all()):
-            found = detection(group[score], group["wrong"], seed=seed)
+            found = detection(group[score], group["wrong"])
             rows.append({"model": model, "kind": kind, "score": score, **counts, **hits, **found})
     return pd.DataFrame(rows)
 
@@ -194,25 +147,26 @@ def draw_auroc(table: pd.DataFrame, by: str) -> Figure:
             axes.set_xlabel({"auroc": "AUROC", "ap": "average precision"}[measure])
         row[0].set_yticks(range(len(scores)), [style.name(score) for score in scores], fontsize=7)
     for axes, value in zip(grid[0], columns, strict=True):
-        axes.set_title(style.name(value) if by == "kind" else f"{_WHEN[str(value)]} fine-tuning", fontsize=9)
+        axes.set_title(style.name(value) if by == "kind" else f"{_WHEN.get(str(value), value)} fine-tuning", fontsize=9)
     grid[0, 0].invert_yaxis()
     grid[0, -1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle("95% bootstrap intervals over the images", fontsize=8)
     return figure
 
 
-_WHEN = {"before": "before", "middle": "during", "after": "after"}
-
-
-_MODELS = {"resnet50": "o", "densenet121": "s", "resnet20": "^", "resnet56": "D"}
-
-
-_MODEL_COLOURS = {"resnet50": "#0072B2", "densenet121": "#E69F00", "resnet20": "#009E73", "resnet56": "#CC79A7"}
+_WHEN = {"middle": "during"}
+_MODELS = {
+    "resnet50": ("o", "#0072B2"),
+    "densenet121": ("s", "#E69F00"),
+    "resnet20": ("^", "#009E73"),
+    "resnet56": ("D", "#CC79A7"),
+}
 
 
 def _intervals(axes: Axes, table: pd.DataFrame, measure: str, models: list[str], scores: list[str]) -> None:
     step = 0.7 / len(models)
     for place, model in enumerate(models):
+        marker, colour = _MODELS.get(model, ("o", None))
         part = table[table["model"] == model].set_index("score").loc[scores]
         y = [i + step * (place - (len(models) - 1) / 2) for i in range(len(scores))]
         bars = [part[measure] - part[f"{measure}_low"], part[f"{measure}_high"] - part[measure]]
@@ -220,8 +174,8 @@ def _intervals(axes: Axes, table: pd.DataFrame, measure: str, models: list[str],
             part[measure],
             y,
             xerr=[bar.clip(lower=0) for bar in bars],
-            fmt=_MODELS.get(model, "o"),
-            color=_MODEL_COLOURS.get(model),
+            fmt=marker,
+            color=colour,
             markersize=3,
             elinewidth=0.8,
             label=style.name(model),

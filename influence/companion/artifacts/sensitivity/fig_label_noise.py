@@ -18,9 +18,10 @@ from ...ledger.results import Run
 from ...scores import imagewise
 from ...scores.detection import auroc_difference
 from ...zoo import recipes, training
-from ..common import bound
-from .common import SYNTHETIC, detection_table, flipped_scores
+from ..common import bound, classifier, dataset
+from .common import detection_table
 
+SYNTHETIC = "flipped"
 CONFIDENT = "confident"  # self-confidence less the class's mean: confident learning (Northcutt et al. 2021)
 _FOLDS = 4
 
@@ -58,9 +59,22 @@ def of_kind(
     without: Sequence[str],
 ) -> pd.DataFrame:
     """The scores of one kind of labels, as `compute` says."""
-    if kind == SYNTHETIC:
-        return flipped_scores(run, dataset_name, models, seed=seed, images=images, share=share, without=without)
-    return _out_of_sample(run, kind, seed=seed, images=images, without=without)
+    if kind != SYNTHETIC:
+        return _out_of_sample(run, kind, seed=seed, images=images, without=without)
+    whole = dataset(run, dataset_name)
+    split = whole.valid.sample(images, seed=seed)  # which the networks have not seen
+    given = {kind: outliers.flip_labels(split.labels, share=share, classes=len(whole.classes), seed=seed)}
+    frames = []
+    for model in models:
+        trained = classifier(run, dataset_name, model, seed=seed)
+        key: dict[str, object] = {"model": trained.key, "data": whole.digest, "images": images, "seed": seed}
+        key |= {"share": share, "without": list(without), "device": run.device.type}
+        score = bound(imagewise.all_scores, trained.model, split, given=given, device=run.device, without=without)
+        frame = cache.table(f"labels/{dataset_name}-{model}", key, score)
+        right = dict(zip(split.index.tolist(), split.labels.tolist(), strict=True))
+        wrong = frame["label"] != frame["image"].map(right)
+        frames.append(frame.rename(columns={"given": "kind"}).assign(model=model, wrong=wrong))
+    return pd.concat(frames, ignore_index=True)
 
 
 def _out_of_sample(run: Run, kind: str, *, seed: int, images: int | None, without: Sequence[str]) -> pd.DataFrame:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from ... import style
 from ...ledger.reference import Estimate
 from ..common import over_seeds
-from .common import gap, manhattan, predicted_influence
+from .common import MEASURES, gap, manhattan, predicted_influence
 
 compute = predicted_influence
 
@@ -38,14 +38,6 @@ def claims(gaps: pd.DataFrame) -> dict[str, bool | list[Estimate]]:
 
 
 _MARKS = {"exact": "o", "released": "s", "loss": "D", "margin": "^"}
-
-
-_LABELS = {
-    "exact": "exact FI of the predicted class",
-    "released": "released FI of the predicted class",
-    "loss": "loss (true class)",
-    "margin": "-log P of the predicted class",
-}
 
 
 def draw(scores: pd.DataFrame) -> Figure:
@@ -78,7 +70,7 @@ def draw_effects(gaps: pd.DataFrame) -> Figure:
         bars = [[e.value - e.low for e in found], [e.high - e.value for e in found]]
         y = [i + 0.16 * (place - 1.5) for i in range(len(found))]
         colour = style.SCORES[measure][0]
-        axes.errorbar(values, y, xerr=bars, fmt=_MARKS[measure], color=colour, label=_LABELS[measure], markersize=4)
+        axes.errorbar(values, y, xerr=bars, fmt=_MARKS[measure], color=colour, label=MEASURES[measure], markersize=4)
     axes.axvline(0.5, color="0.6", linewidth=0.8)
     axes.set_yticks(range(len(networks)), [f"{style.name(d)} {style.name(m)}" for d, m in networks])
     axes.invert_yaxis()

@@ -17,7 +17,7 @@ from ...images.pictures import packed, unpacked
 from ...ledger import cache
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
-from ...scores.detection import bootstrap_interval, share_interval
+from ...scores.detection import bootstrap_interval, columns, share_interval
 from ...scores.pixelwise import intervene, patch_maps
 from ...zoo import training
 from ..common import Subject, bound, networks, over_seeds
@@ -203,14 +203,11 @@ def intervention_table(frame: pd.DataFrame) -> pd.DataFrame:
         drops = group.pivot(index="image", columns="ranking", values="drop")
         for ranking in RANKINGS:
             part = group[group["ranking"] == ranking]
-            mean, low, high = bootstrap_interval(part["drop"])
-            share, share_low, share_high = share_interval(int(part["flipped"].sum()), len(part))
             row = {**dict(zip(keys, key, strict=True)), "ranking": ranking, "images": len(part)}
-            row |= {"drop": mean, "drop_low": low, "drop_high": high}
-            row |= {"flips": share, "flips_low": share_low, "flips_high": share_high}
+            row |= columns("drop", bootstrap_interval(part["drop"]))
+            row |= columns("flips", share_interval(int(part["flipped"].sum()), len(part)))
             for other in ("random", "saliency"):
-                found = bootstrap_interval(drops[ranking] - drops[other])
-                row |= dict(zip((f"beyond_{other}", f"beyond_{other}_low", f"beyond_{other}_high"), found, strict=True))
+                row |= columns(f"beyond_{other}", bootstrap_interval(drops[ranking] - drops[other]))
             rows.append(row)
     return pd.DataFrame(rows)
 

@@ -166,22 +166,15 @@ def layer_noise(run: Run, network: Subject, *, sigma: float, draws: int) -> pd.D
     return cache.table(f"meaning/layers-{network.name}", key, bound(layer_noise_scores, *noisy))
 
 
-def cost(score: str, *, classes: int) -> str:
-    """What one score of one image costs, in passes through the network."""
-    k = classes
-    passes = {
-        "loss": (1, 0, ""),
-        "margin": (1, 0, ""),
-        "max_softmax": (1, 0, ""),
-        "el2n": (1, 0, ""),
-        "jacobian_norm": (1, 1, ""),
-        "saliency": (1, 1, ""),
-        "grand": (1, 1, " with weight gradients per image"),
-        "cook": (1, 1, f" + {k} Hessian-vector products"),
-        "random": (0, 0, ""),
-    }
-    forward, backward, more = passes.get(score, (1, k - 1, ", K x K algebra"))
-    return f"{forward} forward, {backward} backward{more}"
+def cost(score: str) -> tuple[str, int]:
+    """What one score of one image costs: passes through the network, in words, and weighed against one another."""
+    k = _CLASSES
+    passes = dict.fromkeys(("loss", "margin", "max_softmax", "el2n"), (1, 0, "", 0))
+    passes |= dict.fromkeys(("jacobian_norm", "saliency"), (1, 1, "", 0)) | {"random": (0, 0, "", 0)}
+    passes |= {"grand": (1, 1, " with weight gradients per image", 1)}
+    passes |= {"cook": (1, 1, f" + {k} Hessian-vector products", 4 * k)}
+    forward, backward, more, further = passes.get(score, (1, k - 1, ", K x K algebra", 0))
+    return f"{forward} forward, {backward} backward{more}", forward + 2 * backward + further
 
 
 def tasks(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -205,19 +198,13 @@ def tasks(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     for row in single[single["count"] == single["count"].max()].itertuples():
         found.append(("4 find vulnerable pixels", row.ranking, "fall of P", row.drop, row.drop_low, row.drop_high))
     table = pd.DataFrame(found, columns=["task", "score", "measured", "value", "low", "high"])
-    table["cost"] = [cost(str(score), classes=_CLASSES) for score in table["score"]]
+    table["cost"], passes = zip(*map(cost, table["score"]), strict=True)
     table["use"] = False
-    for _, group in table.groupby("task"):
-        close = group[group["high"] >= group["value"].max()].copy()
-        close["passes"] = [_passes(text, _CLASSES) for text in close["cost"]]
+    for _, group in table.assign(passes=passes).groupby("task"):
+        close = group[group["high"] >= group["value"].max()]
         best = close.sort_values(["passes", "value"], ascending=[True, False]).index[0]
         table.loc[best, "use"] = True
     return table.sort_values(["task", "value"], ascending=[True, False], ignore_index=True)
-
-
-def _passes(text: str, classes: int) -> float:
-    forward, backward = (int(part.split()[0]) for part in text.split(", ")[:2])
-    return forward + 2 * backward + 4 * classes * ("Hessian" in text) + ("weight" in text)
 
 
 def _spearman(score: pd.Series, target: pd.Series) -> tuple[float, float, float]:

@@ -22,6 +22,7 @@ from ...images.data import Split
 from ...ledger import cache
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
+from ...scores.detection import columns
 from ...scores.evaluation import mean_interval
 from ...zoo import finetuning, recipes, training
 from ...zoo.finetuning import Arm
@@ -154,21 +155,9 @@ def summary(
     for where, group in runs.groupby(list(within), sort=False):
         wide = group.pivot(index="seed", columns="arm", values=value)
         for arm in group["arm"].unique():
-            mean, low, high = mean_interval(wide[arm])
-            gain, gain_low, gain_high = mean_interval(wide[arm] - wide[CONTROL])
-            rows.append(
-                {
-                    **dict(zip(within, where, strict=True)),
-                    "arm": arm,
-                    "seeds": len(wide),
-                    value: mean,
-                    "low": low,
-                    "high": high,
-                    "gain": gain,
-                    "gain_low": gain_low,
-                    "gain_high": gain_high,
-                }
-            )
+            row = {**dict(zip(within, where, strict=True)), "arm": arm, "seeds": len(wide)}
+            row |= columns(value, mean_interval(wide[arm]), "")
+            rows.append(row | columns("gain", mean_interval(wide[arm] - wide[CONTROL])))
     return pd.DataFrame(rows)
 
 

@@ -9,39 +9,29 @@ import torch
 from influence.companion.images import data, outliers
 
 
-@pytest.fixture(scope="module")
-def made() -> tuple[data.Split, outliers.Outliers]:
-    train = data.load("digits").train
-    return train, outliers.overlay(train, np.ones(len(train), dtype=bool), per_class=20, shift=2, seed=3)
-
-
-def test_overlay_is_the_maximum_of_two_shifted_images(made: tuple[data.Split, outliers.Outliers]) -> None:
-    train, found = made
-    where = {int(position): row for row, position in enumerate(train.index)}
-    images, index = (
-        torch.cat([found.train.images, found.valid.images]),
-        torch.cat([found.train.index, found.valid.index]),
-    )
-    labels = torch.cat([found.train.labels, found.valid.labels])
-    assert len(found.train) == 180 and len(found.valid) == 20
-    assert torch.bincount(found.train.labels).tolist() == [18] * 10
-    assert found.shifts.min() == -2 and found.shifts.max() == 2
-    for i in range(0, 200, 7):
-        first, second = where[int(index[i])], where[int(found.partner[i])]
-        assert train.labels[first] == labels[i] != train.labels[second]
-        down, right, down2, right2 = found.shifts[i].tolist()
-        moved = [
-            np.roll(np.pad(train.images[row, 0].numpy(), 2), by, axis=(0, 1))[2:-2, 2:-2]
-            for row, by in ((first, (down, right)), (second, (down2, right2)))
-        ]
-        np.testing.assert_array_equal(images[i, 0].numpy(), np.maximum(*moved))
+def test_overlay_is_the_maximum_of_two_shifted_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, shifted = data.load("digits").train, outliers.shifted
+    calls: list[tuple[torch.Tensor, int, int]] = []
+    monkeypatch.setattr(outliers, "shifted", lambda *given: calls.append(given) or shifted(*given))
+    found = outliers.overlay(train, np.ones(len(train), dtype=bool), per_class=20, shift=2, seed=3)
+    assert torch.bincount(found.labels).tolist() == [18] * 10 and len(calls) == 2 * len(found)
+    moves = torch.tensor([given[1:] for given in calls])
+    assert moves.min() == -2 and moves.max() == 2
+    where = {image.numpy().tobytes(): row for row, image in enumerate(train.images)}
+    for i in range(0, 180, 7):
+        pair = calls[2 * i : 2 * i + 2]
+        first, second = (where[image.numpy().tobytes()] for image, _, _ in pair)
+        assert train.index[first] == found.index[i]
+        assert train.labels[first] == found.labels[i] != train.labels[second]
+        moved = [np.roll(np.pad(x[0].numpy(), 2), by, axis=(0, 1))[2:-2, 2:-2] for x, *by in pair]
+        np.testing.assert_array_equal(found.images[i, 0].numpy(), np.maximum(*moved))
 
 
 def test_only_eligible_images_give_a_label() -> None:
     train = data.load("digits").train
     eligible = np.arange(len(train)) % 2 == 0
     found = outliers.overlay(train, eligible, per_class=10, shift=1)
-    assert set(found.train.index.tolist()) <= set(train.index[eligible].tolist())
+    assert set(found.index.tolist()) <= set(train.index[eligible].tolist())
     with pytest.raises(ValueError, match="class 0 has 0 eligible images, 10 are needed"):
         outliers.overlay(train, np.zeros(len(train), dtype=bool), per_class=10)
 

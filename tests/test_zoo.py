@@ -118,7 +118,7 @@ def test_held_out_folds_of_given_labels(tmp_path: Path, monkeypatch: pytest.Monk
     digits = data.load("digits")
     given = torch.arange(50_000) % 10
     monkeypatch.setattr(outliers, "human_labels", lambda kind, folder: (given, given))
-    folds = [recipes._dataset.__wrapped__("digits", "worse_label", (i, 4), None) for i in range(4)]
+    folds = [recipes.data_set.__wrapped__("digits", "worse_label", (i, 4), None) for i in range(4)]
     held_out = torch.cat([fold.valid.index for fold in folds])
     assert sorted(held_out.tolist()) == sorted([*digits.train.index.tolist(), *digits.valid.index.tolist()])
     for fold in folds:
@@ -316,7 +316,7 @@ def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("INFLUENCE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(paths, "ZOO", tmp_path / "zoo")
     monkeypatch.setattr(recipes, "_rows", lambda: {"tiny": ROW})
-    monkeypatch.setattr(recipes, "_dataset", _some_digits)
+    monkeypatch.setattr(recipes, "data_set", _some_digits)
     return tmp_path / "zoo"
 
 
@@ -436,7 +436,7 @@ import test_zoo
 
 paths.ZOO = Path(sys.argv[1])
 recipes._rows = lambda: {"tiny": test_zoo.ROW}
-recipes._dataset = test_zoo._some_digits
+recipes.data_set = test_zoo._some_digits
 print(published.train(sys.argv[2]))
 """
 

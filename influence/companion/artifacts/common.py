@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial, update_wrapper
+from functools import partial, update_wrapper
 from typing import Any
 
 import pandas as pd
@@ -23,7 +23,7 @@ from ..zoo import pretrained, recipes, training
 
 def dataset(run: Run, name: str) -> data.Dataset:
     """The data set, its digest noted among the inputs of the run."""
-    loaded = _load(name)
+    loaded = recipes.data_set(name, None, None, paths.data_dir())
     run.add_input(name, loaded.digest)
     return loaded
 
@@ -132,11 +132,6 @@ def named(run: Run, name: str) -> Network:
     parts = {"train": found.train, "validation": found.valid, "test": found.test}
     made = training.fit(recipe, found, device=run.device)
     return Network(made.model, made.key, name.rpartition("-")[0], recipe.seed, recipe.data, parts, recipe.gate)
-
-
-@cache
-def _load(name: str) -> data.Dataset:
-    return data.load(name, paths.data_dir())
 
 
 def bound(function: Callable[..., pd.DataFrame], *args: Any, **kwargs: Any) -> Callable[[], pd.DataFrame]:

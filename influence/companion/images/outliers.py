@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +13,7 @@ from .data import DataError, Split
 HUMAN_LABELS = ("aggre_label", "random_label1", "random_label2", "random_label3", "worse_label")
 
 
-@dataclass(frozen=True)
-class Outliers:
-    """Made outliers, in two parts as in the released code."""
-
-    train: Split  # nine tenths; `index` holds the position of the image that gave the label
-    valid: Split  # one tenth
-    partner: Tensor  # for `train` then `valid`, the position of the image of another class
-    shifts: Tensor  # (N, 4) int64, rows and columns by which the two images were moved
-
-
-def overlay(split: Split, eligible: np.ndarray | Tensor, *, per_class: int, shift: int = 4, seed: int = 0) -> Outliers:
+def overlay(split: Split, eligible: np.ndarray | Tensor, *, per_class: int, shift: int = 4, seed: int = 0) -> Split:
     """Overlaid images as in Setup 0 of Shu & Zhu (2019), read off the released code.
 
     For each class k, `per_class` images of k that are eligible (there: classified correctly by both networks) are each
@@ -34,9 +23,12 @@ def overlay(split: Split, eligible: np.ndarray | Tensor, *, per_class: int, shif
     Args:
         split: training images on a background of 0.
         eligible: (N,) bool, which images may give the label.
-        per_class: outliers of each class: nine tenths for training, the rest for validation.
+        per_class: outliers of each class that are drawn; a tenth is left out, held out in the released code.
         shift: largest shift in pixels: 4 at 28x28.
         seed: of every draw.
+
+    Returns:
+        The outliers; `index` holds the position of the image that gave the label.
 
     Raises:
         ValueError: a class has too few eligible images, or per_class is not at least 1.
@@ -53,17 +45,13 @@ def overlay(split: Split, eligible: np.ndarray | Tensor, *, per_class: int, shif
         both = candidates, np.flatnonzero(labels != k)
         chosen.append([generator.choice(rows, per_class, replace=False) for rows in both])
     first, second = np.concatenate(chosen, axis=1)
-    train = np.arange(len(first)) % per_class < per_class - per_class // 10
     shifts = generator.integers(-shift, shift + 1, size=(len(first), 4))
-    images = torch.stack(
-        [
-            torch.maximum(shifted(split.images[i], *moves[:2]), shifted(split.images[j], *moves[2:]))
-            for i, j, moves in zip(first, second, shifts.tolist(), strict=True)
-        ]
-    )
-    made, order = Split(images, split.labels[first], split.index[first]), np.argsort(~train, kind="stable")
-    partner, moved = split.index[second[order]], torch.from_numpy(shifts[order])
-    return Outliers(made.take(np.flatnonzero(train)), made.take(np.flatnonzero(~train)), partner, moved)
+    kept = np.flatnonzero(np.arange(len(first)) % per_class < per_class - per_class // 10)
+    images = [
+        torch.maximum(shifted(split.images[i], *moves[:2]), shifted(split.images[j], *moves[2:]))
+        for i, j, moves in zip(first[kept], second[kept], shifts[kept].tolist(), strict=True)
+    ]
+    return Split(torch.stack(images), split.labels[first[kept]], split.index[first[kept]])
 
 
 def shifted(image: Tensor, down: int, right: int) -> Tensor:

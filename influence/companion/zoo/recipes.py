@@ -105,7 +105,7 @@ class Recipe:
 
     def dataset(self, data_dir: Path | None = None) -> Dataset:
         """What the network is trained, validated and tested on; raises a DataError as `data.load`."""
-        return _dataset(self.data, self.labels, self.fold, data_dir or paths.data_dir())
+        return data_set(self.data, self.labels, self.fold, data_dir or paths.data_dir())
 
 
 def adam(model: nn.Module, rate: float, weight_decay: float) -> torch.optim.Adam:
@@ -225,7 +225,8 @@ def _rows() -> dict[str, dict[str, Any]]:
 
 
 @remember
-def _dataset(name: str, labels: str | None, fold: tuple[int, int] | None, data_dir: Path | None) -> Dataset:
+def data_set(name: str, labels: str | None, fold: tuple[int, int] | None, data_dir: Path | None) -> Dataset:
+    """A data set, loaded once; with labels and a fold of a recipe, all training images in two parts by these."""
     from ..images import data, outliers
 
     found = data.load(name, data_dir)

@@ -60,7 +60,7 @@ def made_outliers(run: Run, *, seed: int) -> Split:
     for model in chosen["models"]:
         network = classifier(run, chosen["dataset"], model, seed=seed).model
         right &= training.predict(network, train.images, device=run.device).argmax(1) == train.labels
-    return outliers.overlay(train, right, per_class=chosen["per_class"], shift=chosen["shift"], seed=seed).train
+    return outliers.overlay(train, right, per_class=chosen["per_class"], shift=chosen["shift"], seed=seed)
 
 
 def simulation(run: Run, learnt: Split, *, seed: int) -> pd.DataFrame:

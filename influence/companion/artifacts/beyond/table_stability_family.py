@@ -132,7 +132,10 @@ def measured(
         else:
             few = split.take(np.arange(min(chosen["traced"], len(split))))
             network, x = copy.deepcopy(model).double(), training.pixels(few.images, device).double()
-            value = _kl(network, x, chosen["sigma"], chosen["draws"]) if name == KL else _trace(network, x)
+            if name == KL:
+                value = _kl(network, x, chosen["sigma"], chosen["draws"])
+            else:
+                value = float(255.0**2 * influence.trace(network, x, wrt="input").mean())
         rows.append((kind, name, len(few), value))
     return pd.DataFrame(rows, columns=["kind", "measure", "n", "value"])
 
@@ -173,10 +176,6 @@ def _kl(network: nn.Module, x: torch.Tensor, sigma: float, draws: int) -> float:
         noise = 255 * sigma * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         losses.append(float(kl(clean, F.log_softmax(network(x + noise), dim=1)).mean()))
     return float(np.mean(losses))
-
-
-def _trace(network: nn.Module, x: torch.Tensor) -> float:
-    return float(255.0**2 * influence.trace(network, x, wrt="input").mean())
 
 
 def together(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

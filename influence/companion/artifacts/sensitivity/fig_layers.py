@@ -228,7 +228,8 @@ def draw_by_layer(released: pd.DataFrame) -> Figure:
         for axes, top in zip(grid[2 * row : 2 * row + 2], (None, zoom), strict=True):
             shade(axes, group)
             colours = style.class_colours(10)
-            style.dots(axes, group["number"], group["released"], _block_numbers(group) % 10, colours, size=1.7)
+            blocks = pd.factorize(_block(group["layer"]))[0]
+            style.dots(axes, group["number"], group["released"], blocks % 10, colours, size=1.7)
             axes.set_ylim(0, top)
             axes.set_ylabel("released FI" if top is None else "lower 90%")
         count = group["number"].nunique()
@@ -296,7 +297,3 @@ def shade(axes: Axes, group: pd.DataFrame) -> None:
 
 def _block(layer: pd.Series) -> pd.Series:
     return layer.map({name: name.removeprefix("network.").partition(".")[0] for name in layer.unique()})
-
-
-def _block_numbers(group: pd.DataFrame) -> np.ndarray:
-    return pd.factorize(_block(group["layer"]))[0]

@@ -56,14 +56,14 @@ def patch_influence(
     given = given_labels(labels)
     require_deterministic(model)
     inputs = Inputs.of(x).perturbing(None)
-    blocks = patches.blocks(x.shape[1:])
+    blocks = patches.blocks(inputs.x.shape[1:])
     parts, compute = [], InputGrams(model)
-    for n in range(len(x)):
+    for n in range(len(inputs)):
         with exact_autograd(model, compute.perturbed):
             classes, jacobian, dtype = compute.jacobian(inputs[n : n + 1], Classes.of)
         log_probs = classes.log_probs
-        wanted = log_probs.argmax(dim=1).expand(len(x)) if given is None else given
-        every = require_labels(wanted, examples=len(x), classes=log_probs.shape[1], device=log_probs.device)
+        wanted = log_probs.argmax(dim=1).expand(len(inputs)) if given is None else given
+        every = require_labels(wanted, examples=len(inputs), classes=log_probs.shape[1], device=log_probs.device)
         label = every[n : n + 1]
         found = [
             exact_of_jacobians(part, log_probs.expand(len(part), -1), label.expand(len(part)), dtype)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -76,7 +77,10 @@ def require_labels(
         TypeError: If the labels are not integers.
         ValueError: If there are not N of them or one is outside ``0..K-1``.
     """
-    labels = torch.as_tensor(labels)
+    try:
+        labels = labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels))
+    except (TypeError, ValueError):
+        raise TypeError(f"labels must be integer classes, got {type(labels).__name__} of other things.") from None
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise TypeError(f"labels must be integer classes, got {labels.dtype}. Convert with labels.long().")
     if labels.shape != (examples,):

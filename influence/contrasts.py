@@ -102,7 +102,7 @@ def random_signs(log_probs: Tensor, seeds: Sequence[int], samples: int) -> Tenso
     Each example has a seed of its own, so that its signs do not depend on the others of its chunk.
     """
     roots, shape = (0.5 * log_probs).exp()[:, None], (samples, log_probs.shape[1])
-    drawn = [torch.randint(2, shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    drawn = [torch.randint(2, shape, generator=torch.Generator().manual_seed(seed), device="cpu") for seed in seeds]
     return (2 * torch.stack(drawn) - 1).to(roots) * roots
 
 

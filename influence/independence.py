@@ -1,13 +1,13 @@
 """Every example must have logits of its own, the same in any batch and in every call: checked here, never assumed.
 
-In each chunk some examples are called again without the others, and the gradients must keep the examples apart; in the
-first chunk the first example is called alone too.
+Each chunk is called again in two halves, without a graph, and its shortest examples one by one; the gradients must keep
+the examples apart. In the first chunk the first example is called alone too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,9 +22,9 @@ from influence.memory import is_out_of_memory
 
 # Calls of a model that draws random numbers, of which none may differ.
 _REPEATS = 8
-# Examples of every chunk that are called again without the others: the last two in the opposite order; of tokens, which
-# a model may cut to the longest of the batch, so many one by one.
-_TURNED, _SINGLE = 2, 8
+# Examples of every chunk that are called one by one beside the two halves of it: those that a model may have cut to the
+# longest of the batch, so many of tokens and of numbers.
+_TOKENS, _NUMBERS = 8, 2
 # Entries of a gradient below this share of the example's largest may be rounding.
 _NOISE = {torch.float64: 1e-10, torch.float32: 1e-4}
 _NOISE_OF_HALF = 5e-2
@@ -86,28 +86,42 @@ def require_same(model: nn.Module, inputs: Inputs, single: Tensor, batched: Tens
 
 
 def require_independent(model: nn.Module, inputs: Inputs, batched: Tensor, dtype: torch.dtype) -> None:
-    """Refuse a batch of which some examples have other logits by themselves than in it.
+    """Refuse a batch of which some examples have other logits by themselves than in it, or without a graph.
 
     Raises:
         RuntimeError: If they differ by more than rounding of ``dtype``.
     """
     for chosen in _apart(inputs):
-        few = replace(inputs, tensors=tuple(tensor[chosen] for tensor in inputs.tensors))
-        # With its graph, as a model may look for one.
-        require_same(model, few, few.logits(model).detach(), batched[chosen], dtype)
+        few, together = inputs[chosen], batched[chosen]
+        try:
+            with torch.no_grad():
+                plain = few.logits(model)
+        except RuntimeError as error:  # a model may look for a graph, such as one that registers hooks
+            if is_out_of_memory(error):
+                raise
+            plain = few.logits(model).detach()
+        if _agree(together, plain, dtype):
+            continue
+        require_same(model, few, few.logits(model).detach(), together, dtype)
+        raise RuntimeError(
+            "the model gives other logits under torch.no_grad(), as it is called in practice, than with gradients, by "
+            f"up to {float((plain - together).abs().max()):.3g}. Where a TransformerEncoder is in it, its output at "
+            "padded positions is used: mask it, or call torch.backends.mha.set_fastpath_enabled(False)."
+        )
 
 
 def _apart(inputs: Inputs) -> list[Tensor]:
     """Which examples are called together, without the others: an index ``(n,)`` for each call."""
-    if len(inputs) == 1:
-        return []
-    discrete = [tensor for tensor in inputs.tensors if not (tensor.is_floating_point() or tensor.is_complex())]
-    if not discrete:
-        return [torch.arange(len(inputs), device=inputs.device)[1:][-_TURNED:].flip(0)]
+    examples = len(inputs)
+    order = torch.randperm(examples, generator=torch.Generator().manual_seed(examples), device="cpu")
+    apart = list(order.to(inputs.device).tensor_split(2))
     # Padding repeats one value: the examples that change least along their length are the shortest.
-    rows = torch.cat([tensor.reshape(len(inputs), -1).long() for tensor in discrete], dim=1)
-    changes = (rows.diff(dim=1) != 0).sum(dim=1)
-    return list(changes.argsort(stable=True)[:_SINGLE].split(1))
+    discrete = [tensor for tensor in inputs.tensors if not (tensor.is_floating_point() or tensor.is_complex())]
+    rows = [tensor.reshape(examples, -1) for tensor in discrete or inputs.tensors]
+    changes = torch.stack([(row[:, 1:] != row[:, :-1]).sum(dim=1) for row in rows]).sum(dim=0)
+    shortest = changes.argsort(stable=True)[: _TOKENS if discrete else _NUMBERS]
+    apart += shortest[changes[shortest] < changes.max()].split(1)
+    return [chosen for chosen in apart if len(chosen)]
 
 
 def require_reproducible(first: Tensor, again: Tensor, dtype: torch.dtype) -> None:
@@ -155,8 +169,8 @@ def _random_state(device: torch.device) -> list[Tensor]:
 
 def darkness(examples: int) -> Tensor:
     """Choices of half the examples, ``(c, N)`` bool, such that of any two each is once chosen without the other."""
-    digits = torch.arange(max(1, (examples - 1).bit_length()))[:, None]
-    chosen = (torch.arange(examples) >> digits) % 2 == 1
+    digits = torch.arange(max(1, (examples - 1).bit_length()), device="cpu")[:, None]
+    chosen = (torch.arange(examples, device="cpu") >> digits) % 2 == 1
     return torch.cat([chosen, ~chosen])
 
 
@@ -182,14 +196,16 @@ class Weighting:
     def draw(cls, seeds: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Weighting:
         """Draw it anew for seeds ``(m, N, ...)`` of a computation in ``dtype``."""
         span = 2 if dtype == torch.float16 else 16
-        powers = torch.exp2(torch.arange(-span, span).double())
+        powers = torch.exp2(torch.arange(-span, span, device="cpu").double())
         values = torch.cat([powers, -powers])
         classes, examples = seeds.shape[:2]
         rounds = -(-examples // len(values))
-        places = torch.cat([torch.randperm(len(values), generator=generator) for _ in range(rounds)])[:examples]
+        places = torch.cat([torch.randperm(len(values), generator=generator, device="cpu") for _ in range(rounds)])[
+            :examples
+        ]
         # Few digits, which any floating type holds.
-        sizes = 1 + torch.randint(16, (classes,), generator=generator) / 16
-        signs = 2.0 * torch.randint(2, (classes,), generator=generator) - 1
+        sizes = 1 + torch.randint(16, (classes,), generator=generator, device="cpu") / 16
+        signs = 2.0 * torch.randint(2, (classes,), generator=generator, device="cpu") - 1
         noise = _NOISE.get(dtype, _NOISE_OF_HALF)
         return cls(values[places].to(seeds.device), (sizes * signs).to(seeds.device), noise)
 
@@ -220,4 +236,11 @@ def gradients(output: Tensor | GradientEdge, leaves: Sequence[Tensor], seed: Ten
         raise RuntimeError(
             f"PyTorch cannot differentiate the model by torch.autograd.grad, so neither can the metric tensor: {error}"
         ) from error
-    return [grad.detach().to_dense() if grad.is_sparse else grad.detach() for grad in grads]
+    dense = [grad.detach().to_dense() if grad.is_sparse else grad.detach() for grad in grads]
+    if not all(bool(torch.isfinite(grad).all()) for grad in dense):
+        raise ValueError(
+            "a gradient of the logits is NaN or infinite although they are finite, so there is no metric tensor: a "
+            "square root, logarithm or division at 0, be it behind a torch.where, or overflow of "
+            f"{dense[0].dtype}. Add a small constant inside it."
+        )
+    return dense

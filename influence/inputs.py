@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,12 +25,15 @@ class Inputs:
         names: Of the tensors; those of a tuple are called "0", "1", ...
         by_keyword: Whether the model takes them by name, in place of by position.
         perturbed: Which of them is perturbed.
+        autocast: The precision of the autocast that the batch was given under: the model is called in it, and
+            nothing else. None where there was none.
     """
 
     tensors: tuple[Tensor, ...]
     names: tuple[str, ...]
     by_keyword: bool = False
     perturbed: int = 0
+    autocast: torch.dtype | None = None
 
     @classmethod
     def of(cls, x: Batch) -> Inputs:
@@ -61,7 +65,9 @@ class Inputs:
         if len({len(tensor) for tensor in batch.tensors}) > 1:
             counts = dict(zip(batch.names, map(len, batch.tensors), strict=True))
             raise ValueError(f"all tensors of x must have the examples as first dimension, got lengths {counts}.")
-        return batch
+        kind = batch.device.type
+        lowered = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return replace(batch, autocast=lowered)
 
     def perturbing(self, name: str | None) -> Inputs:
         """The same with the perturbed tensor chosen: by name, or None for the only floating one.
@@ -83,13 +89,15 @@ class Inputs:
                 f"x must be floating for wrt='input', got {by_name[name].dtype}: integers cannot be perturbed. Convert "
                 "images with x.float(); for tokens perturb the parameters or a layer."
             )
+        if not by_name[name].numel():
+            raise ValueError(f"x must hold at least one value to perturb, got shape {tuple(by_name[name].shape)}.")
         return replace(self, perturbed=self.names.index(name))
 
     def __len__(self) -> int:
         """N."""
         return len(self.tensors[0])
 
-    def __getitem__(self, examples: slice) -> Inputs:
+    def __getitem__(self, examples: slice | Tensor) -> Inputs:
         return replace(self, tensors=tuple(tensor[examples] for tensor in self.tensors))
 
     @property
@@ -115,7 +123,8 @@ class Inputs:
     def logits(self, model: Callable[..., object]) -> Tensor:
         """Call a model with copies of the tensors, which it may spoil; logits ``(N, K)``, checked."""
         copies = [tensor.clone() for tensor in self.tensors]
-        output = model(**dict(zip(self.names, copies, strict=True))) if self.by_keyword else model(*copies)
+        with torch.autocast(self.device.type, self.autocast, cache_enabled=False) if self.autocast else nullcontext():
+            output = model(**dict(zip(self.names, copies, strict=True))) if self.by_keyword else model(*copies)
         logits = getattr(output, "logits", output)
         if len(self) == 1 and isinstance(logits, Tensor) and logits.ndim == 1 and len(logits) > 1:
             # A model that ends in squeeze() drops the dimension of a single example.

@@ -254,7 +254,9 @@ def _reach(problems: _Problems, rows: Tensor, cut: Tensor, *, penalty: float = 0
     if penalty > 0:
         identity = torch.eye(width, dtype=rows.dtype, device=rows.device).expand(count, -1, -1)
         contrast = torch.cat([contrast, identity], dim=1)
-        log_weights = torch.cat([log_weights, (math.log(penalty) - log_rest).expand(-1, width)], dim=1)
+        # Above exp(1300) FI is below what float64 holds, and roots of the weight are not.
+        weight = (math.log(penalty) - log_rest).clamp(max=1300.0)
+        log_weights = torch.cat([log_weights, weight.expand(-1, width)], dim=1)
         target = torch.nn.functional.pad(target, (0, width))
         limit = torch.cat([limit, limit.new_full((count, width), classes * _GRAM_EPS)], dim=1)
     explained, unexplained, sensitivity = weighted_projection(contrast, log_weights, target, limit)

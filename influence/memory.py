@@ -27,6 +27,21 @@ def examples_that_fit(bytes_per_example: int, device: torch.device) -> int:
     return max(1, min(_MOST, budget // max(1, bytes_per_example)))
 
 
+def require_room(blocks: int, classes: int, device: torch.device, instead: str) -> int:
+    """Bytes that the Grams ``(B, K, K)`` of one example take: they are made, put at their classes and kept.
+
+    Raises:
+        ValueError: If so much is not free; ``instead`` says what to do.
+    """
+    needed, free = 3 * 8 * blocks * classes**2, free_bytes(device)
+    if needed > free:
+        raise ValueError(
+            f"the Grams of {blocks:,} blocks with K = {classes:,} classes need {needed / 2**30:,.0f} GiB for an "
+            f"example, {free / 2**30:,.0f} are free. {instead}"
+        )
+    return needed
+
+
 def copies_at_once(rows: int, *, examples: int, values: int) -> int:
     """Copies of a batch of so many input values that a backward pass for so many rows of a Jacobian should have."""
     return max(1, min(rows // _FEWEST_PASSES, _MOST_COPIES // examples, _MOST_VALUES // max(1, values)))

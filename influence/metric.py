@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from influence.checks import require_count, require_deterministic
+from influence.checks import require_count, require_deterministic, require_finite
 from influence.grams.parameters import ParameterGrams
 from influence.inputs import Batch, Inputs
 from influence.kernels.backend import using
@@ -107,13 +107,18 @@ class MetricTensor:
     @classmethod
     def load(cls, path: str | Path, *, device: str = "cpu") -> MetricTensor:
         """Read what ``save`` has written; ValueError for another file."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(path, framework="pt", device=device) as file:
-            found, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        try:
+            with safe_open(path, framework="pt", device=device) as file:
+                found, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no metric tensor: {error}.") from None
         if set(found) != set(_TENSORS) or not {"blocks", "dtype"} <= set(metadata):
             raise ValueError(f"{path} is no metric tensor: it holds {sorted(found)[:10]}.")
-        dtype = getattr(torch, metadata["dtype"].removeprefix("torch."))
+        dtype = getattr(torch, metadata["dtype"].removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{path} is no metric tensor: it holds the precision {metadata['dtype']!r}.")
         return cls(**found, blocks=tuple(json.loads(metadata["blocks"])), dtype=dtype)
 
     def contrast_gram(self) -> Tensor:
@@ -227,6 +232,7 @@ def metric_tensor(
         parts = in_parts(lambda chosen: engine(inputs[chosen]), model, inputs, engine, chunk_size=chunk_size)
     log_probs, grams, dtypes = zip(*parts, strict=True)
     gram = torch.cat(grams)
+    require_finite(gram, name="the Gram", hint="Gradients overflow when squared: scale the input or the parameters.")
     return MetricTensor(
         log_probs=torch.cat(log_probs),
         gram=gram,
@@ -280,7 +286,8 @@ def parameter_blocks(
     parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point() or p.is_complex()}
     parameters = {name: p for name, p in parameters.items() if p.requires_grad or not trainable_only}
     canonical = {id(p): name for name, p in parameters.items()}
-    modules, single = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    single = dict(model.named_parameters(remove_duplicate=False))
     kind = "parameters that require a gradient" if trainable_only else "parameters"
 
     def names(members: Iterable[nn.Parameter]) -> list[str]:
@@ -293,7 +300,7 @@ def parameter_blocks(
             raise ValueError(expected + hint)
         if not parameters:
             raise ValueError(f"wrt={wrt!r} needs a model with {kind}, got one without. Use wrt='input'.")
-        owned = {name: names(module.parameters(recurse=False)) for name, module in modules.items()}
+        owned = {name: names(module.parameters(recurse=False)) for name, module in model.named_modules()}
         layers = {name: group for name, group in owned.items() if group}
         groups = layers if wrt == "layers" else {"parameters": list(parameters)}
     elif not isinstance(wrt, Sequence) or not all(isinstance(name, str) for name in wrt):
@@ -348,7 +355,12 @@ def exact_autograd(model: nn.Module, perturbed: Sequence[nn.Parameter]) -> Itera
             torch.inference_mode(False),
             torch.enable_grad(),
         ):
-            yield
+            # Autocast is for the model alone (``Inputs.logits``): our own products keep their digits.
+            with ExitStack() as stack:
+                for kind in ("cpu", "cuda"):
+                    if torch.is_autocast_enabled(kind):
+                        stack.enter_context(torch.autocast(kind, enabled=False))
+                yield
     finally:
         cudnn.enabled = enabled
         for backend, value in zip(backends, precision, strict=True):

@@ -25,7 +25,7 @@ from influence.independence import (
 from influence.inputs import Inputs, forward
 from influence.kernels.gram import products
 from influence.last_layer import NarrowLayer
-from influence.memory import copies_at_once, free_bytes, is_out_of_memory
+from influence.memory import copies_at_once, is_out_of_memory, require_room
 
 Rows = TypeVar("Rows", bound=LogitRows)
 
@@ -140,16 +140,9 @@ class InputGrams:
             rows = classes if narrow is None or passes is not None else narrow.width
             self._bytes = 2 * read_graph(logits, {}).bytes_per_example(passes=1) + 24 * rows * inputs[:1].x.numel()
             if self._patches is not None:
-                # They are made, put at their classes and kept.
-                blocks, free = len(self._patches.blocks(inputs.x.shape[1:])), free_bytes(inputs.device)
-                needed = 3 * 8 * blocks * classes**2
-                if needed > free:
-                    raise ValueError(
-                        f"the Grams of {blocks:,} patches with K = {classes:,} classes need {needed / 2**30:,.0f} GiB "
-                        f"for an example, {free / 2**30:,.0f} are free. influence.patch_influence gives FI without "
-                        "them; a larger stride makes them fewer."
-                    )
-                self._bytes += needed
+                blocks = len(self._patches.blocks(inputs.x.shape[1:]))
+                instead = "influence.patch_influence gives FI without them; a larger stride makes them fewer."
+                self._bytes += require_room(blocks, classes, inputs.device, instead)
         return self._bytes
 
     def __call__(
@@ -160,7 +153,7 @@ class InputGrams:
             chosen, jacobian, dtype = self.jacobian(inputs, rows)
             return chosen.log_probs, chosen.embed(self._patches.grams(jacobian)), dtype
         chosen, narrow, jacobian, dtype = self._few_rows(inputs, rows)
-        gram = products(jacobian.flatten(2))
+        gram = products(jacobian.reshape(*jacobian.shape[:2], -1))
         gram = gram if narrow is None else narrow.spread(gram)
         return chosen.log_probs, chosen.embed(gram[:, None]), dtype
 
@@ -169,7 +162,8 @@ class InputGrams:
         chosen, narrow, jacobian, dtype = self._few_rows(inputs, rows)
         if narrow is not None:
             contrasts = narrow.contrasts.to(jacobian.dtype)
-            jacobian = (contrasts @ jacobian.flatten(2)).unflatten(2, jacobian.shape[2:])
+            flat = jacobian.reshape(*jacobian.shape[:2], -1)
+            jacobian = (contrasts @ flat).reshape(*contrasts.shape[:-1], *jacobian.shape[2:])
         return chosen, jacobian, dtype
 
     def _few_rows(
@@ -192,7 +186,8 @@ class InputGrams:
                 more = inputs.copies(copies).with_leaf()
                 return chosen, narrow, self._jacobian(more, forward(self._model, more), chosen, copies, dtype), dtype
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                # A single example may have been refused for its copies, of which it shall not have any.
+                if len(inputs) > 1 and not is_out_of_memory(error):
                     raise
         return chosen, narrow, self._jacobian(inputs, logits, chosen, 1, dtype), dtype
 
@@ -224,4 +219,10 @@ class InputGrams:
                     seed = (mixed * lit[:, None]).unflatten(0, (copies, examples))
                     if rows(seed).flatten(0, 1)[~lit].any():
                         refuse_dependent()
+                twice = rows((2 * mixed).unflatten(0, (copies, examples))).flatten(0, 1)
+                if (twice - 2 * weighted).abs().max() > 4 * weighting.noise * weighted.abs().max():
+                    raise RuntimeError(
+                        "the model's backward pass is not linear: something in it, such as a hook that clips "
+                        "gradients, makes its derivatives depend on their own size. Remove it."
+                    )
         return jacobian.transpose(0, 1)

@@ -68,8 +68,8 @@ def stability_loss(
         0.1269
     """
     _require_settings(divergence, alpha=alpha)
-    require_logits(logits, name="logits", values=validate)
-    require_logits(logits_perturbed, name="logits_perturbed", values=validate)
+    logits = require_logits(logits, name="logits", values=validate)
+    logits_perturbed = require_logits(logits_perturbed, name="logits_perturbed", values=validate)
     _require_same_shape(logits=logits, logits_perturbed=logits_perturbed)
     examples, classes = logits.shape
     labels = require_labels(labels, examples=examples, classes=classes, device=logits.device, values=validate)

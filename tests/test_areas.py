@@ -8,7 +8,7 @@ from torch import nn
 
 import influence
 import truth
-from influence import areas, pixels
+from influence import areas, memory
 
 X = torch.rand(3, 2, 5, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -90,8 +90,17 @@ def test_refusals() -> None:
 def test_grams_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     patches = influence.Patches(1)
     needed = 3 * 8 * 70 * 30**2
-    monkeypatch.setattr(pixels, "free_bytes", lambda device: needed)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: needed)
     influence.metric_tensor(network(30), X[:1], wrt=patches)
-    monkeypatch.setattr(pixels, "free_bytes", lambda device: needed - 1)
-    with pytest.raises(ValueError, match=r"Grams of 70 patches with K = 30 .* influence\.patch_influence"):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: needed - 1)
+    with pytest.raises(ValueError, match=r"Grams of 70 blocks with K = 30 .* influence\.patch_influence"):
         influence.metric_tensor(network(30), X[:1], wrt=patches)
+
+
+def test_a_batch_by_name() -> None:
+    class Named(nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return network(4)(image)
+
+    plain, named = (influence.patch_influence(Named().eval(), x, [0, 1]).fi for x in (X[:2], {"image": X[:2]}))
+    assert torch.equal(plain, named)

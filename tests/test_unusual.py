@@ -519,3 +519,176 @@ def test_normalisation_where_a_dimension_has_one_entry(
     for wrt in ("input", "layers"):
         ours, exact = (influence.metric_tensor(one, x, wrt=wrt).contrast_gram() for one in (net, written))
         assert (ours - exact).abs().max() <= 1e-9 * exact.abs().max()
+
+
+class Called(nn.Module):
+    """A head on what ``call`` makes of the input with one linear layer."""
+
+    def __init__(self, call: Callable[[Any, Tensor], Tensor], width: int = 4, classes: int = 3) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.head = nn.Linear(width, 5), nn.Linear(5, classes)
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.call(self, x)))
+
+
+def to_the_longest(m: Called, x: Tensor) -> Tensor:
+    return m.first(x[:, : int(kept(x).sum(dim=1).max())]).mean(dim=1)
+
+
+def by_the_largest(m: Called, x: Tensor) -> Tensor:
+    y = m.first(x).mean(dim=1)
+    return y / y.detach().abs().amax().clamp(min=3)
+
+
+@pytest.mark.parametrize("wrt", ["input", "layers"])
+@pytest.mark.parametrize(("call", "at"), [(to_the_longest, 3), (by_the_largest, 7)])
+def test_numbers_that_depend_on_the_longest_or_largest_of_the_batch_are_refused(
+    call: Callable[[Any, Tensor], Tensor], at: int, wrt: str
+) -> None:
+    """No gradient shows it, and neither the first example nor the last two do."""
+    x = torch.randn(10, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[at] *= 100
+    x[3, 2:] = 0
+    x[9] = x[8]
+    for chunk_size in (None, 5):
+        with pytest.raises(RuntimeError, match="depend on the other"):
+            influence.metric_tensor(Called(call).double().eval(), x, wrt=wrt, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("wrt", ["input", "layers"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_gradients_that_are_not_finite_are_refused(count: int, wrt: str) -> None:
+    """The square root behind a where at 0: finite logits, gradients of NaN."""
+    net = Called(lambda m, x: m.first(torch.where(x > 0, x.sqrt() * m.scale, 0 * x))).double().eval()
+    net.scale = nn.Parameter(torch.ones(4, dtype=torch.float64))
+    x = torch.rand(count, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    influence.metric_tensor(net, x, wrt=wrt)
+    x[0, 1] = 0
+    net.call = lambda m, x: m.first(torch.where(x > 0, (x * m.scale).sqrt(), 0 * x))
+    with pytest.raises(ValueError, match="NaN or infinite although they are finite"):
+        influence.metric_tensor(net, x, wrt=wrt)
+    if wrt == "input":
+        for function in (influence.worst_direction, partial(influence.trace, samples=2)):
+            with pytest.raises(ValueError, match="NaN or infinite"):
+                function(net, x)
+    with pytest.raises(ValueError, match="Gram must be finite"):
+        influence.metric_tensor(Called(lambda m, x: m.first(1e170 * x)).double().eval(), 1e-170 * x + 1e-171)
+
+
+@pytest.mark.parametrize("wrt", ["input", "layers"])
+def test_other_logits_without_gradients_are_refused(wrt: str) -> None:
+    """PyTorch's fast path of a TransformerEncoder, taken without gradients alone, puts zeros at padded positions."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+            self.body, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            y = self.body(x, src_key_padding_mask=mask)
+            return self.head((y.masked_fill(mask[..., None], 0) if self.masks else y).sum(dim=1))
+
+    torch.manual_seed(0)
+    net, x, mask = Encoder().double().eval(), sequences(3), torch.zeros(3, 5, dtype=torch.bool)
+    mask[1, 3:] = True
+    net.masks = True
+    right = influence.metric_tensor(net, (x, mask), wrt=wrt)
+    with torch.no_grad():
+        torch.testing.assert_close(right.log_probs, net(x, mask).log_softmax(1))
+    net.masks = False
+    with pytest.raises(RuntimeError, match="other logits under"):
+        influence.metric_tensor(net, (x, mask), wrt=wrt)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        found = influence.metric_tensor(net, (x, mask), wrt=wrt)
+        with torch.no_grad():
+            torch.testing.assert_close(found.log_probs, net(x, mask).log_softmax(1))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.mark.parametrize("wrt", ["input", "layers"])
+def test_autocast_round_the_call_is_for_the_model_alone(wrt: str) -> None:
+    def full(m: Called, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return m.head(torch.tanh(m.first(x.flatten(1))))
+
+    net, x = Called(full, classes=20).eval(), torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    half, net.forward = Called(lambda m, x: m.first(x).float()).eval(), partial(full, net)
+    plain = influence.metric_tensor(net, x, wrt=wrt), influence.patch_influence(net, x[:, None, None], [0, 1, 2])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = influence.metric_tensor(net, x, wrt=wrt), influence.patch_influence(net, x[:, None, None], [0, 1, 2])
+        assert influence.metric_tensor(half, x, wrt=wrt).dtype == torch.bfloat16
+    torch.testing.assert_close(under[0].gram, plain[0].gram, rtol=1e-12, atol=0)
+    assert torch.equal(under[1].rank, plain[1].rank) and under[0].dtype == torch.float32
+
+
+def test_a_backward_pass_that_is_not_linear_is_refused() -> None:
+    def clipped(m: Called, x: Tensor) -> Tensor:
+        y = m.first(x)
+        if y.requires_grad:
+            y.register_hook(lambda grad: grad.clamp(-0.02, 0.02))
+        return y
+
+    with pytest.raises(RuntimeError, match="not linear"):
+        influence.metric_tensor(Called(clipped).double().eval(), torch.randn(3, 4).double())
+
+
+def test_an_example_that_is_meant_to_be_alone_has_no_copies() -> None:
+    """With many classes a single example comes with copies of itself, which a mean over the batch would meet."""
+    net = Called(lambda m, x: m.first(x) - m.first(x).mean(dim=0) / 2, classes=40).double().eval()
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="other examples"):
+        influence.metric_tensor(net, x)
+    apart = influence.metric_tensor(net, x, chunk_size=1)
+    half = Called(lambda m, x: m.first(x) / 2, classes=40).double().eval()
+    torch.testing.assert_close(apart.gram, influence.metric_tensor(half, x).gram, rtol=1e-9, atol=1e-12)
+
+
+def test_examples_of_one_number_and_of_none() -> None:
+    net = Called(lambda m, x: m.first(x[:, None]), width=1).double().eval()
+    x = torch.randn(3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    wide = Called(lambda m, x: m.first(x), width=1).double().eval()
+    torch.testing.assert_close(influence.metric_tensor(net, x).gram, influence.metric_tensor(wide, x[:, None]).gram)
+    direction, _ = influence.worst_direction(net, x)
+    assert direction.shape == x.shape and torch.equal(direction.abs(), torch.ones_like(x))
+    with pytest.raises(ValueError, match="at least one value"):
+        influence.metric_tensor(wide, torch.zeros(3, 0).double())
+
+
+def test_nested_tensors_and_eight_bits_take_the_slower_path(caplog: pytest.LogCaptureFixture) -> None:
+    def nested(m: Called, x: Tensor) -> Tensor:
+        return torch.nested.to_padded_tensor(m.first(torch.nested.as_nested_tensor(list(x))), 0.0)
+
+    plain, x = Called(lambda m, x: m.first(x)).double().eval(), torch.randn(3, 2, 4).double()
+    through = Called(lambda m, x: nested(m, x).sum(dim=1)).double().eval()
+    plain.call = lambda m, x: m.first(x).sum(dim=1)
+    with caplog.at_level(logging.WARNING, logger="influence"):
+        for wrt in ("input", "layers"):
+            expected = influence.metric_tensor(plain, x, wrt=wrt).gram
+            torch.testing.assert_close(influence.metric_tensor(through, x, wrt=wrt).gram, expected)
+    assert "autograd path" in caplog.text
+    rounded = Called(lambda m, x: m.first(x) + m.first(x).to(torch.float8_e4m3fn).to(x.dtype)).eval()
+    assert influence.metric_tensor(rounded, x[:, 0].float(), wrt="layers").dtype == torch.float8_e4m3fn
+
+
+def test_grams_that_do_not_fit_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = Called(lambda m, x: m.first(x), classes=200).eval(), torch.randn(3, 4)
+    monkeypatch.setattr("influence.memory.free_bytes", lambda device: 2**20)
+    with pytest.raises(ValueError, match=r"Grams of 2 blocks with K = 200 classes.*trace"):
+        influence.metric_tensor(net, x, wrt="layers")
+    assert influence.trace(net, x, wrt="layers", samples=2).shape == (3, 2)
+
+
+def test_a_module_under_two_names_is_known_by_both() -> None:
+    net = Called(lambda m, x: m.first(x)).eval()
+    net.again = net.first
+    x = torch.randn(3, 4)
+    assert influence.metric_tensor(net, x, wrt="layers").blocks == ("first", "head")
+    both = [influence.metric_tensor(net, x, wrt=[name]).gram for name in ("first", "again")]
+    assert torch.equal(*both)

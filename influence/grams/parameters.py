@@ -28,7 +28,7 @@ from influence.inputs import Inputs, forward
 from influence.kernels.gram import products
 from influence.kernels.tolerances import REVERSE
 from influence.last_layer import NarrowLayer
-from influence.memory import is_out_of_memory
+from influence.memory import is_out_of_memory, require_room
 
 _LOG = logging.getLogger("influence")
 R = TypeVar("R", bound=LogitRows)
@@ -92,8 +92,8 @@ class ParameterPasses:
         seeds = chosen.seeds(logits.dtype)
         require_independent(self._model, inputs, logits.detach(), dtype)
         compared = 0 if self._compared else 1 if len(inputs) < 2 * _FOR_EACH_COMPARED else 2
-        probes = torch.randn(compared, chosen.count, generator=self._generator, dtype=torch.float64).to(seeds.device)
-        return Pass(logits, graph, dtype, chosen, seeds, probes)
+        drawn = torch.randn(compared, chosen.count, generator=self._generator, dtype=torch.float64, device="cpu")
+        return Pass(logits, graph, dtype, chosen, seeds, drawn.to(seeds.device))
 
     def _collect_all(
         self, graph: Graph, seeds: Tensor, dtype: torch.dtype, take: Callable[[list[AnyGradient]], None]
@@ -183,7 +183,10 @@ class ParameterGrams(ParameterPasses):
         logits = self._first = alone(self._model, inputs)
         narrow = NarrowLayer.of(logits)
         needed = logits.shape[1] - 1 if narrow is None else narrow.width
-        return read_graph(logits, {}).bytes_per_example(1 + (needed if passes is None else passes))
+        rows = logits.shape[1] if passes is None else passes
+        instead = "Name fewer blocks, or take influence.trace(..., samples=8)."
+        grams = require_room(self._blocks, rows, inputs.device, instead)
+        return grams + read_graph(logits, {}).bytes_per_example(1 + (needed if passes is None else passes))
 
     def __call__(
         self, inputs: Inputs, rows: Callable[[Tensor], LogitRows] = Classes.of

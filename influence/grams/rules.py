@@ -104,5 +104,8 @@ def require_form(condition: bool) -> None:
 
 
 def shape_of(node: Node, output: int = 0) -> tuple[int, ...]:
-    """Shape of one result of a node."""
-    return tuple(int(size) for size in node._input_metadata[output].shape)
+    """Shape of one result of a node; () of a nested tensor, which has none."""
+    try:
+        return tuple(int(size) for size in node._input_metadata[output].shape)
+    except (RuntimeError, AttributeError):
+        return ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 
 _CPU, _CUDA, _DOUBLE, _SINGLE = "cpu", "cuda", torch.float64, torch.float32
@@ -11,4 +13,4 @@ GRAM = {(_DOUBLE, _CPU): 1e-10, (_DOUBLE, _CUDA): 1e-10, (_SINGLE, _CPU): 1e-4, 
 KERNEL = {(_DOUBLE, _CPU): 1e-13, (_DOUBLE, _CUDA): 1e-12, (_SINGLE, _CPU): 1e-5, (_SINGLE, _CUDA): 1e-5}
 # Our reverse pass against PyTorch's, relative to the largest entry; worse, and a layer takes the autograd path. What is
 # looked for is another gradient, not rounding: cuDNN may choose another algorithm for another batch.
-REVERSE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+REVERSE = defaultdict(lambda: 5e-2, {torch.float64: 1e-9, torch.float32: 1e-3})

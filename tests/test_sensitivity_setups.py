@@ -72,7 +72,8 @@ def test_layers_from_the_definition_and_the_claims(digits: data.Split) -> None:
     assert definition["layer"].unique().tolist() == ["0", "3", "5"] and len(definition) == 6
     np.testing.assert_allclose(definition["by_definition"], definition["exact"], rtol=1e-6)
     frame = layerwise.score_layers(network(), digits, epsilon=1e-3)
-    tables = {"layers": fig_layers.summary(frame).assign(**subject.columns), "definition": definition}
+    tables = {"layers": fig_layers.summary(frame).assign(**subject.columns, type="dense"), "definition": definition}
+    tables["rounded"] = layerwise.rounding_scores(network(), digits, bits=4).assign(**subject.columns)
     claims = fig_layers.claims(tables)
     assert claims["full_rank_layers_agree"] and claims["layers_differ_in_exact_fi"].high == 0
     lower = tables["layers"].assign(
@@ -85,6 +86,48 @@ def test_layers_from_the_definition_and_the_claims(digits: data.Split) -> None:
     full, zoomed = fig_layers.draw_by_layer(released).axes
     assert sum(len(line.get_xdata()) for line in full.lines) == 3 * len(digits)
     assert zoomed.get_ylim()[1] <= full.get_ylim()[1]
+
+
+def test_rounded_layers(digits: data.Split) -> None:
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    coarse = layerwise.rounding_scores(model, digits, bits=2)
+    assert coarse["layer"].tolist() == ["0", "3", "5"] and coarse["changed"].max() > 0
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    # Three values: nothing, and the largest weight with either sign.
+    values = layerwise.rounded(model[5].weight.detach(), 2)
+    assert set((values / model[5].weight.abs().max()).unique().tolist()) == {-1.0, 0.0, 1.0}
+    assert torch.equal(layerwise.rounded(torch.zeros(2, 3), 4), torch.zeros(2, 3))
+    # Of fine steps the divergence is half the variance, under P, of the change of the logits to first order.
+    fine, x = layerwise.rounding_scores(model, digits, bits=9).set_index("layer"), digits.images.float()
+    for layer, row in fine.iterrows():
+        weight = model.get_submodule(str(layer)).weight.detach()
+        delta = layerwise.rounded(weight, 9) - weight
+        assert row["error"] == pytest.approx(float(delta.double().square().mean()), rel=1e-6)
+        name = f"{layer}.weight"
+        logits, change = torch.func.jvp(
+            lambda w, name=name: torch.func.functional_call(model, {name: w}, (x,)), (weight,), (delta,)
+        )
+        p, change = logits.double().softmax(1), change.double()
+        second = ((p * change.square()).sum(1) - (p * change).sum(1).square()).mean() / 2
+        assert row["divergence"] == pytest.approx(float(second.detach()), rel=0.05), layer
+
+
+def test_the_trace_orders_rounded_layers_where_it_does(digits: data.Split) -> None:
+    of = {"dataset": "digits", "model": "resnet50", "seed": 0}
+    layer = [str(i) for i in range(40)]
+    numbers = np.random.default_rng(0).permutation(40) + 1.0
+    layers = pd.DataFrame({"layer": layer, "number": range(40), "type": "dense", "size": 10, "trace": numbers, **of})
+    layers = layers.assign(size=numbers[::-1], released_share=1 + 1e-3 * np.random.default_rng(1).random(40))
+    rounded = pd.DataFrame({"layer": layer, "error": 2.0, "divergence": numbers**2, **of})
+    found = fig_layers.by_rounding({"layers": layers, "rounded": rounded})
+    assert (found["predicted"] == numbers).all()
+    gained = fig_layers._order_gained(found, "size", "a network")
+    expected = 1 - found["size"].corr(found["divergence"], method="spearman")
+    assert gained.value == pytest.approx(expected) and gained.low > 0 and gained.n == 40
+    assert fig_layers._order_gained(found.assign(size=numbers), "size", "").value == pytest.approx(0, abs=1e-12)
+    assert len(fig_layers.draw_rounded(found).axes) == 3
 
 
 def test_patches_of_nine_values_are_flat_by_definition_too(digits: data.Split) -> None:

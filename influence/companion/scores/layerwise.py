@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import influence
+from influence.progress import progress_bar
 
 from ..images.data import Split
 from ..zoo import training
@@ -63,6 +64,41 @@ def effective_rank(metric: influence.MetricTensor) -> Tensor:
     m = metric.root_gram()
     square = m.diagonal(dim1=-2, dim2=-1).sum(-1).square()
     return torch.nan_to_num(square / m.square().sum(dim=(-2, -1)), nan=0.0)
+
+
+def rounding_scores(model: nn.Module, split: Split, *, bits: int, device: torch.device | str = "cpu") -> pd.DataFrame:
+    """What rounding the weights of one layer does to the output, for every convolution and dense layer in turn.
+
+    Returns:
+        One row per layer: layer, error (mean square of the rounding of a weight), divergence (mean of KL(p || p') over
+        the images, nats), changed (share of images with another predicted class), lost (accuracy before less after).
+    """
+    labels, before = split.labels, training.predict(model, split.images, device=device)
+    log_p, rows = F.log_softmax(before.double(), dim=1), []
+    weights = [(name, w) for name, w in model.named_parameters() if w.ndim > 1]
+    for name, weight in progress_bar(weights, desc="rounding", unit="layer", leave=False):
+        kept = weight.detach().clone()
+        with torch.no_grad():
+            weight.copy_(rounded(kept, bits))
+            error = float((weight - kept).double().square().mean())
+        try:
+            after = training.predict(model, split.images, device=device)
+        finally:
+            with torch.no_grad():
+                weight.copy_(kept)
+        log_q = F.log_softmax(after.double(), dim=1)
+        row = {"layer": name.rpartition(".")[0], "error": error}
+        row["divergence"] = float((log_p.exp() * (log_p - log_q)).sum(dim=1).mean())
+        row["changed"] = float((before.argmax(dim=1) != after.argmax(dim=1)).double().mean())
+        hits = [float((logits.argmax(dim=1) == labels).double().mean()) for logits in (before, after)]
+        rows.append(row | {"lost": hits[0] - hits[1]})
+    return pd.DataFrame(rows)
+
+
+def rounded(weight: Tensor, bits: int) -> Tensor:
+    """The nearest of 2^bits - 1 evenly spaced values from -max|w| to max|w|; weights of zeros stay as they are."""
+    step = weight.abs().max() / (2 ** (bits - 1) - 1)
+    return torch.where(step > 0, (weight / step).round() * step, weight)
 
 
 def layer_noise_scores(

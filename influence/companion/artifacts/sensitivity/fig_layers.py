@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy import stats
 from torch import nn
 
 import influence
@@ -20,12 +21,13 @@ from ...ledger import cache
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores.definition import of_logits
-from ...scores.layerwise import score_layers
+from ...scores.layerwise import rounding_scores, score_layers
 from ...zoo import training
 from ..common import Subject, bound, networks
 from .common import manhattan
 
 _KINDS = {nn.Conv2d: "convolution", nn.BatchNorm2d: "batch normalisation", nn.Linear: "dense"}
+_BITS = 4
 _MARKERS = {"convolution": ("#0072B2", "o"), "batch normalisation": ("#D55E00", "^"), "dense": ("#000000", "s")}
 
 
@@ -33,7 +35,8 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Setup 2: FI of all parameters and of each layer, f = -log P(y_true), for training images of each network.
 
     Parameters of the run: datasets (of `data.NAMES`), models (of `models.NAMES`), seeds (of the networks and of the
-    choice of images), images (training images, drawn at random; 0 for all), epsilon (e of the released code).
+    choice of images), images (training images, drawn at random; 0 for all; as many test images for the layers that
+    are rounded), epsilon (e of the released code).
 
     Returns:
         "whole", one row per data set, model, seed and image, for all parameters: image, label, position (of a Manhattan
@@ -43,7 +46,7 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
         of the first network.
     """
     images, epsilon = run.parameters["images"] or None, run.parameters["epsilon"]
-    found: dict[str, list[pd.DataFrame]] = {"whole": [], "layers": [], "released": [], "definition": []}
+    found: dict[str, list[pd.DataFrame]] = {"whole": [], "layers": [], "released": [], "rounded": [], "definition": []}
     for network in networks(run):
         trained = network.trained
         split = network.dataset.train.sample(images, seed=network.seed)
@@ -51,12 +54,15 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
         key |= {"epsilon": epsilon, "device": run.device.type}
         scoring = bound(score_layers, trained.model, split, epsilon=epsilon, device=run.device)
         scores = cache.table(f"setup2/{network.name}", key, scoring)
+        tested = network.dataset.test.sample(images, seed=network.seed)
+        rounding = bound(rounding_scores, trained.model, tested, bits=_BITS, device=run.device)
         layers = summary(scores)
         kinds = {name: _KINDS.get(type(module), "other") for name, module in trained.model.named_modules()}
         parts = {
             "whole": scores[scores["number"] == 0].drop(columns=["number", "layer"]),
             "layers": layers.assign(type=layers["layer"].map(kinds).fillna("all")),
             "released": scores.loc[scores["number"] > 0, ["number", "layer", "image", "released"]],
+            "rounded": cache.table(f"setup2/rounded-{network.name}", key | {"bits": _BITS}, rounding),
         }
         if not found["definition"]:
             parts["definition"] = by_definition(network, images=2, layers=6, device=run.device)
@@ -153,7 +159,40 @@ def by_definition(subject: Subject, *, images: int, layers: int, device: torch.d
     return pd.DataFrame(rows)
 
 
-def claims(tables: Mapping[str, pd.DataFrame]) -> dict[str, bool | float | Estimate]:
+def by_rounding(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The rounded layers beside their scores on training images.
+
+    `predicted` is half the mean squared error of a weight times the trace of G, the divergence of the second order.
+    """
+    keys = ["dataset", "model", "seed", "layer"]
+    scores = tables["layers"][[*keys, "number", "type", "size", "trace", "released_share"]]
+    found = tables["rounded"].merge(scores, on=keys, validate="one_to_one")
+    return found.assign(predicted=found["error"] * found["trace"] / 2)
+
+
+_RIVALS = {"released_share": "released FI", "size": "number of weights"}
+
+
+def _order_gained(frame: pd.DataFrame, rival: str, of: str) -> Estimate:
+    """Spearman of `predicted` with the divergence less that of a rival, bootstrap interval paired over layers."""
+
+    def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        # Scores that are the same for every layer order nothing: 0.
+        both = [rank - rank.mean(axis=-1, keepdims=True) for rank in (first, second)]
+        lengths = [np.sqrt((rank * rank).sum(axis=-1)) for rank in both]
+        return np.asarray((both[0] * both[1]).sum(axis=-1) / np.maximum(lengths[0] * lengths[1], 1e-300))
+
+    def gain(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
+        ours, other, target = (stats.rankdata(sample, axis=axis) for sample in samples)
+        return spearman(ours, target) - spearman(other, target)
+
+    columns = tuple(frame[column].to_numpy() for column in ("predicted", rival, "divergence"))
+    options: dict[str, Any] = {"paired": True, "n_resamples": 999, "method": "percentile"}
+    found = stats.bootstrap(columns, gain, rng=np.random.default_rng(0), **options).confidence_interval
+    return Estimate(float(gain(*columns)), float(found.low), float(found.high), len(frame), of)
+
+
+def claims(tables: Mapping[str, pd.DataFrame]) -> dict[str, bool | float | Estimate | list[Estimate]]:
     """Setup 2 by rules fixed before the run.
 
     * DATASET_MODEL_largest_released_all, _layers: the largest released FI of any seed for all parameters, and for one
@@ -165,6 +204,8 @@ def claims(tables: Mapping[str, pd.DataFrame]) -> dict[str, bool | float | Estim
     * full_rank_layers_agree: at rank K - 1 every layer agrees per image with all parameters and the ceiling to 1e-6,
       and so does FI from its definition.
     * traces_differ: the largest trace of a layer is over ten times the smallest, for every network.
+    * trace_orders_rounded_layers: rounding the weights of one layer to 4 bits, Spearman over layers of `predicted` with
+      the mean divergence on test images, less that of released FI and less that of the layer's size.
     """
     table, definition = tables["layers"], tables["definition"]
     layers = table[table["number"] > 0]
@@ -172,6 +213,11 @@ def claims(tables: Mapping[str, pd.DataFrame]) -> dict[str, bool | float | Estim
     full = definition[definition["rank"] == definition["rank"].max()]
     gaps = max(table["gap_at_full_rank"].max(), layers["gap_to_all"].max())
     by_definition_gap = float((full["by_definition"] / full["ceiling"] - 1).abs().max())
+    rounded = [
+        _order_gained(frame, rival, f"{name} {model} against {label}")
+        for (name, model, _), frame in by_rounding(tables).groupby(["dataset", "model", "seed"], sort=False)
+        for rival, label in _RIVALS.items()
+    ]
     return {
         **_largest(table[table["number"] == 0], "all"),
         **_largest(layers, "layers"),
@@ -179,6 +225,7 @@ def claims(tables: Mapping[str, pd.DataFrame]) -> dict[str, bool | float | Estim
         "layers_differ_in_released_fi": _differing(networks, "released_share"),
         "full_rank_layers_agree": bool(max(gaps, by_definition_gap) <= 1e-6),
         "traces_differ": bool((networks["trace"].max() / networks["trace"].min() > 10).all()),
+        "trace_orders_rounded_layers": rounded,
     }
 
 
@@ -264,7 +311,7 @@ def draw_per_layer(table: pd.DataFrame) -> Figure:
         rank.plot(x, group["kept"], color=style.COLOURS["released"], label="above the released cut", **dots)
         rank.plot(x, group["effective_rank"], color=style.COLOURS["ceiling"], label="effective rank", **dots)
         rank.set_ylabel("directions")
-        rank.set_ylim(0, 9.5)
+        rank.set_ylim(0, group["rank"].max() + 0.5)
         departs.plot(x, group["cut"], color=style.COLOURS["released"], label="lost a direction to the cut", **dots)
         departs.plot(x, group["zero"], color=style.COLOURS["ceiling"], label="released FI = 0", **dots)
         departs.plot(x, group["constant"], color=style.STABILITY[0], label="moved over 1% by e alone", **dots)
@@ -276,6 +323,34 @@ def draw_per_layer(table: pd.DataFrame) -> Figure:
             axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
         for axes in (trace, rank, departs):
             shade(axes, group)
+    return figure
+
+
+def draw_rounded(rounded: pd.DataFrame) -> Figure:
+    """The divergence after a layer's weights were rounded to 4 bits, against three scores of the layer; first seed."""
+    rounded = rounded[rounded["seed"] == rounded["seed"].min()]
+    groups = list(rounded.groupby(["dataset", "model"], sort=False))
+    columns = {"predicted": "squared error times tr G / 2 (nats)"} | _RIVALS
+    figure = Figure(figsize=(style.WIDTH, 1.9 * len(groups)))
+    grid = figure.subplots(len(groups), len(columns), squeeze=False, sharex="col", sharey="row")
+    for place, (row, ((name, model), group)) in enumerate(zip(grid, groups, strict=True), start=1):
+        for axes, (column, label) in zip(row, columns.items(), strict=True):
+            for kind, part in group.groupby("type", sort=False):
+                colour, marker = _MARKERS.get(str(kind), ("#999999", "v"))
+                look = {"color": colour, "marker": marker, "markersize": 3, "linewidth": 0}
+                axes.plot(part[column], part["divergence"], label=str(kind), **look)
+            order = stats.spearmanr(group[column], group["divergence"]).statistic
+            axes.set_title(f"Spearman {order:.2f}, {len(group)} layers", fontsize=8)
+            axes.set_yscale("log")
+            if column != "released_share":
+                axes.set_xscale("log")
+            if column == "predicted":
+                ends = [min(group[column]), max(group[column])]
+                axes.plot(ends, ends, color="0.5", linewidth=0.8, linestyle="--")
+            if place == len(groups):
+                axes.set_xlabel("mean released FI / of all parameters" if column == "released_share" else label)
+        row[0].set_ylabel(f"{style.name(name)}\n{style.name(model)}\nKL after rounding (nats)")
+    grid[0, -1].legend(fontsize=7)
     return figure
 
 

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import influence
@@ -23,6 +25,10 @@ from torch import nn
 def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
+
+def rgb():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).eval()
 
 def narrow():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 2), nn.Linear(2, 3), nn.Linear(3, 5)).eval()
@@ -144,6 +150,19 @@ def test_what_is_scored_is_said(here: Path, capsys: pytest.CaptureFixture[str]) 
     ):
         assert cli.main([*command, data, *options.split(), "--out", f"out {data} {options}", "--closed-form"]) == 0
         assert words in capsys.readouterr().out
+
+
+def test_classes_and_files_of_a_folder_are_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, name in enumerate(("bus", "car")):
+        (here / "pictures" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.new("L", (9 + i, 9), 80 * number).save(here / "pictures" / name / f"{i}.png")
+    command = ["score", "--model", "own_model:rgb", "--data", "pictures", "--size", "8", "--part", "test"]
+    assert cli.main([*command, "--out", "scores"]) == 0
+    assert "classes: 0 = bus, 1 = car\n" in capsys.readouterr().out
+    table = influence.read_scores("scores").merge(pd.read_csv("scores/_examples.csv"), on="example")
+    assert len(table) == 2 and [Path(file).parent.name for file in table["file"]] == ["bus", "car"]
+    assert pd.read_parquet("scores").shape == (2, table.shape[1] - 1)
 
 
 def test_other_data_or_another_scale_in_the_same_folder_are_refused(

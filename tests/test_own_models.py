@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import influence
@@ -470,21 +471,52 @@ def test_fine_tuning_leaves_the_model_and_what_is_frozen_alone() -> None:
         robustness.stabilise(subject, alpha=1.0, sigma=0.04, steps=1, learning_rate=0.01)
 
 
-def test_image_folder(tmp_path: object) -> None:
-    from PIL import Image
+def _pictures(root: Path, *folders: str, count: int = 3) -> None:
+    """Folders of so many images each, of different colours and widths."""
+    for number, name in enumerate(folders):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (20 + i, 16), (80 * number % 256, 10 * i, 0)).save(root / name / f"{i}.png")
 
-    root = Path(str(tmp_path))
-    for part in ("train", "val"):
-        for number, name in enumerate(("cat", "dog")):
-            (root / part / name).mkdir(parents=True)
-            for i in range(3):
-                Image.new("RGB", (20 + i, 16), (80 * number, 10 * i, 0)).save(root / part / name / f"{i}.png")
-    found = material.load_data(str(root), size=8)
+
+@pytest.mark.parametrize("parts", [("train", "val"), ("Train", "Test"), ("training", "Validation"), ("TRAIN", "valid")])
+def test_image_folder(tmp_path: Path, parts: tuple[str, str]) -> None:
+    _pictures(tmp_path, *(f"{part}/{name}" for part in parts for name in ("cat", "dog")))
+    found = material.load_data(str(tmp_path), size=8)
     assert found.classes == ("cat", "dog") and list(found.parts) == ["train", "test"]
     x, labels = found.train.stored(range(6))
     assert x.shape == (6, 3, 8, 8) and x.dtype == torch.uint8 and labels.tolist() == [0, 0, 0, 1, 1, 1]
-    alone = material.load_data(str(root / "train"), size=8)
+    alone = material.load_data(str(tmp_path / parts[0]), size=8)
     assert list(alone.parts) == ["all"] and len(alone.train) == 6 and alone.measured is alone.train
+
+
+def test_what_is_hidden_is_neither_class_nor_image(tmp_path: Path) -> None:
+    _pictures(tmp_path, ".ipynb_checkpoints", "__MACOSX", "bus", "bus/.cache", "car")
+    (tmp_path / "car" / "._0.png").write_bytes(b"no image")
+    found = material.load_data(str(tmp_path), size=8)
+    assert found.classes == ("bus", "car") and found.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert found.train.files == [str(tmp_path / name / f"{i}.png") for name in ("bus", "car") for i in range(3)]
+    _pictures(tmp_path, "photos/van")
+    with pytest.raises(material.AdaptError, match=r"photos holds no image itself \(\.jpg"):
+        material.load_data(str(tmp_path))
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("I;16", "png"), ("I", "tif"), ("F", "tif"), (None, "png"), ("L", "png")])
+def test_an_image_that_cannot_be_taken_is_named(
+    tmp_path: Path, mode: str | None, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _pictures(tmp_path, "bus", count=1)
+    file = tmp_path / "bus" / f"odd.{suffix}"
+    Image.new(mode or "RGB", (40, 40)).save(file)
+    reason = rf"16-bit or float image \(mode {mode}"
+    if mode is None:
+        file.write_bytes(file.read_bytes()[:60])
+        reason = "cannot be read as an image"
+    elif mode == "L":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+        reason = "decompression bomb"
+    with pytest.raises(material.AdaptError, match=rf"odd\.{suffix}: .*{reason}"):
+        material.load_data(str(tmp_path), size=8).train[1]
 
 
 def test_every_row_leads_back_to_its_example(tmp_path: object) -> None:

@@ -278,16 +278,63 @@ def _folder(data_dir: str | Path | None) -> Path:
     raise DataError(f"imagefolder: {root} holds no train/ and val/ folders (nor photos/train and photos/val)")
 
 
-def _imagefolder(root: Path, size: int) -> Dataset:
-    """Images resized so that the shorter side has `size` pixels, centre-cropped to size x size, RGB."""
+def image_folder(root: Path, size: int) -> Any:
+    """The images below a folder of classes, as torchvision reads them: the shorter side resized, centre-cropped, RGB.
+
+    What is hidden, or left by an archive of macOS, is neither a class nor an image. An image that cannot be read, or
+    that RGB would clip, is a DataError with its name.
+
+    Raises:
+        FileNotFoundError: no folder of a class, or one that holds no image itself.
+    """
+    from PIL import Image
     from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS
     from torchvision.transforms import v2
 
+    def is_image(file: str | Path) -> bool:
+        path = Path(file).relative_to(root)
+        return path.suffix.lower() in IMG_EXTENSIONS and all(map(_visible, path.parts))
+
+    def pixels(file: str) -> Image.Image:
+        with Image.open(file) as image:
+            if image.mode[0] in "IF":  # 16 or 32 bits
+                remedy = "convert it to 8 bits, or give a function that returns floats"
+                raise ValueError(f"16-bit or float image (mode {image.mode}): {remedy}")
+            return image.convert("RGB")
+
+    class Images(ImageFolder):
+        def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+            folders = [path for path in sorted(Path(directory).iterdir()) if path.is_dir() and _visible(path.name)]
+            for folder in folders:
+                if not any(map(is_image, folder.iterdir())):
+                    raise FileNotFoundError(f"{folder} holds no image itself ({', '.join(IMG_EXTENSIONS)})")
+            if not folders:
+                raise FileNotFoundError(f"{directory} holds no folder")
+            names = [folder.name for folder in folders]
+            return names, {name: k for k, name in enumerate(names)}
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            try:
+                found: tuple[Tensor, int] = super().__getitem__(index)
+            except Exception as error:  # the decoders raise all kinds
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise DataError(f"{self.samples[index][0]}: cannot be read as an image ({reason})") from error
+            return found
+
     shape = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
+    return Images(str(root), transform=shape, loader=pixels, is_valid_file=is_image)
+
+
+def _visible(name: str) -> bool:
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def _imagefolder(root: Path, size: int) -> Dataset:
     parts = []
     for part in ("train", "val"):
         try:
-            found = ImageFolder(str(root / part), transform=shape)
+            found = image_folder(root / part, size)
             images = [found[i][0] for i in range(len(found))]
         except OSError as error:
             raise DataError(f"imagefolder: {root / part}: {error}") from error

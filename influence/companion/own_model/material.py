@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from ..images import data
 from ..ledger import paths
 
 _HELD_OUT = 0.2  # of each class
+# How folders of training and of test images are called, in any case; the first that is there is taken.
+_PARTS = (("train", "training"), ("test", "testing", "val", "valid", "validation"))
 _FORMS = f"{', '.join(n for n in data.NAMES if n != 'imagefolder')}, torchvision:NAME, an image folder, an .npz file"
 
 
@@ -53,11 +55,13 @@ class Examples(Dataset):
         labels: ``(N,)`` int64.
         read: number -> one example as it is stored: bytes (uint8), floats, or token numbers (int64).
         numbers: of the N examples in the data as they were given, from 0; a part of these keeps its numbers.
+        files: number -> file that holds it, where each has one.
     """
 
     labels: Tensor
     read: Callable[[int], Tensor]
     numbers: Sequence[int]
+    files: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -86,7 +90,7 @@ class Examples(Dataset):
     def take(self, rows: Iterable[int]) -> Examples:
         """These examples alone, in this order."""
         chosen = [int(row) for row in rows]
-        return Examples(self.labels[chosen], self.read, [self.numbers[row] for row in chosen])
+        return replace(self, labels=self.labels[chosen], numbers=[self.numbers[row] for row in chosen])
 
     def sample(self, count: int, *, seed: int = 0) -> Examples:
         """At most `count` of them, drawn without replacement, in stored order; 0 for all."""
@@ -148,8 +152,8 @@ def load_data(spec: str, *, size: int = 0, root: Path | None = None) -> Material
 
     Args:
         spec: ``digits``, ``photos``, ``mnist`` or ``cifar10``, as the companion splits them; ``torchvision:NAME`` of a
-            set with a ``train`` option, below `root`; a folder ``train/CLASS/*`` with ``test/`` or ``val/`` beside it,
-            or of ``CLASS/*`` alone; an .npz file with images and labels (and test_images and test_labels, and classes);
+            set with a ``train`` option, below `root`; a folder ``train/CLASS/*`` with ``test/`` or ``val/`` beside it
+            (in any case; also training, testing, valid, validation), or of ``CLASS/*`` alone; an .npz file with images and labels (and test_images and test_labels, and classes);
             ``package.module:function`` of the reader's that returns (inputs, labels), or a pair of these for training
             and test. Data that come without parts are left whole.
         size: height and width for the images of a folder (shorter side resized, then centre-cropped) and the crops of
@@ -245,30 +249,26 @@ def _labels(spec: str, array: np.ndarray) -> Tensor:
 
 
 def _folder(spec: str, path: Path, size: int) -> Material:
-    folders = [path]
-    if (path / "train").is_dir():
-        seconds = [path / name for name in ("test", "val", "valid") if (path / name).is_dir()]
-        folders = [path / "train", *seconds[:1]]
-    classes, parts = zip(*(_one_folder(spec, folder, size) for folder in folders), strict=True)
+    there = {entry.name.lower(): entry for entry in path.iterdir() if entry.is_dir()}
+    parts = [[there[name] for name in names if name in there][:1] for names in _PARTS]
+    folders = [*parts[0], *parts[1]] if parts[0] else [path]
+    classes, found = zip(*(_one_folder(spec, folder, size) for folder in folders), strict=True)
     if len(set(classes)) > 1:
-        raise AdaptError(f"{spec}: train and {folders[1].name} hold folders of different classes")
-    return Material(classes[0], *parts)
+        raise AdaptError(f"{spec}: {folders[0].name} and {folders[1].name} hold folders of different classes")
+    return Material(classes[0], *found)
 
 
 def _one_folder(spec: str, path: Path, size: int) -> tuple[tuple[str, ...], Examples]:
-    from torchvision.datasets import ImageFolder
-    from torchvision.transforms import v2
-
-    shape = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
     with refused(f"{spec}: expected one folder of images for each class below {path}: ", errors=(FileNotFoundError,)):
-        found = ImageFolder(str(path), transform=shape)
+        found = data.image_folder(path, size)
 
     def read(position: int) -> Tensor:
-        with refused(f"{found.samples[position][0]}: cannot be read as an image (", ")", errors=(OSError,)):
+        with refused(errors=(data.DataError,)):
             image: Tensor = found[position][0]
         return image
 
-    return tuple(found.classes), Examples(torch.tensor(found.targets), read, range(len(found)))
+    files = [file for file, _ in found.samples]
+    return tuple(found.classes), Examples(torch.tensor(found.targets), read, range(len(found)), files)
 
 
 # -- torchvision's sets, and functions --------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import logging
 import secrets
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _PLAIN = argparse.RawDescriptionHelpFormatter
 # Of 64 examples with 10 classes: seconds to minutes of work in a file.
 _MOST_BATCHES = 8
+_MOST_NAMED = 20  # classes
 
 _ABOUT = """\
 Sensitivity (Shu & Zhu 2019) and stability (Zheng et al. 2016) of classifiers.
@@ -49,7 +51,8 @@ MODEL is one of
 DATA is one of
   digits, photos, mnist, cifar10  the companion's sets
   torchvision:FashionMNIST        a set of torchvision with training and test part
-  FOLDER                          CLASS/*.jpg, or train/CLASS/*.jpg and test/CLASS/*.jpg; sorted by name
+  FOLDER                          CLASS/*.jpg, or train/CLASS/*.jpg and test/CLASS/*.jpg; sorted by name. Which file
+                                  each example is, _examples.csv beside the scores says
   FILE.npz                        arrays images and labels (and test_images, test_labels, classes)
   my_module:my_function           a function of yours that returns (inputs, labels), or a pair of these: train and test
 """
@@ -156,10 +159,11 @@ def _check(options: argparse.Namespace) -> int:
 
 def _score(options: argparse.Namespace) -> int:
     import influence
+    from influence.shards import atomically
 
     logging.basicConfig(format="%(message)s")
     try:
-        model, loader, classes = _prepared(options)
+        model, loader, classes, files = _prepared(options)
         folder = influence.score(
             model,
             loader,
@@ -172,6 +176,8 @@ def _score(options: argparse.Namespace) -> int:
             chunk_size=options.chunk_size,
             progress=sys.stderr.isatty(),
         )
+        if len(files):
+            atomically(folder / "_examples.csv", partial(files.to_csv, index=False))
         print(f"written to {folder}: influence.read_scores({str(folder)!r})")
         return 0
     except (ValueError, TypeError, OSError) as error:
@@ -180,8 +186,9 @@ def _score(options: argparse.Namespace) -> int:
         return _refuse(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
 
-def _prepared(options: argparse.Namespace) -> tuple[Any, Any, int]:
-    """The model, a loader of the examples, and K; says what is to be scored."""
+def _prepared(options: argparse.Namespace) -> tuple[Any, Any, int, Any]:
+    """The model, a loader of the examples, K, and a table of the examples that are files; says what is to be scored."""
+    import pandas as pd
     import torch
     from torch.utils.data import DataLoader
 
@@ -210,11 +217,16 @@ def _prepared(options: argparse.Namespace) -> tuple[Any, Any, int]:
     )
     shape = tuple(examples[0][0].shape)
     print(f"{len(examples)} of {len(everything)} examples{which} of shape {shape}, K = {classes}: {options.wrt}")
+    if found.classes != tuple(map(str, range(len(found.classes)))):
+        named = [f"{k} = {name}" for k, name in enumerate(found.classes)]
+        print(f"classes: {', '.join(named[:_MOST_NAMED])}{', ...' * (len(named) > _MOST_NAMED)}")
     # Of a part of the examples, each keeps its number.
     loader = DataLoader(
         everything, batch_size=options.batch_size, sampler=examples.numbers, collate_fn=material.collate
     )
-    return model, loader, classes
+    numbers = examples.numbers if examples.files else []
+    files = pd.DataFrame({"example": numbers, "file": [examples.files[number] for number in numbers]})
+    return model, loader, classes, files
 
 
 def _part(options: argparse.Namespace, found: Material) -> tuple[Examples, Examples, str]:

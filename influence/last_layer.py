@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from influence.checks import require_logits
 from influence.contrasts import Classes, LogitRows
 from influence.grams.rules import Node
+from influence.inputs import Inputs
 
 # Where the features enter each kind of node that a linear layer leaves in the graph.
 _PLACES = {"AddmmBackward0": 1, "MmBackward0": 0}
@@ -112,7 +112,7 @@ def head(model: nn.Module, x: Tensor) -> tuple[Head, Tensor] | None:
     hooks = [m.register_forward_hook(listen) for m in model.modules() if isinstance(m, nn.Linear)]
     try:
         with torch.no_grad():
-            logits = require_logits(model(x.clone()), examples=len(x))
+            logits = Inputs.of(x).logits(model)
     finally:
         for hook in hooks:
             hook.remove()

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
-from influence.checks import require_count, require_deterministic, require_labels, require_logits
+from influence.checks import require_count, require_deterministic, require_labels
+from influence.inputs import Inputs
 from influence.last_layer import head
 from influence.measures import Estimator, Exact, Influence, Released, first_order_influence, log_ceiling
 from influence.memory import in_chunks
 from influence.metric import metric_tensor
 from influence.pixels import Patches
 from influence.progress import progress_bar
-from influence.shards import batches, claim, file_of, fingerprint, labels_of, require_same, write
+from influence.shards import batches, claim, file_of, fingerprint, labels_of, require_same, require_same_model, write
 
 Wrt = str | Sequence[str] | Patches
 # Fixed, not read off the free memory: the last digits of a Gram depend on it.
@@ -79,9 +80,9 @@ def score(
         keeps its numbers; else it counts from the loader's first.
 
     Raises:
-        ValueError: If the loader shuffles or has no labels where they are to be taken, the folder holds the scores of
-            another run or of other data, a number is below 1, or a closed form is asked for where neither holds or the
-            estimator is not ``Exact``.
+        ValueError: If the loader is empty, shuffles or has no labels where they are to be taken, the folder holds the
+            scores of another run, of other data or of a model that computed something else, a number is below 1, or a
+            closed form is asked for where neither holds or the estimator is not ``Exact``.
 
     Example:
         >>> import tempfile
@@ -114,7 +115,8 @@ def score(
         "labels": labels,
         "data": None if labels == "predicted" else labels_of(loader),
     }
-    claim(folder, {**key, **sizes})
+    run = {**key, **sizes}
+    claim(folder, run)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 
     def mine(number: int) -> bool:
@@ -123,6 +125,7 @@ def score(
     rows_of: Callable[[Tensor, Tensor | None], pd.DataFrame] | None = None
     rows: list[pd.DataFrame] = []
     digests: list[str] = []
+    compared = False
     title = f"scores {rank + 1}/{world}" if world > 1 else "scores"
     with progress_bar(desc=title, unit="example", disable=not progress) as bar:
         for batch in batches(loader, folder, labels, batches_per_shard, mine):
@@ -139,10 +142,16 @@ def score(
                 digests.append(batch.digest)
                 bar.update(len(x))
                 if batch.is_last or place + 1 == batches_per_shard:
+                    claim(folder, run, begin=False)  # nobody has begun another one meanwhile
                     write(file, pd.concat(rows, ignore_index=True), digests, is_last=batch.is_last)
                     rows, digests = [], []
             elif file.exists():
                 require_same(file, place, batch)
+                if not compared:
+                    with torch.no_grad():
+                        logits = Inputs.of(_like(model, batch.x[: chunk_size or _CHUNK])).logits(model)
+                    require_same_model(file, batch.numbers[: len(logits)], logits)
+                    compared = True
     return folder
 
 
@@ -210,7 +219,7 @@ def _rows(
 def _examples_at_once(model: nn.Module, x: Tensor, wrt: Wrt) -> int:
     """Examples whose Jacobian and Grams stay small, by numbers that do not depend on the machine."""
     with torch.no_grad():
-        classes = require_logits(model(x[:1].clone()), examples=1).shape[1]
+        classes = Inputs.of(x[:1]).logits(model).shape[1]
     values = x[0].numel() if wrt == "input" else 0
     # A Gram is float64, and a few of its size are alive at once.
     return max(1, _MOST_VALUES // (classes * (values + 16 * classes)))
@@ -265,7 +274,7 @@ def _from_features(model: nn.Module, estimator: Estimator, x: Tensor, labels: Te
 def _from_logits(model: nn.Module, blocks: tuple[str, ...], x: Tensor, labels: Tensor | None) -> pd.DataFrame:
     """Rows of one batch at full rank."""
     with torch.no_grad():
-        logits = require_logits(model(x.clone()), examples=len(x))
+        logits = Inputs.of(x).logits(model)
     log_probs = torch.log_softmax(logits.double(), dim=1)
     labels = log_probs.argmax(dim=1) if labels is None else labels
     labels = require_labels(labels, examples=len(x), classes=logits.shape[1], device=logits.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -22,12 +23,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from influence.measures import log_ceiling
+
 TEMPORARY = ".tmp-"
 _RUN = "_run.json"
 # Where a file says which batches it was made from.
 _MADE_FROM = b"influence.made_from"
 # Batches of finished files that are loaded again to see whether they are the same.
 _MOST_COMPARED = 32
+# Difference of the log of a ceiling, in units of the largest logit, that another device may make.
+_ROUNDING = 5e-3
 # Where data sets keep their labels, or all they hold.
 _LABELS = ("targets", "labels", "tensors")
 # What else decides how a DataLoader makes a batch.
@@ -68,6 +73,7 @@ def batches(
     if isinstance(loader, DataLoader) and loader.batch_sampler is not None and not isinstance(dataset, IterableDataset):
         # Batches of other files are not even loaded.
         indices = [list(batch) for batch in loader.batch_sampler]
+        _require_some(len(indices))
         places, last = range(len(indices)), len(indices) - 1
         _require_no_more(folder, last // per_file)
         finished = [i for i in places if file_of(folder, i // per_file).exists()]
@@ -88,7 +94,13 @@ def batches(
         x, given = _unpack(content, labels)
         yield Batch(i, range(start, start + len(x)), x, given, wanted, following is None)
         start += len(x)
+    _require_some(i + 1)
     _require_no_more(folder, i // per_file)
+
+
+def _require_some(count: int) -> None:
+    if not count:
+        raise ValueError("loader must yield some examples, got none. Check the data set and its path.")
 
 
 def _unpack(batch: Any, labels: str) -> tuple[Tensor, Tensor | None]:
@@ -121,9 +133,18 @@ def _digest(numbers: Sequence[int], *tensors: Tensor | None) -> str:
     return result.hexdigest()
 
 
+@contextlib.contextmanager
+def _intact(file: Path, remedy: str = "Delete it and run influence.score again.") -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is damaged ({str(error).splitlines()[0]}). {remedy}") from None
+
+
 def _made_from(file: Path) -> dict[str, Any]:
     """First and last example of a file, digests of its batches, and whether the data end with it."""
-    kept = (pq.read_schema(file).metadata or {}).get(_MADE_FROM)
+    with _intact(file):
+        kept = (pq.read_schema(file).metadata or {}).get(_MADE_FROM)
     if kept is None:
         raise ValueError(f"{file} does not say which data it is of. Delete the folder and run influence.score.")
     made_from: dict[str, Any] = json.loads(kept)
@@ -136,6 +157,25 @@ def require_same(file: Path, place: int, batch: Batch) -> None:
     ends = before["is_last"] and place == len(before["digests"]) - 1
     if before["digests"][place : place + 1] != [batch.digest] or batch.is_last != ends:
         _refuse(file)
+
+
+def require_same_model(file: Path, numbers: Sequence[int], logits: Tensor) -> None:
+    """Refuse a file with other ceilings of some of its examples than those of what the model computes now.
+
+    Code and plain attributes are in no fingerprint.
+    """
+    with _intact(file):
+        table = pd.read_parquet(file, columns=["example", "label", "ceiling"])
+    rows = table.drop_duplicates("example").set_index("example").loc[list(numbers)]
+    labels = torch.tensor(rows["label"].to_numpy(), device=logits.device)
+    before = torch.tensor(rows["ceiling"].to_numpy(), device=logits.device).log()
+    now = log_ceiling(logits.double().log_softmax(1), labels).exp().log()
+    rounding = max(_ROUNDING, torch.finfo(logits.dtype).eps ** 0.5) * max(1.0, float(logits.abs().max()))
+    if not bool(torch.isclose(before, now, rtol=0, atol=rounding).all()):
+        raise ValueError(
+            f"the model computes something else now than when {file} was made: its code or a setting has changed. "
+            "Choose another path or delete the folder."
+        )
 
 
 def _require_no_more(folder: Path, last: int) -> None:
@@ -174,18 +214,19 @@ def labels_of(loader: Iterable[Any]) -> str | None:
     return None
 
 
-def claim(folder: Path, key: dict[str, Any]) -> None:
-    """Refuse a folder of other scores, mark an empty one as ours."""
+def claim(folder: Path, key: dict[str, Any], *, begin: bool = True) -> None:
+    """Refuse a folder of other scores; to `begin` with, mark one without any as ours."""
     text = json.dumps(key, indent=1, sort_keys=True)
-    mark = folder / _RUN
-    if not mark.exists():
+    mark, whole = folder / _RUN, "Choose another path or delete the folder."
+    if begin and not _files(folder):
         atomically(mark, lambda part: part.write_text(text))
+    if not mark.exists():
+        raise ValueError(f"{folder} holds scores, but no {_RUN}, which says what they are of. {whole}")
     if mark.read_text() != text:
-        before = json.loads(mark.read_text())
+        with _intact(mark, whole):
+            before = json.loads(mark.read_text())
         changed = [name for name in key if before.get(name) != key[name]]
-        raise ValueError(
-            f"{folder} holds scores of another run, with other {', '.join(changed)}. Choose another path or delete it."
-        )
+        raise ValueError(f"{folder} holds scores of another run, with other {', '.join(changed)}. {whole}")
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -242,4 +283,8 @@ def read_scores(path: str | Path) -> pd.DataFrame:
     missing = [file.name for file in (file_of(folder, i) for i in range(there)) if file not in files]
     if missing:
         raise ValueError(f"{folder} lacks file {missing[0]}. Run influence.score again to go on.")
-    return pd.concat(map(pd.read_parquet, files), ignore_index=True)
+    tables = []
+    for file in files:
+        with _intact(file):
+            tables.append(pd.read_parquet(file))
+    return pd.concat(tables, ignore_index=True)

@@ -110,6 +110,79 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
         influence.score(nn.Sequential(network()[0], nn.Sigmoid(), network()[2]), data(), tmp_path, progress=False)
 
 
+class Tempered(nn.Module):
+    """A setting that neither prints nor is a tensor; `squeeze` drops the dimension of a single example."""
+
+    def __init__(self, temperature: float = 1.0, *, squeeze: bool = False) -> None:
+        super().__init__()
+        self.network, self.temperature, self.squeeze = network(), temperature, squeeze
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = self.network(x) / self.temperature
+        return logits.squeeze() if self.squeeze else logits
+
+
+@pytest.mark.parametrize("as_loader", [True, False], ids=["loader", "list"])
+@pytest.mark.parametrize("labels", ["given", "predicted"])
+def test_a_setting_that_does_not_print_is_seen(tmp_path: Path, labels: str, as_loader: bool) -> None:
+    loader = data() if as_loader else list(data())
+    options = {"batches_per_shard": 2, "progress": False, "labels": labels}
+    before = contents(influence.score(Tempered(), loader, tmp_path, **options))
+    (tmp_path / "part-000003.parquet").unlink()
+    with pytest.raises(ValueError, match="the model computes something else now than when"):
+        influence.score(Tempered(1.1), loader, tmp_path, **options)
+    assert contents(influence.score(Tempered(), loader, tmp_path, **options)) == before
+
+
+@pytest.mark.parametrize("closed_form", [None, 2])
+def test_a_model_that_squeezes_a_single_example(tmp_path: Path, closed_form: int | None) -> None:
+    options = {"closed_form": closed_form, "progress": False}
+    found = [
+        influence.read_scores(influence.score(model, data(7, 3), tmp_path / str(number), **options))
+        for number, model in enumerate((Tempered(squeeze=True), Tempered()))
+    ]
+    pd.testing.assert_frame_equal(*found)
+
+
+def test_a_run_that_left_no_scores_binds_nobody(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown module"):
+        influence.score(network(), data(), tmp_path, wrt=["nothing"], progress=False)
+
+    def another_begins() -> Iterator[list[torch.Tensor]]:
+        yield list(data().dataset.tensors)
+        influence.shards.claim(tmp_path, {"wrt": "'layers'"})
+
+    with pytest.raises(ValueError, match="another run, with other"):
+        influence.score(network(), another_begins(), tmp_path, progress=False)
+    assert len(influence.read_scores(influence.score(network(), data(), tmp_path, progress=False))) == 29
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("_run.json", None, "holds scores, but no _run.json"),
+        ("_run.json", b"{", "_run.json is damaged .*delete the folder"),
+        ("part-000001.parquet", b"PAR1", r"part-000001.parquet is damaged .*Delete it and run influence.score again"),
+    ],
+)
+def test_damaged_files_say_what_to_do(tmp_path: Path, name: str, content: bytes | None, reason: str) -> None:
+    influence.score(network(), data(), tmp_path, batches_per_shard=2, progress=False)
+    (tmp_path / name).unlink()
+    if content:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=reason):
+        influence.score(network(), data(), tmp_path, batches_per_shard=2, progress=False)
+    if "part" in name:
+        with pytest.raises(ValueError, match=reason):
+            influence.read_scores(tmp_path)
+
+
+@pytest.mark.parametrize("loader", [[], DataLoader(torch.zeros(0, 6))], ids=["list", "loader"])
+def test_no_examples_are_refused(tmp_path: Path, loader: object) -> None:
+    with pytest.raises(ValueError, match="loader must yield some examples"):
+        influence.score(network(), loader, tmp_path, labels="predicted", progress=False)
+
+
 OTHER = {
     "other examples": {"seed": 2},
     "another label": {"wrong": 13},

@@ -153,9 +153,10 @@ def load_data(spec: str, *, size: int = 0, root: Path | None = None) -> Material
     Args:
         spec: ``digits``, ``photos``, ``mnist`` or ``cifar10``, as the companion splits them; ``torchvision:NAME`` of a
             set with a ``train`` option, below `root`; a folder ``train/CLASS/*`` with ``test/`` or ``val/`` beside it
-            (in any case; also training, testing, valid, validation), or of ``CLASS/*`` alone; an .npz file with images and labels (and test_images and test_labels, and classes);
-            ``package.module:function`` of the reader's that returns (inputs, labels), or a pair of these for training
-            and test. Data that come without parts are left whole.
+            (in any case; also training, testing, valid, validation), or of ``CLASS/*`` alone; an .npz file with images
+            and labels (and test_images and test_labels, and classes); ``package.module:function`` of the reader's that
+            returns (inputs, labels), or a pair of these for training and test. Data that come without parts are left
+            whole.
         size: height and width for the images of a folder (shorter side resized, then centre-cropped) and the crops of
             ``photos``; 0 for 224 in a folder and 32 for photos.
         root: folder of the data sets; None for INFLUENCE_DATA, else torchvision downloads into build/data.

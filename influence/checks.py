@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import cache
 from numbers import Integral
 from typing import Any
 
@@ -65,7 +67,16 @@ def require_logits(
         )
     if values:
         require_finite(logits, name=name, hint="Check the inputs and the weights.")
+        if bool((logits >= 0).all()) and bool(((logits.sum(dim=1) - 1).abs() < 1e-4).all()):
+            _warn_of_probabilities()
     return logits
+
+
+@cache
+def _warn_of_probabilities() -> None:
+    logging.getLogger("influence").warning(
+        "the model's outputs look like probabilities: they are taken for logits. Return their logarithm."
+    )
 
 
 def require_labels(

@@ -51,9 +51,11 @@ class Batch:
     is_last: bool
 
     def __post_init__(self) -> None:
-        """Refuse examples without a number."""
+        """Refuse examples without a number, and values that are none."""
         if len(self.x) != len(self.numbers):
             raise ValueError(f"loader must keep the examples of a batch, got {len(self.x)} of {len(self.numbers)}.")
+        if self.x.is_floating_point() and len(bad := (~torch.isfinite(self.x.flatten(1)).all(1)).nonzero()):
+            raise ValueError(f"x must be finite, got NaN or infinity in example {self.numbers[int(bad[0])]}.")
 
     @property
     def digest(self) -> str:

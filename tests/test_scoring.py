@@ -177,6 +177,13 @@ def test_damaged_files_say_what_to_do(tmp_path: Path, name: str, content: bytes 
             influence.read_scores(tmp_path)
 
 
+def test_nan_is_named_by_its_number_in_the_data(tmp_path: Path) -> None:
+    loader = data()
+    loader.dataset.tensors[0][17, 2] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinity in example 17"):
+        influence.score(network(), loader, tmp_path, progress=False)
+
+
 @pytest.mark.parametrize("loader", [[], DataLoader(torch.zeros(0, 6))], ids=["list", "loader"])
 def test_no_examples_are_refused(tmp_path: Path, loader: object) -> None:
     with pytest.raises(ValueError, match="loader must yield some examples"):

@@ -47,6 +47,44 @@ class AlwaysOn(nn.Dropout):
 def rows():
     return torch.randn(12, 6), torch.arange(12) % 3
 
+def frame():
+    import later  # a module beside this one
+    return later.frame(torch.randn(12, 6))
+
+def words():
+    return torch.randn(12, 6), ["a", "b", "c"] * 4
+
+def unlabelled():
+    return torch.randn(12, 6), None
+
+def small():
+    return torch.randn(12, 6).numpy(), (torch.arange(12) % 3).numpy().astype("uint16")
+
+def nan():
+    x = torch.randn(12, 6)
+    x[7, 2] = float("nan")
+    return x, torch.arange(12) % 3
+
+def six():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 3)).eval()
+
+class Raises(nn.Linear):
+    most = 0
+
+    def forward(self, x):
+        if len(x) > self.most:
+            raise KeyError("pixel_values")
+        return super().forward(x)
+
+def raises():
+    return Raises(6, 3)
+
+def raises_later():
+    model = Raises(6, 3)
+    model.most = 2
+    return model
+
 def no_model():
     return 3
 
@@ -67,8 +105,16 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     np.savez(tmp_path / "parts.npz", images=images, labels=np.arange(20) % 3, **parts)
     np.savez(tmp_path / "far.npz", images=images, labels=np.arange(20) % 3 + 5)
     np.savez(tmp_path / "bare.npz", images=images)
+    np.savez(tmp_path / "named.npz", images=images, labels=np.arange(20) % 3, classes=["a", "b"])
+    np.savez(tmp_path / "half.npz", images=images, labels=np.arange(20) % 3, test_images=images)
+    np.savez(tmp_path / "tokens.npz", images=np.arange(120).reshape(20, 6), labels=np.arange(20) % 3)
+    torch.save({"optimizer": nn.Linear(1, 1)}, tmp_path / "pickled.PT")
+    frame = "import pandas as pd\ndef frame(x): return pd.DataFrame(x.numpy()), pd.Series(range(12)) % 3\n"
+    (tmp_path / "later.py").write_text(frame, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "own_model", raising=False)
+    for name in ("own_model", "later"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     return tmp_path
 
 
@@ -91,7 +137,7 @@ def test_examples_of_the_help_are_understood() -> None:
         assert cli._parser().parse_args(line.split()).command == line.split()[0]
 
 
-@pytest.mark.parametrize("wrt", ["input", "parameters", "layers", "patches:3", "1,3"])
+@pytest.mark.parametrize("wrt", ["input", "parameters", "layers", "patches:3", "1, 3", "model.1,model.3"])
 def test_score(here: Path, wrt: str) -> None:
     command = [
         "score",
@@ -100,7 +146,7 @@ def test_score(here: Path, wrt: str) -> None:
         "--data",
         "data.npz",
         "--wrt",
-        wrt.replace("1,3", "model.1,model.3"),
+        wrt,
     ]
     assert cli.main([*command, "--out", "scores"]) == 0
     table = influence.read_scores(here / "scores")
@@ -139,7 +185,7 @@ def test_rows_keep_the_numbers_of_their_examples(here: Path) -> None:
 def test_what_is_scored_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["score", "--model", "own_model:network", "--data"]
     for data, options, words in (
-        ("data.npz", "", "20 of 20 examples of shape"),
+        ("data.npz", "", "20 of 20 examples of shape (1, 8, 8) times 0.00392157, K = 3: input"),
         (
             "data.npz",
             "--part test --images 2",
@@ -199,10 +245,10 @@ def test_checkpoints(here: Path) -> None:
     from safetensors.torch import save_file
 
     state = material.call("own_model:network").state_dict()
-    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, "weights.pt")
-    save_file(state, "weights.safetensors")
+    torch.save({"state_dict": {f"module._orig_mod.model.{name}": value for name, value in state.items()}}, "weights.pt")
+    save_file(state, "weights.SAFETENSORS")
     tables = []
-    for number, model in enumerate(("own_model:network", "weights.pt", "weights.safetensors")):
+    for number, model in enumerate(("own_model:network", "weights.pt", "weights.SAFETENSORS")):
         command = ["score", "--model", model, "--data", "data.npz", "--out", str(number)]
         assert cli.main([*command, *(["--architecture", "own_model:network"] if number else [])]) == 0
         tables.append(influence.read_scores(str(number)))
@@ -232,14 +278,51 @@ ERRORS = {
     "--model own_model:network --data data.npz --images x": "--images",
     "--data data.npz": "--model",
     "--model own_model:network --data .": "one folder of images for each class",
+    "--model own_model:network --data ": "data '': no such file or folder",
+    "--model torchvision:resnet18@NOPE --data data.npz": "of resnet18: there are IMAGENET1K_V1, DEFAULT",
+    "--model pickled.PT --architecture own_model:six --data own_model:rows": "weights alone (it holds torch.nn.modules",
+    "--model own_model:raises --data own_model:rows": "KeyError: 'pixel_values', at {here}/own_model.py:",
+    "--model own_model:raises_later --data own_model:rows": "KeyError: 'pixel_values', at {here}/own_model.py:",
+    "--model own_model:six --data own_model:words": "lists of numbers, got list (can't convert",
+    "--model own_model:six --data own_model:unlabelled": "lists of numbers, got NoneType (can't convert",
+    "--model own_model:six --data own_model:nan": "NaN or infinity, first in example 7",
+    "--model own_model:six --data tokens.npz": "whole numbers are tokens: give a table as floats",
+    "--model own_model:network --data named.npz": "classes must name all of 0..2, got 2 names",
+    "--model own_model:network --data half.npz": "test_images and test_labels go together",
+    "--model own_model:network --data data.npz --mean 0 0 --std 1 1": "1 or 1 numbers, one for each channel, got 2",
+    "--model companion:resnet50 --data digits --mean 0 --std 1": "--mean would change nothing",
+    "--model own_model:network --data data.npz --classes 3": "--classes would change nothing: the model has its K",
+    "--model torchvision:resnet18@DEFAULT --data data.npz --classes 3": "--classes would change nothing",
+    "--model own_model:network --data data.npz --architecture x": "--architecture would change nothing",
+    "--model own_model:network --data digits --size 8": "--size would change nothing",
+    "--model own_model:network --data data.npz --root .": "--root would change nothing",
+    "--model own_model:network --data data.npz --profile cpu": "--profile would change nothing",
+    "--model own_model:network --data mnist --root nowhere": "where no folder is named, it is downloaded",
+    "--model own_model:network --data torchvision:MNIST --root nowhere": "not found in nowhere: --root or",
+    "--model own_model:network --data data.npz --batch-size 0": "expected a whole number >= 1, got '0'",
+    "--model own_model:network --data data.npz --check x": "expected a whole number >= 1, got 'x'",
 }
 
 
 @pytest.mark.parametrize("words", list(ERRORS))
 def test_errors_are_one_line(here: Path, words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["score", *words.split()]) == 2
+    assert cli.main(["score", *words.split(" ")]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and ERRORS[words] in lines[0]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and ERRORS[words].format(here=here) in lines[0]
+
+
+@pytest.mark.parametrize(
+    "words", ["list --profile x", "check --profile x", "check --only x", "check --recompute 1 --only x"]
+)
+def test_unknown_names_are_refused(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words.split()) == 2
+    assert re.match("error: unknown (profile|notebook) 'x'", capsys.readouterr().err)
+
+
+def test_what_functions_return_is_taken(here: Path) -> None:
+    for data in ("frame", "small"):
+        assert cli.main(["score", "--model", "own_model:six", "--data", f"own_model:{data}", "--out", data]) == 0
+        assert influence.read_scores(data)["label"].tolist() == [0, 1, 2] * 4
 
 
 def test_under_torchrun(here: Path) -> None:

@@ -117,6 +117,16 @@ def test_tabular(inputs: int, classes: int) -> None:
     assert (result.rank == min(inputs, classes - 1)).all()
 
 
+def test_probabilities_in_place_of_logits_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    influence.checks._warn_of_probabilities.cache_clear()
+    for model in (network(), nn.Sequential(network(), nn.LogSoftmax(1))):
+        influence.metric_tensor(model, X)
+    assert not caplog.records
+    for _ in range(2):
+        influence.metric_tensor(nn.Sequential(network(), nn.Softmax(1)), X)
+    assert [record.name for record in caplog.records] == ["influence"] and "logarithm" in caplog.text
+
+
 def test_single_binary_logit_is_refused_with_the_remedy() -> None:
     with pytest.raises(ValueError, match=r"torch\.stack"):
         influence.metric_tensor(network(classes=1), X)
@@ -517,6 +527,24 @@ def test_an_image_that_cannot_be_taken_is_named(
         reason = "decompression bomb"
     with pytest.raises(material.AdaptError, match=rf"odd\.{suffix}: .*{reason}"):
         material.load_data(str(tmp_path), size=8).train[1]
+
+
+def test_normalisation_is_by_channel() -> None:
+    for shape in ((4, 3), (4, 3, 2, 2)):
+        examples = material._tensors(torch.randn(shape), torch.arange(4), "test")
+        model = loading.prepare(nn.Flatten(), examples, mean=[1.0, 2.0, 3.0], std=[1.0, 2.0, 4.0])
+        x, _ = examples.batch(range(4))
+        expected = [(x[:, c] - mean) / std for c, (mean, std) in enumerate([(1, 1), (2, 2), (3, 4)])]
+        torch.testing.assert_close(model(x), torch.stack(expected, dim=1).flatten(1))
+
+
+def test_tables_of_an_archive_are_no_bytes(tmp_path: Path) -> None:
+    tables = {"images": np.arange(24).reshape(4, 6), "labels": np.arange(4)}
+    with (tmp_path / "table.NPZ").open("wb") as file:
+        np.savez(file, **tables)
+    np.savez(tmp_path / "images.npz", images=tables["images"].reshape(4, 2, 3), labels=tables["labels"])
+    found = [material.load_data(str(tmp_path / name)).train[1][0] for name in ("table.NPZ", "images.npz")]
+    assert [x.dtype for x in found] == [torch.int64, torch.uint8] and found[0].tolist() == [6, 7, 8, 9, 10, 11]
 
 
 def test_every_row_leads_back_to_its_example(tmp_path: object) -> None:

@@ -151,7 +151,7 @@ def _downloaded(name: str, data_dir: str | Path | None) -> Path:
     root = paths.BUILD / "data" if data_dir is None else Path(data_dir).expanduser()
     problem = _problem(name, root)
     if problem and data_dir is not None:
-        raise DataError(f"{name}: {problem}; expected torchvision's layout, or run without --data to download it")
+        raise DataError(f"{name}: {problem}; expected torchvision's layout; where no folder is named, it is downloaded")
     if problem:
         try:
             _download(name, root)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import pickle
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from influence.checks import require_logits
 from ..images import data
 from ..ledger import paths
 from ..zoo import recipes, training
-from .material import AdaptError, Examples, call, refused
+from .material import AdaptError, Examples, call, described, refused
 
 _WEIGHTS = (".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors")
 # What wrappers put before the names of a network's own parameters.
@@ -46,14 +48,15 @@ class Prepared(nn.Module):
         if any(not value > 0 for value in std):
             raise AdaptError(f"std must be positive, got {list(std)}")
         self.model, self.scale = model, scale
-        self.register_buffer("mean", torch.tensor(list(mean))[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(list(std))[:, None, None], persistent=False)
+        self.register_buffer("mean", torch.tensor(list(mean)), persistent=False)
+        self.register_buffer("std", torch.tensor(list(std)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, or whatever the model returns."""
         x = x * self.scale
         if self.mean.numel():
-            x = (x - self.mean) / self.std
+            channels = (-1, *[1] * (x.ndim - 2))
+            x = (x - self.mean.view(channels)) / self.std.view(channels)
         logits: Tensor = self.model(x)
         return logits
 
@@ -128,7 +131,7 @@ def _named(
         if not isinstance(made, nn.Module):
             raise AdaptError(f"{spec}() must return a torch.nn.Module, got {type(made).__name__}")
         return made
-    hint = "no such file" if spec.endswith(_WEIGHTS) or os.sep in spec else f"expected {_FORMS}"
+    hint = "no such file" if spec.lower().endswith(_WEIGHTS) or os.sep in spec else f"expected {_FORMS}"
     raise AdaptError(f"model {spec!r}: {hint}")
 
 
@@ -139,23 +142,26 @@ def load_weights(model: nn.Module, path: Path) -> None:
         AdaptError: the file is damaged, is no checkpoint of weights, or belongs to another network.
     """
     remedy = "save them with torch.save(model.state_dict(), path)"
-    with refused(f"{path}: cannot be read as weights alone (", f"); {remedy}", most=200):  # torch says how to trust it
-        if path.suffix == ".safetensors":
+    with refused(f"{path}: cannot be read as weights alone (", f"); {remedy}"):
+        if path.suffix.lower() == ".safetensors":
             from safetensors.torch import load_file
 
             state: Any = load_file(str(path))
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:  # torch says at length how to trust it
+                found = re.search(r"GLOBAL (\S+)", str(error))
+                raise ValueError(f"it holds {found[1]}" if found else "it is no file of torch.save") from None
     for name in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise AdaptError(f"{path}: holds no state_dict (a mapping from names to tensors)")
     wanted = set(model.state_dict())
-    for prefix in _PREFIXES:
-        # A wrapper's prefix is on all names or on none.
-        if not wanted & set(state) and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    # A wrapper's prefix is on all names or on none; one wrapper may hold another.
+    while not wanted & set(state) and (common := [p for p in _PREFIXES if all(name.startswith(p) for name in state)]):
+        state = {name.removeprefix(common[0]): value for name, value in state.items()}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -175,7 +181,10 @@ def prepare(
         mean: of each scaled channel, as in training; empty for no normalisation.
         std: of each scaled channel.
     """
-    scale = scale or (1 / 255 if examples[0][0].dtype == torch.uint8 else 1.0)
+    first = examples[0][0]
+    scale = scale or (1 / 255 if first.dtype == torch.uint8 else 1.0)
+    if len(mean) not in (0, 1, len(first)):
+        raise AdaptError(f"mean and std must have 1 or {len(first)} numbers, one for each channel, got {len(mean)}")
     if scale == 1 and not len(mean) and not len(std):
         return model
     return Prepared(model, scale=scale, mean=mean, std=std).to(device_of(model)).eval()
@@ -191,10 +200,15 @@ def check(model: nn.Module, examples: Examples) -> int:
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is not None and x.is_floating_point():
         x = x.to(parameter.dtype)
-    before = f"the model does not take a batch of shape {tuple(x.shape)}, {x.dtype}: "
-    errors = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
-    with refused(before, "; check size and channels", errors=errors), torch.no_grad():
-        output = model(x.to(device_of(model)))
+    try:
+        with torch.no_grad():
+            output = model(x.to(device_of(model)))
+    except Exception as error:  # whatever the reader's code raises
+        remedy = (
+            "check size and channels" if x.is_floating_point() else "whole numbers are tokens: give a table as floats"
+        )
+        taken = f"a batch of shape {tuple(x.shape)}, {x.dtype}"
+        raise AdaptError(f"the model does not take {taken}: {described(error)}; {remedy}") from error
     with refused(errors=(TypeError, ValueError)):
         logits = require_logits(output, examples=len(x))
     classes, largest = logits.shape[1], int(examples.labels.max())
@@ -222,6 +236,9 @@ def _torchvision(name: str, classes: int) -> nn.Module:
     with refused(errors=(ValueError, RuntimeError, OSError)), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if weights:
+            there = torchvision.models.get_model_weights(name).__members__
+            if weights not in there:
+                raise AdaptError(f"torchvision has no weights {weights!r} of {name}: there are {', '.join(there)}")
             return torchvision.models.get_model(name, weights=weights)
         with contextlib.suppress(TypeError):
             # GoogLeNet and Inception would return training outputs and warn about their initialisation.

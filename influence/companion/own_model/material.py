@@ -6,6 +6,8 @@ import contextlib
 import importlib
 import os
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,16 +37,15 @@ def refused(
     after: str = "",
     *,
     errors: tuple[type[Exception], ...] = (Exception,),
-    most: int | None = None,
 ) -> Iterator[None]:
-    """The first line (its first `most` characters) of an error of another library as one of ours, amid our text."""
+    """The first line of an error of another library as one of ours, amid our text."""
     try:
         yield
     except AdaptError:
         raise
     except errors as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise AdaptError(f"{before}{reason[:most]}{after}") from None
+        raise AdaptError(f"{before}{reason}{after}") from None
 
 
 @dataclass(frozen=True)
@@ -175,10 +176,10 @@ def load_data(spec: str, *, size: int = 0, root: Path | None = None) -> Material
         )
     if prefix == "torchvision" and rest:
         return _torchvision(spec, rest, root)
-    if path.is_dir():
+    if spec and path.is_dir():
         return _folder(spec, path, size or 224)
     if path.is_file():
-        if path.suffix != ".npz":
+        if path.suffix.lower() != ".npz":
             raise AdaptError(f"{spec}: expected an .npz file with images and labels, or a folder")
         return _npz(spec, path)
     if rest and os.sep not in spec:
@@ -195,8 +196,8 @@ def _tensors(inputs: Tensor, labels: Tensor, where: str) -> Examples:
         raise AdaptError(f"{where}: labels must be whole numbers 0..K-1, got {labels.dtype}")
     if bool((labels < 0).any()):
         raise AdaptError(f"{where}: labels must be 0..K-1, got {int(labels.min())}")
-    if inputs.is_floating_point() and not bool(torch.isfinite(inputs).all()):
-        raise AdaptError(f"{where}: the inputs hold NaN or infinity")
+    if inputs.is_floating_point() and len(bad := (~torch.isfinite(inputs.flatten(1)).all(1)).nonzero()):
+        raise AdaptError(f"{where}: the inputs hold NaN or infinity, first in example {int(bad[0])}")
     if inputs.dtype == torch.float64:
         inputs = inputs.float()
     return Examples(labels.long(), inputs.__getitem__, range(len(inputs)))
@@ -216,20 +217,27 @@ def _npz(spec: str, path: Path) -> Material:
     for name in ("images", "labels"):
         if name not in arrays:
             raise AdaptError(f"{spec}: has no array {name!r}, but {', '.join(arrays) or 'nothing'}")
-    pairs = [(f"{part}images", f"{part}labels") for part in ("", "test_")]
+    if ("test_images" in arrays) != ("test_labels" in arrays):
+        raise AdaptError(f"{spec}: test_images and test_labels go together, got one of them")
     parts = [
-        _tensors(_images(spec, arrays[inputs]), _labels(spec, arrays[labels]), spec)
-        for inputs, labels in pairs
-        if inputs in arrays and labels in arrays
+        _tensors(_images(spec, arrays[f"{part}images"]), _labels(spec, arrays[f"{part}labels"]), spec)
+        for part in ("", "test_")
+        if f"{part}images" in arrays
     ]
-    return Material(tuple(map(str, arrays["classes"])) if "classes" in arrays else _numbered(*parts), *parts)
+    numbered = _numbered(*parts)
+    names = tuple(map(str, arrays.get("classes", numbered)))
+    if len(names) < len(numbered):
+        raise AdaptError(f"{spec}: classes must name all of 0..{len(numbered) - 1}, got {len(names)} names")
+    return Material(names, *parts)
 
 
 def _images(spec: str, array: np.ndarray) -> Tensor:
     """Channels first, one grey channel where there is none."""
     if array.dtype.kind not in "uif":
         raise AdaptError(f"{spec}: images must be numbers, got {array.dtype}")
-    if array.dtype.kind in "ui" and array.dtype != np.uint8:
+    if array.dtype.kind in "ui" and array.dtype != np.uint8 and array.ndim < 3:
+        array = array.astype(np.int64)  # a table of token numbers
+    elif array.dtype.kind in "ui" and array.dtype != np.uint8:
         if array.size and (array.min() < 0 or array.max() > 255):
             raise AdaptError(f"{spec}: whole-numbered images must lie in 0..255, got {array.min()}..{array.max()}")
         array = array.astype(np.uint8)
@@ -287,6 +295,11 @@ def _torchvision(spec: str, name: str, root: Path | None) -> Material:
         with refused(f"{spec}: "):  # torchvision raises whatever urllib, hashlib or tarfile raise
             try:
                 found: Any = kind(str(root or paths.BUILD / "data"), train=train, download=root is None)
+            except RuntimeError as error:
+                if root is None or "download=True" not in str(error):
+                    raise
+                remedy = "--root or INFLUENCE_DATA names its folder; without one, torchvision downloads it"
+                raise AdaptError(f"{spec}: not found in {root}: {remedy}") from None
             except TypeError:
                 reason = "has no train and test parts that torchvision knows: use an image folder"
                 raise AdaptError(f"{spec}: {reason}") from None
@@ -304,8 +317,31 @@ def _returned(spec: str) -> Material:
         pairs = value if isinstance(value[0], list | tuple) else [value]
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise AdaptError(f"{spec}() must return (inputs, labels), or a pair of these for training and test")
-    parts = [_tensors(torch.as_tensor(x), torch.as_tensor(labels), f"{spec}()") for x, labels in pairs]
+    parts = [_tensors(_numbers(spec, x), _numbers(spec, labels), f"{spec}()") for x, labels in pairs]
     return Material(_numbered(*parts), *parts)
+
+
+def _numbers(spec: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    with refused(f"{spec}() must return tensors, arrays or lists of numbers, got {type(value).__name__} (", ")"):
+        array = np.require(np.asarray(value), requirements="W")
+        return torch.as_tensor(array.astype(np.int64) if array.dtype.kind == "u" and array.itemsize > 1 else array)
+
+
+def described(error: Exception) -> str:
+    """Kind and first line of an error, and the line of the reader's own code where it arose."""
+    reason = (str(error).strip().splitlines() or [""])[0]
+    place = own_line(error)
+    return f"{type(error).__name__}: {reason}{f', at {place}' if place else ''}"
+
+
+def own_line(error: Exception) -> str:
+    """File and line of the last code in an error's traceback that is neither a library's nor ours; else empty."""
+    libraries = (str(paths.PACKAGE), sysconfig.get_path("stdlib"), "<")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+    own = [f"{frame.filename}:{frame.lineno}" for frame in frames if not frame.filename.startswith(libraries)]
+    return own[-1] if own else ""
 
 
 def call(spec: str) -> Any:
@@ -315,17 +351,16 @@ def call(spec: str) -> Any:
         AdaptError: no such module or function, or it fails.
     """
     module_name, _, function_name = spec.partition(":")
-    sys.path.insert(0, os.getcwd())
+    if sys.path[0] != os.getcwd():
+        sys.path.insert(0, os.getcwd())  # and stays, for what function and forward import
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the reader's module raises
-        raise AdaptError(f"{spec}: cannot import {module_name} ({type(error).__name__}: {error})") from None
-    finally:
-        sys.path.remove(os.getcwd())
+        raise AdaptError(f"{spec}: cannot import {module_name} ({described(error)})") from None
     function = getattr(module, function_name, None)
     if not callable(function):
         raise AdaptError(f"{spec}: {module_name} has no function {function_name!r}")
     try:
         return function()
     except Exception as error:
-        raise AdaptError(f"{spec}() failed: {type(error).__name__}: {error}") from error
+        raise AdaptError(f"{spec}() failed: {described(error)}") from error

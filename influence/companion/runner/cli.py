@@ -6,7 +6,9 @@ Everything that can be wrong with a request is said in one line, with exit statu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import re
 import secrets
 import sys
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..ledger import manifest, paths
-from ..ledger.notebook import NotebookError, discover
+from ..ledger.notebook import NotebookError
 from . import listing, run
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ _PLAIN = argparse.RawDescriptionHelpFormatter
 # Of 64 examples with 10 classes: seconds to minutes of work in a file.
 _MOST_BATCHES = 8
 _MOST_NAMED = 20  # classes
+_WITHOUT_SIZE = ("digits", "mnist", "cifar10")
 
 _ABOUT = """\
 Sensitivity (Shu & Zhu 2019) and stability (Zheng et al. 2016) of classifiers.
@@ -130,6 +133,8 @@ def _refuse(error: Exception | str) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
+    if options.profile is not None:
+        run.profile_of(options.profile)
     print(listing.show(options.profile, markdown=options.markdown, claims=options.claims))
     return 0
 
@@ -137,15 +142,13 @@ def _list(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     from . import audit
 
+    run.plan(options.profile, options.only)  # are there such?
     problems = listing.problems()
     print("\n".join(problems) or "results: every file is owned by a notebook and as its ledger says")
     for profile in listing.profiles():
         if profile != run.SMOKE:  # is computed anew at every run
             print("\n".join(audit.changed(profile)) or f"{profile}: every table was computed by today's code")
     if options.recompute:
-        known = set(discover())
-        if unknown := [stem for stem in options.only if stem not in known]:
-            raise run.UsageError(f"unknown notebook {unknown[0]!r}: `list` names them all")
         seed = secrets.randbelow(2**31) if options.seed is None else options.seed
         print(f"profile {options.profile}: {options.recompute} examples of each table computed anew, --seed {seed}")
         for line, wrong in audit.audit(options.profile, options.recompute, seed=seed, only=options.only):
@@ -161,6 +164,9 @@ def _score(options: argparse.Namespace) -> int:
     import influence
     from influence.shards import atomically
 
+    from ..own_model.material import described, own_line
+
+    _require_used(options)
     logging.basicConfig(format="%(message)s")
     try:
         model, loader, classes, files = _prepared(options)
@@ -168,7 +174,7 @@ def _score(options: argparse.Namespace) -> int:
             model,
             loader,
             options.out,
-            wrt=_wrt(options.wrt),
+            wrt=_wrt(options.wrt, model),
             estimator=influence.Exact() if options.released is None else influence.Released(epsilon=options.released),
             labels="predicted" if options.predicted else "given",
             closed_form=options.check if options.closed_form else None,
@@ -184,6 +190,27 @@ def _score(options: argparse.Namespace) -> int:
         return _refuse(error)
     except RuntimeError as error:
         return _refuse(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    except Exception as error:
+        if not own_line(error):
+            raise
+        return _refuse(described(error))
+
+
+def _require_used(options: argparse.Namespace) -> None:
+    """Refuse an option that would change nothing."""
+    model, network, data = options.model, options.architecture or options.model, options.data
+    bytes_as_they_are = model.startswith("companion:") and "the companion's networks take bytes as they are"
+    unused = {
+        "architecture": ":" in model and "it belongs to a checkpoint",
+        "classes": ":" in network and not re.match("torchvision:[^@]+$", network) and "the model has its K",
+        "profile": not network.startswith("companion:") and "it belongs to companion:NAME",
+        **dict.fromkeys(("scale", "mean", "std"), bytes_as_they_are),
+        "size": (data in _WITHOUT_SIZE or ":" in data or Path(data).is_file()) and "it belongs to a folder of images",
+        "root": not re.match("(mnist|cifar10|torchvision:.*)$", data) and "it belongs to sets of torchvision",
+    }
+    for name, reason in unused.items():
+        if reason and getattr(options, name):
+            raise run.UsageError(f"--{name} would change nothing: {reason}. Leave it out.")
 
 
 def _prepared(options: argparse.Namespace) -> tuple[Any, Any, int, Any]:
@@ -209,14 +236,16 @@ def _prepared(options: argparse.Namespace) -> tuple[Any, Any, int, Any]:
         classes=options.classes or len(found.classes),
         dataset=options.data,
         architecture=options.architecture,
-        profile=options.profile,
+        profile=options.profile or run.SMOKE,
         device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         scale=options.scale,
         mean=options.mean or (),
         std=options.std or (),
     )
     shape = tuple(examples[0][0].shape)
-    print(f"{len(examples)} of {len(everything)} examples{which} of shape {shape}, K = {classes}: {options.wrt}")
+    times = f" times {model.scale:.6g}" if isinstance(model, loading.Prepared) else ""
+    which += f" of shape {shape}{times}"
+    print(f"{len(examples)} of {len(everything)} examples{which}, K = {classes}: {options.wrt}")
     if found.classes != tuple(map(str, range(len(found.classes)))):
         named = [f"{k} = {name}" for k, name in enumerate(found.classes)]
         print(f"classes: {', '.join(named[:_MOST_NAMED])}{', ...' * (len(named) > _MOST_NAMED)}")
@@ -250,15 +279,24 @@ def _batches_per_file(closed_form: bool, classes: int) -> int:
     return _MOST_BATCHES if closed_form else max(1, min(_MOST_BATCHES, 10 * _MOST_BATCHES // classes))
 
 
-def _wrt(word: str) -> Any:
+def _wrt(word: str, model: Any) -> Any:
     import influence
+
+    from ..own_model.loading import Prepared
 
     kind, _, size = word.partition(":")
     if kind == "patches":
         if not size.isdecimal() or int(size) < 1:
             raise ValueError(f"--wrt {word}: expected patches:K with K >= 1, such as patches:3")
         return influence.Patches(size=int(size))
-    return word if word in ("input", "parameters", "layers") else word.split(",")
+    if word in ("input", "parameters", "layers"):
+        return word
+    names = [name.strip() for name in word.split(",")]
+    if not isinstance(model, Prepared):
+        return names
+    # Names of the reader's own model, which preprocessing holds as `model`.
+    own = {name for name, _ in [*model.model.named_modules(), *model.model.named_parameters()]}
+    return [f"model.{name}" if name in own else name for name in names]
 
 
 # -- report -----------------------------------------------------------------------------------------------------------
@@ -390,20 +428,22 @@ def _add_score(commands: Any) -> None:
     add("--batches-per-file", type=_positive, metavar="N", help="default: 8, fewer for more than 10 classes")
     add("--chunk-size", type=_positive, metavar="N", help="examples computed at once (default: chosen)")
     add("--root", metavar="DIR", help="folder of torchvision's sets (default: INFLUENCE_DATA)")
-    add("--profile", default=run.SMOKE, help="of companion:NAME (default: smoke)")
+    add("--profile", help="of companion:NAME (default: smoke)")
     add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
 
 
 def _seconds(text: str) -> float:
-    if not float(text) > 0:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return float(text)
+    with contextlib.suppress(ValueError):
+        if float(text) > 0:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
 
 
 def _count(text: str, *, least: int = 0) -> int:
-    if int(text) < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= {least}, got {text}")
-    return int(text)
+    with contextlib.suppress(ValueError):
+        if int(text) >= least:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"expected a whole number >= {least}, got {text!r}")
 
 
 def _positive(text: str) -> int:

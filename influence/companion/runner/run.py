@@ -91,7 +91,7 @@ def plan(profile: str, only: Sequence[str] = (), *, recompute: bool = False) -> 
         UsageError: unknown profile or stem.
         NotebookError: a parameter that the notebook does not have, or of the wrong type.
     """
-    notebooks, parameters = discover(), _profile(profile)
+    notebooks, parameters = discover(), profile_of(profile)
     for stem in [*parameters, *only]:
         if stem not in notebooks:
             raise UsageError(f"unknown notebook {stem!r}: `list` names them all")
@@ -107,7 +107,8 @@ def plan(profile: str, only: Sequence[str] = (), *, recompute: bool = False) -> 
     return [job for job in jobs if not only or job.notebook.stem in only]
 
 
-def _profile(name: str) -> dict[str, dict[str, Any]]:
+def profile_of(name: str) -> dict[str, dict[str, Any]]:
+    """What a profile gives each of its notebooks; UsageError where there is no such profile."""
     known = sorted({SMOKE, *(p.stem for p in paths.PROFILES.glob("*.yaml"))})
     if name not in known:
         raise UsageError(f"unknown profile {name!r}: there are {', '.join(known)}")

@@ -106,6 +106,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     np.savez(tmp_path / "far.npz", images=images, labels=np.arange(20) % 3 + 5)
     np.savez(tmp_path / "bare.npz", images=images)
     np.savez(tmp_path / "named.npz", images=images, labels=np.arange(20) % 3, classes=["a", "b"])
+    np.savez(tmp_path / "more.npz", images=images, labels=np.arange(20) % 3, classes=["a", "b", "c", "d"])
     np.savez(tmp_path / "half.npz", images=images, labels=np.arange(20) % 3, test_images=images)
     np.savez(tmp_path / "tokens.npz", images=np.arange(120).reshape(20, 6), labels=np.arange(20) % 3)
     torch.save({"optimizer": nn.Linear(1, 1)}, tmp_path / "pickled.PT")
@@ -288,6 +289,7 @@ ERRORS = {
     "--model own_model:six --data own_model:nan": "NaN or infinity, first in example 7",
     "--model own_model:six --data tokens.npz": "whole numbers are tokens: give a table as floats",
     "--model own_model:network --data named.npz": "classes must name all of 0..2, got 2 names",
+    "--model own_model:network --data more.npz": "the data have 4 classes, the model has K = 3",
     "--model own_model:network --data half.npz": "test_images and test_labels go together",
     "--model own_model:network --data data.npz --mean 0 0 --std 1 1": "1 or 1 numbers, one for each channel, got 2",
     "--model companion:resnet50 --data digits --mean 0 --std 1": "--mean would change nothing",

@@ -103,7 +103,10 @@ def load_model(
     if spec.startswith("companion:"):
         scale = 1.0
     model = prepare(made, examples, scale=scale, mean=mean, std=std)
-    return model, check(model, examples)
+    outputs = check(model, examples)
+    if classes > outputs:
+        raise AdaptError(f"the data have {classes} classes, the model has K = {outputs}: give it more outputs")
+    return model, outputs
 
 
 def _named(

@@ -243,8 +243,8 @@ def _prepared(options: argparse.Namespace) -> tuple[Any, Any, int, Any]:
         std=options.std or (),
     )
     shape = tuple(examples[0][0].shape)
-    times = f" times {model.scale:.6g}" if isinstance(model, loading.Prepared) else ""
-    which += f" of shape {shape}{times}"
+    scale = model.scale if isinstance(model, loading.Prepared) else 1
+    which += f" of shape {shape} times {scale:.6g}"
     print(f"{len(examples)} of {len(everything)} examples{which}, K = {classes}: {options.wrt}")
     if found.classes != tuple(map(str, range(len(found.classes)))):
         named = [f"{k} = {name}" for k, name in enumerate(found.classes)]

@@ -6,8 +6,9 @@ weight and dropped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -31,8 +32,10 @@ _OTHER = 10.0
 # Entries of a node's Jacobian made at once: those of a CPU stay in its cache.
 _PIECE = {"cpu": 2**20}
 _PIECE_ELSEWHERE = 2**26
-# What leaves less than so many eps of the length of its terms is rounding.
+# What leaves less than so many eps of the length of its terms is rounding; or of a parameter's largest row of entries,
+# where nobody saw terms: what cancels was there at most half an eps.
 _CANCELLED = 16.0
+_CANCELLED_ALONE = 4.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ def weight_influence(
 
     (Shu & Zhu 2019, section 2, with p = 1; averaged over examples as in Dai et al. 2025, arXiv 2504.03714). It is free
     of the size of the gradient, and not at its ceiling: a weight reaches one direction of the K - 1. A gradient that is
-    a sum over positions and cancels to rounding, as that of the bias of an attention's keys does, counts as zero.
+    a sum over positions and cancels to rounding, as that of the bias of an attention's keys does, counts as zero; on
+    the autograd path, which sees no terms, so does one below four eps of the largest of its parameter.
 
     Args:
         model: As for ``metric_tensor``.
@@ -166,7 +170,7 @@ class _WeightPasses(ParameterPasses):
                 largest = max(_length(part, n, probe) for part in parts)
                 for part in parts:
                     gap = _combined(part, n, probe) - truth[n][part.operand.name]
-                    if not float(gap.norm()) <= _OTHER * REVERSE[dtype] * largest:
+                    if not float(gap.double().norm()) <= _OTHER * REVERSE[dtype] * largest:
                         differ.add(part.operand.name)
             found.update(new)
 
@@ -185,7 +189,8 @@ class _WeightPasses(ParameterPasses):
             self.totals[name] += found[name]
         for n in range(len(inputs) if self.refused else 0):
             for name, jacobian in self._rows_of_refused(inputs[n : n + 1], score[n]):
-                numbers = score.numbers(jacobian.reshape(1, len(jacobian), -1), slice(n, n + 1))
+                flat, unseen = jacobian.reshape(1, len(jacobian), -1), partial(_rounding_unseen, jacobian.dtype)
+                numbers = score.numbers(flat, slice(n, n + 1), unseen)
                 found_here = [factor * values.double()[0] for values, factor in numbers]
                 self.totals[name] += torch.stack(found_here).view_as(self.totals[name])
 
@@ -203,15 +208,27 @@ def _summed(part: AnyGradient, score: _LossRows, most: int) -> Tensor:
     """The same of a piece, as its node takes the parameter: a few examples at a time where all are too many."""
     examples, rows = part.rows.shape[:2]
     step = max(1, most // max(1, rows * part.width))
-    limit = (_CANCELLED * torch.finfo(part.rows.dtype).eps) ** 2
     total: Tensor | None = None
     for start in range(0, examples, step):
         chosen = slice(start, start + step)
-        numbers = score.numbers(part.entries(chosen), chosen, floor=limit * part.terms(chosen))
+        numbers = score.numbers(part.entries(chosen), chosen, partial(_rounding, part, chosen))
         parts = torch.stack([_weighted(part, values, factor, chosen) for values, factor in numbers])
         total = parts if total is None else total.add_(parts)
     assert total is not None
     return total
+
+
+def _rounding(part: AnyGradient, chosen: slice, squares: Tensor) -> Tensor:
+    """What some of the squares ``(n, p)`` of a few examples may have from rounding alone."""
+    limit = (_CANCELLED * torch.finfo(part.rows.dtype).eps) ** 2
+    if isinstance(part, ProductGradient) and not part.may_cancel(chosen, squares, limit):
+        return squares.new_zeros(1)
+    return part.terms(chosen, squares.dtype) * limit
+
+
+def _rounding_unseen(dtype: torch.dtype, squares: Tensor) -> Tensor:
+    """The same of a parameter whose terms nobody saw."""
+    return squares.amax() * (_CANCELLED_ALONE * torch.finfo(dtype).eps) ** 2
 
 
 def _weighted(part: AnyGradient, values: Tensor, factor: Tensor, chosen: slice) -> Tensor:
@@ -231,7 +248,7 @@ def _combined(part: AnyGradient, n: int, probe: Tensor) -> Tensor:
 
 def _length(part: AnyGradient, n: int, probe: Tensor) -> float:
     """A bound of what v^T J adds up: where it cancels, rounding has the size of that."""
-    return float(part.terms(slice(n, n + 1)).double().sum().sqrt() * probe.norm())
+    return float(part.terms(slice(n, n + 1), torch.float64).sum().sqrt() * probe.norm())
 
 
 def _arranged(values: Tensor, operand: Operand) -> Tensor:
@@ -305,26 +322,48 @@ class _LossRows(ScoreSums):
         names, one = ("log_probs", "unit", "scale", "of_label", "of_rest"), slice(example, example + 1)
         return replace(self, **{name: getattr(self, name)[one] for name in names})
 
-    def numbers(self, jacobian: Tensor, chosen: slice, *, floor: Tensor | float = 0.0) -> list[tuple[Tensor, Tensor]]:
+    def numbers(
+        self, jacobian: Tensor, chosen: slice, rounding: Callable[[Tensor], Tensor], unit: Tensor | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
         """FI, trace and gradient of some examples from their rows ``(n, m, p)``, each as values and their factors.
 
         Values are ``(n, p)``, in the precision of the network, since wider entries would take longer than their
-        products; factors ``(n,)`` are float64. Where the squares of all rows are no more than ``floor`` the weight
-        counts as one that moves nothing.
+        products, or where squares do not fit it in float64, each weight in its own ``unit``; factors ``(n,)`` are
+        float64. Where the squares of all rows are no more than their ``rounding`` the weight counts as one that moves
+        nothing.
         """
-        jacobian = jacobian.to(torch.promote_types(jacobian.dtype, torch.float32))
+        wide = torch.promote_types(jacobian.dtype, torch.float32)
+        jacobian = jacobian.to(wide)
         first, squares = jacobian[:, 0], torch.zeros_like(jacobian[:, 0])
         for row in jacobian[:, 1:].unbind(dim=1):
             squares.addcmul_(row, row)  # one pass over memory; a norm over the rows is 50 times slower on a CPU
         own = first.square()
-        nothing = own + squares <= floor
+        total = own + squares
+        floor = rounding(total) if unit is None else rounding(total * unit.square()) / unit.square()
         scale, of_label, of_rest = (part[chosen] for part in (self.scale, self.of_label, self.of_rest))
         if self.samples:
             whole, limit = squares.div_(self.samples), of_rest / of_label
             factors = torch.ones_like(scale), scale.square(), scale
         else:
-            whole, limit = squares.addcmul_(own, of_label.to(own.dtype)), 1 / of_label
+            whole, limit = squares.addcmul_(own, of_label.to(wide)), 1 / of_label
             factors = of_rest, of_rest, of_rest
-        ratio = own.div_(whole).masked_fill_(nothing, 0.0).clamp_(max=limit.to(own.dtype))
-        values = ratio, whole.masked_fill_(nothing, 0.0), first.masked_fill(nothing, 0.0)
-        return [(value, factor[:, 0]) for value, factor in zip(values, factors, strict=True)]
+        if unit is None and not _fits(first, whole, total.amax(), floor.amax(), of_label.amin()):
+            wider = jacobian.double()
+            unit = wider.abs().amax(dim=1)
+            unit = unit.masked_fill(unit == 0, 1.0)
+            return self.numbers(wider / unit[:, None], chosen, rounding, unit)
+        # As factors; masks take ten times as long on a CPU.
+        live = (total <= floor).logical_not_().to(wide)
+        ratio = (own / whole.clamp(min=torch.finfo(wide).tiny)).mul_(live).clamp_(max=limit.to(wide))
+        trace, gradient = whole.mul_(live), first * live
+        if unit is not None:
+            trace, gradient = trace * unit.square(), gradient * unit
+        return [(value, factor[:, 0]) for value, factor in zip((ratio, trace, gradient), factors, strict=True)]
+
+
+def _fits(first: Tensor, whole: Tensor, total: Tensor, floor: Tensor, of_label: Tensor) -> bool:
+    """Whether no square, of the ``first`` row, the ``whole`` or the largest ones, left its precision."""
+    least = torch.finfo(whole.dtype).tiny / torch.finfo(whole.dtype).eps
+    if not bool((torch.maximum(total, floor) <= 1 / least) & (of_label >= least)):
+        return False
+    return bool(whole.amin() >= least) or not bool((1 - whole / least).clamp_(min=0).mul_(first).abs_().amax() > 0)

@@ -151,6 +151,79 @@ def test_what_cancels_has_no_influence(dtype: torch.dtype) -> None:
     assert float(found.fi["layers.0.query.bias"].min()) > 0.0
 
 
+class Attention(nn.Module):
+    """Tokens that a sharp attention all but leaves out, through a tanh."""
+
+    def __init__(self, sharp: float) -> None:
+        super().__init__()
+        self.value, self.head = nn.Linear(5, 4, bias=False), nn.Linear(4, 3)
+        self.query = torch.tensor([0.0, sharp, 0.0, 0.0, 0.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (x @ self.query.to(x)).softmax(dim=1)
+        return self.head(torch.tanh((weights[:, None] @ self.value(x))[:, 0]))
+
+
+@pytest.mark.parametrize(("dtype", "sharp"), [(torch.float32, 18.0), (torch.float64, 45.0)])
+def test_one_small_term_does_not_cancel(dtype: torch.dtype, sharp: float) -> None:
+    torch.manual_seed(0)
+    model, x = Attention(sharp).double(), nn.functional.one_hot(torch.tensor([[0, 1, 2]]), 5).double()
+    expected = brute(model, x, torch.tensor([0]))
+    found = influence.weight_influence(model.to(dtype), x.to(dtype), [0])
+    assert float(found.fi["value.weight"][:, [0, 2]].min()) > 0.0
+    compare(found, expected, 1e-5)
+
+
+def test_what_cancels_without_a_rule() -> None:
+    """Keys' bias of an attention to other tokens, of whose packed parameter autograd makes the gradient."""
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerDecoderLayer(4, 2, 5, dropout=0.0, batch_first=True)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(x, x)[:, -1])
+
+    torch.manual_seed(1)
+    model, x = Decoder().double().eval(), torch.randn(3, 3, 4, dtype=torch.float64)
+    found = influence.weight_influence(model, x, [0, 1, 2])
+    for name in ("layer.self_attn.in_proj_bias", "layer.multihead_attn.in_proj_bias"):
+        assert not found.fi[name][4:8].any() and not found.trace[name][4:8].any()
+        assert float(found.fi[name][[0, 1, 2, 3, 8, 9, 10, 11]].min()) > 0.0
+
+
+@pytest.mark.parametrize("unit", [1e-25, 1e-21, 1e20, 1e25])
+def test_squares_outside_single_precision(unit: float) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.tanh(self.first(x) * unit))
+
+    torch.manual_seed(0)
+    model, x, labels = Scaled(), torch.randn(2, 3).double(), torch.tensor([0, 1])
+    with torch.no_grad():
+        for parameter in model.first.parameters():
+            parameter.mul_(min(1.0, 1 / unit))  # so that a tanh is not at its end
+    model.double()
+    expected = brute(model, x, labels)
+    found = influence.weight_influence(model.float(), x.float(), labels)
+    for number, truth in zip(NUMBERS, expected["first.weight"], strict=True):
+        assert torch.allclose(getattr(found, number)["first.weight"], truth, rtol=1e-3, atol=0.0), number
+
+
+def test_a_label_less_probable_than_single_precision() -> None:
+    torch.manual_seed(0)
+    model, x, labels = nn.Linear(3, 2).double(), torch.randn(2, 3).double(), torch.tensor([1, 1])
+    model.bias.data[0] = 95.0
+    expected = brute(model, x, labels)["bias"][0]
+    assert torch.allclose(influence.weight_influence(model.float(), x.float(), labels).fi["bias"], expected, rtol=1e-3)
+
+
 def test_a_wrong_rule_is_not_believed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     model, x, labels = small()
     rule = rules.RULES["ConvolutionBackward0"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from influence.grams.gradients import AnyGradient, Gradient, ProductGradient, squared
+from influence.grams.gradients import AnyGradient, Gradient, ProductGradient
 from influence.grams.rules import RULES, Grads, Layout, Node, Rule, Site, require_form, shape_of
 
 # Positions from which on a matrix product for each example is faster on a CPU than a library's 1x1 convolution.
@@ -50,7 +50,7 @@ def _gradients(site: Site, grad: Tensor, layout: Layout) -> Iterator[AnyGradient
         yield ProductGradient(weight, grads.transpose(0, 1), inputs, shape, turned)
     if bias is not None:
         shifts = layout.channels(grad, 1).transpose(0, 1)
-        yield Gradient.of(bias, shifts.sum(dim=-1), lambda: squared(shifts).sum(dim=-1))
+        yield Gradient.of(bias, shifts.sum(dim=-1), lambda dtype: shifts.to(dtype).square().sum(dim=-1))
 
 
 def _vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from influence.grams.gradients import Gradient, squared
+from influence.grams.gradients import Gradient
 from influence.grams.rules import RULES, Grads, Layout, Node, Rule, Site, require_form, shape_of
 
 
@@ -39,11 +38,12 @@ def _gradients(site: Site, grad: Tensor, layout: Layout) -> Iterator[Gradient]:
         # A difference has the Gram of a sum.
         factor = grad.new_tensor(node._saved_alpha if operand.place == 1 else 1.0)
 
-    def summed(*, squares: bool) -> Tensor:
+    def summed(squares: torch.dtype | None = None) -> Tensor:
         terms = (part * factor for part in grad)
-        return torch.cat([_sum_to_operand(site, (squared(t) if squares else t)[None], layout) for t in terms], dim=1)
+        given = (t if squares is None else t.to(squares).square() for t in terms)
+        return torch.cat([_sum_to_operand(site, t[None], layout) for t in given], dim=1)
 
-    yield Gradient.of(operand, summed(squares=False), partial(summed, squares=True))
+    yield Gradient.of(operand, summed(), summed)
 
 
 def _add_vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -45,23 +45,20 @@ class _Rows:
 class Gradient(_Rows):
     """Gradients ``rows``, ``(N, m, *shape)``, of what the picks of an operand leave of it.
 
-    ``squares`` gives, in the same shape, the sums of the squares of what was added up for each entry.
+    ``squares`` gives, in a given precision, the squares of what was added up for each entry, summed: ``(N, p)``.
     """
 
-    squares: Callable[[], Tensor]
+    squares: Callable[[torch.dtype], Tensor]
 
     @classmethod
-    def of(cls, operand: Operand, rows: Tensor, squares: Callable[[], Tensor]) -> Gradient:
-        """From gradients ``(N, m, *shape)`` of what the node takes: back through whatever picked entries."""
-        return cls(operand, through(operand.picks, rows), lambda: through(operand.picks, squares()))
+    def of(cls, operand: Operand, rows: Tensor, squares: Callable[[torch.dtype], Tensor]) -> Gradient:
+        """From gradients and ``squares`` ``(N, m, *shape)`` of what the node takes: back through all that picked."""
+        picks = operand.picks
+        return cls(operand, through(picks, rows), cache(lambda d: through(picks, squares(d)).flatten(2).sum(dim=1)))
 
-    def terms(self, chosen: slice) -> Tensor:
+    def terms(self, chosen: slice, dtype: torch.dtype) -> Tensor:
         """What was squared and added up over the rows before any sum could cancel: ``(n, p)``."""
-        return self._squares[chosen].sum(dim=1)
-
-    @cached_property
-    def _squares(self) -> Tensor:
-        return self.squares().reshape(*self.rows.shape[:2], -1)
+        return self.squares(dtype)[chosen]
 
     def to_parameter(self, values: Tensor, weights: Tensor, chosen: slice) -> Tensor:
         """Sum values ``(n, p)`` for the entries of examples with weights ``(n,)``, as the node takes the parameter."""
@@ -120,10 +117,20 @@ class ProductGradient:
         found = rows.transpose(1, 2).flatten(2, 3) @ columns
         return found.unflatten(2, (rows.shape[1], -1)).transpose(1, 2).flatten(2)
 
-    def terms(self, chosen: slice) -> Tensor:
-        """A bound of what was squared and added up over the rows before any sum could cancel: ``(n, G P D)``."""
+    def terms(self, chosen: slice, dtype: torch.dtype) -> Tensor:
+        """What was squared and added up over the rows before any sum could cancel: ``(n, G P D)``."""
+        rows, inputs = (part[chosen].to(dtype).square() for part in (self.rows, self.inputs))
+        return (rows.sum(dim=1) @ inputs.mT).flatten(1)
+
+    def may_cancel(self, chosen: slice, squares: Tensor, limit: float) -> bool:
+        """Whether squares ``(n, G P D)`` that are not 0 may be below ``limit`` of their terms, by a bound of these."""
         rows, inputs = self._squares
-        return (rows[chosen, ..., None] * inputs[chosen, :, None]).flatten(1)
+        if self.rows.shape[-1] == 1 or squares.dtype != rows.dtype:
+            return self.rows.shape[-1] > 1
+        bound = (limit * rows[chosen, ..., None]) * inputs[chosen, :, None]
+        bound = bound.flatten(1)
+        # Masks are slow on a CPU, so that they come last.
+        return not bool((squares - bound).amin() >= 0) and bool(squares[squares < bound].any())
 
     @cached_property
     def _squares(self) -> tuple[Tensor, Tensor]:
@@ -160,19 +167,14 @@ class TokenGradient(_Rows):
     tokens: Tensor
     shape: tuple[int, ...]
 
-    def terms(self, chosen: slice) -> Tensor:
+    def terms(self, chosen: slice, dtype: torch.dtype) -> Tensor:
         """The squares of the entries themselves, few of which are sums."""
-        return squared(self.entries(chosen)).sum(dim=1)
+        return self.entries(chosen).to(dtype).square().sum(dim=1)
 
     def to_parameter(self, values: Tensor, weights: Tensor, chosen: slice) -> Tensor:
         """Sum values ``(n, L D)`` for the tokens of some examples with weights ``(n,)``: ``(V, D)``."""
         rows = (weights[:, None] * values).view(-1, self.rows.shape[3])
         return rows.new_zeros(self.shape).index_add_(0, self.tokens[chosen].flatten(), rows)
-
-
-def squared(values: Tensor) -> Tensor:
-    """Squares in float32 at least: in half precision those of values above 255 overflow."""
-    return values.to(torch.promote_types(values.dtype, torch.float32)).square()
 
 
 def _squares_of_rows(values: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from influence.grams.gradients import Gradient, squared
+from influence.grams.gradients import Gradient
 from influence.grams.rules import RULES, Grads, Layout, Node, Rule, Site, require_form
 
 
@@ -20,11 +20,11 @@ def _gradients(site: Site, grads: Tensor, normal: Tensor) -> Iterator[Gradient]:
     sums = factors @ terms
 
     @remember
-    def squares() -> Tensor:
-        return squared(factors) @ squared(terms)
+    def squares(dtype: torch.dtype) -> Tensor:
+        return factors.to(dtype).square() @ terms.to(dtype).square()
 
-    def lengths(place: int) -> Tensor:
-        return squares()[:, :, place - 1].mT
+    def lengths(place: int, dtype: torch.dtype) -> Tensor:
+        return squares(dtype)[:, :, place - 1].mT
 
     for place in (1, 2):
         operand = site.operand(place)

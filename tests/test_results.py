@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from scipy import stats
 
 from influence.companion.ledger import cache, manifest, paths, reference, results
 from influence.companion.ledger.notebook import NotebookError
@@ -225,12 +226,45 @@ def test_each_kind_has_its_form(row: reference.Reference, ours: reference.Findin
         row.outcome(ours)
 
 
-def test_the_smallest_effect_is_found_four_times_in_five() -> None:
-    generator, error, found = np.random.default_rng(0), 0.7, 0
-    effect = reference.Estimate(0, -1.96 * error, 1.96 * error, 1).smallest_effect
-    for value in generator.normal(effect, error, 4000):
-        found += value - 1.96 * error > 0
-    assert found / 4000 == pytest.approx(0.8, abs=0.02)
+@pytest.mark.parametrize(("n", "df"), [(1, None), (3, 2), (5, 4)])
+def test_the_smallest_effect_is_found_four_times_in_five(n: int, df: int | None) -> None:
+    generator, error, repeats = np.random.default_rng(0), 0.7, 20_000
+    quantile = 1.959964 if df is None else stats.t.ppf(0.975, df)
+    half = quantile * error / np.sqrt(n)
+    effect = reference.Estimate(0, -half, half, n, df=df).smallest_effect
+    drawn = generator.normal(effect, error, (repeats, n))
+    spread = error if df is None else drawn.std(axis=1, ddof=1)
+    found = drawn.mean(axis=1) > quantile * spread / np.sqrt(n)
+    assert found.mean() == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize("df", [None, 2, 10])
+def test_widened_intervals_hold_together(df: int | None) -> None:
+    law = stats.norm if df is None else stats.t(df)
+    estimate = reference.Estimate(1, 1 - law.ppf(0.975), 1 + law.ppf(0.975), 3, df=df)
+    assert estimate.widened(1) == pytest.approx((estimate.low, estimate.high))
+    low, high = estimate.widened(5)
+    assert 5 * (law.cdf(low - 1) + law.sf(high - 1)) == pytest.approx(0.05)
+
+
+def test_an_estimate_of_before_is_read_without_degrees_of_freedom() -> None:
+    old = {"value": 1.0, "low": 0.5, "high": 1.5, "n": 3, "of": "a"}
+    assert reference.finding("item", [old]) == (reference.Estimate(1.0, 0.5, 1.5, 3, "a"),)
+
+
+def _line(row: reference.Reference, *ours: reference.Estimate) -> str:
+    return reference.Comparison("item", ours, row, row.outcome(ours)).line
+
+
+def test_estimates_in_words() -> None:
+    low, high = reference.Estimate(1, 0.5, 1.5, 9, "a"), reference.Estimate(2, -7, 11, 9, "b")
+    between = f"ours 2 estimates, from {low} to {high}, reference -"
+    assert _line(_reference("context"), high, low) == f"item: {between}"
+    assert f"ours 2 of 2, the weakest {high}, reference above -8" in _line(_reference("above", -8), high, low)
+    assert f"ours 1 of 2, the weakest {high}, reference above 0" in _line(_reference("above", 0), low, high)
+    # The wide interval lies beyond the margin, so the power is that of the narrow one.
+    wide, narrow = reference.Estimate(50, 10, 90, 9), reference.Estimate(1, -1, 3, 9)
+    assert _line(_reference("above", 0), wide, narrow).endswith("(80% power for 2.9 beyond the margin)")
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
 from typing import Any
+
+from scipy import special
 
 from . import paths
 
@@ -29,8 +30,7 @@ COLUMNS = ("artifact", "item", "kind", "value", "tolerance", "status", "source")
 SUPPORTED, CONTRADICTED, UNDETERMINED = "supported", "contradicted", "undetermined"
 CHECKED, FAILS = "checked", "check fails"
 REPRODUCED, NO_REFERENCE, NOT_JUDGED = "reproduced", "no reference", "not judged"
-_NORMAL = NormalDist()
-_SIDES = 0.975  # of a 95% interval
+_SIDES, _POWER = 0.975, 0.8  # of a 95% interval; of the smallest effect
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Estimate:
         high: its upper end.
         n: how many networks, or images, it rests on.
         of: what it is of, where a claim is made of several.
+        df: degrees of freedom where the interval is a t interval; None for one that is nearly normal.
     """
 
     value: float
@@ -50,17 +51,25 @@ class Estimate:
     high: float
     n: int
     of: str = ""
+    df: int | None = None
 
     @property
     def smallest_effect(self) -> float:
         """The distance from a margin that this design finds with a probability of 80%, by its interval's width."""
-        quantile = _NORMAL.inv_cdf(_SIDES)
-        return (self.high - self.low) / 2 * (1 + _NORMAL.inv_cdf(0.8) / quantile)
+        quantile = self._quantile(_SIDES)
+        if self.df is None:
+            errors = quantile + self._quantile(_POWER)
+        else:  # of a t statistic that lies beyond its quantile four times in five
+            errors = float(special.nctdtrinc(self.df, 1 - _POWER, quantile))
+        return (self.high - self.low) / 2 * errors / quantile
 
     def widened(self, looks: int) -> tuple[float, float]:
-        """The interval that all of `looks` such intervals hold together with 95%, in the normal approximation."""
-        factor = _NORMAL.inv_cdf(1 - (1 - _SIDES) / looks) / _NORMAL.inv_cdf(_SIDES)
+        """The interval that all of `looks` such intervals hold together with 95%, by the normal or the t law."""
+        factor = self._quantile(1 - (1 - _SIDES) / looks) / self._quantile(_SIDES)
         return self.value - factor * (self.value - self.low), self.value + factor * (self.high - self.value)
+
+    def _quantile(self, p: float) -> float:
+        return float(special.ndtri(p) if self.df is None else special.stdtrit(self.df, p))
 
     def __str__(self) -> str:
         """Value, interval and n; with what it is of."""
@@ -122,11 +131,15 @@ class Reference:
             return CONTRADICTED
         return SUPPORTED
 
+    def beyond(self, ours: Estimate) -> float:
+        """How far the nearer end of an interval lies beyond the margin; negative where it does not."""
+        assert self.value is not None  # __post_init__ saw to it
+        return ours.low - self.value if self.kind == "above" else self.value - ours.high
+
     def _of_estimates(self, ours: tuple[Estimate, ...]) -> str:
         assert self.value is not None
         sign = 1 if self.kind == "above" else -1
-        ends = [sorted((sign * (e.low - self.value), sign * (e.high - self.value))) for e in ours]
-        if ends and all(low > 0 for low, _ in ends):
+        if ours and all(self.beyond(e) > 0 for e in ours):
             return SUPPORTED
         far = [max(sign * (end - self.value) for end in e.widened(len(ours))) for e in ours]
         return CONTRADICTED if any(end < 0 for end in far) else UNDETERMINED
@@ -160,21 +173,25 @@ class Comparison:
 
     @property
     def shown(self) -> str:
-        """Ours in words; of several estimates the one that is nearest to failing."""
+        """Ours in words; of several estimates that are judged the one nearest to failing, of others their range."""
         if not isinstance(self.ours, tuple):
             return format_finding(self.ours)
-        if len(self.ours) == 1 or self.reference is None:
+        if len(self.ours) < 2 or self.reference is None:
             return "; ".join(map(str, self.ours))
-        margin, above = self.reference.value or 0.0, self.reference.kind == "above"
-        weakest = min(self.ours, key=lambda e: e.low - margin if above else margin - e.high)
-        beyond = sum(e.low > margin if above else e.high < margin for e in self.ours)
-        return f"{beyond} of {len(self.ours)}, the weakest {weakest}"
+        if self.reference.kind == "context":
+            least, most = (chosen(self.ours, key=lambda e: e.value) for chosen in (min, max))
+            return f"{len(self.ours)} estimates, from {least} to {most}"
+        margins = list(map(self.reference.beyond, self.ours))
+        weakest = self.ours[margins.index(min(margins))]
+        return f"{sum(margin > 0 for margin in margins)} of {len(self.ours)}, the weakest {weakest}"
 
     @property
     def _power(self) -> str:
-        if self.outcome != UNDETERMINED or not isinstance(self.ours, tuple):
+        """What those estimates that leave a claim undetermined could have found."""
+        if self.outcome != UNDETERMINED or not isinstance(self.ours, tuple) or self.reference is None:
             return ""
-        return f" (80% power for {max(e.smallest_effect for e in self.ours):.2g} beyond the margin)"
+        open_ones = [e.smallest_effect for e in self.ours if not self.reference.beyond(e) > 0]
+        return f" (80% power for {max(open_ones):.2g} beyond the margin)" if open_ones else ""
 
 
 def format_finding(value: bool | float | None) -> str:

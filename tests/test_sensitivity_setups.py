@@ -45,6 +45,17 @@ def digits() -> data.Split:
     return data.load("digits").test.sample(6)
 
 
+def test_an_estimate_over_seeds_has_the_wider_interval() -> None:
+    low, high = pd.Series([0.3, 0.4, 0.5]), pd.Series([0.7, 0.8, 0.9])
+    one = common.over_seeds(pd.Series([0.5]), low[:1], high[:1], n=9, of="a")
+    assert one == reference.Estimate(0.5, 0.3, 0.7, 9, "a")
+    alike = common.over_seeds(pd.Series([0.59, 0.6, 0.61]), low, high, n=9)
+    assert (alike.low, alike.high, alike.n, alike.df) == pytest.approx((0.4, 0.8, 9, None))
+    apart = common.over_seeds(pd.Series([0.4, 0.6, 0.8]), low, high, n=9)
+    half = 4.302653 * 0.2 / 3**0.5
+    assert (apart.low, apart.high, apart.n, apart.df) == pytest.approx((0.6 - half, 0.6 + half, 3, 2))
+
+
 def test_all_parameters_are_the_sum_of_the_layers(digits: data.Split) -> None:
     x = digits.images.float()
     both = layerwise.with_all(influence.metric_tensor(network(), x, wrt="layers"))

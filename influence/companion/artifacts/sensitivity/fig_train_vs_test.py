@@ -42,15 +42,15 @@ _MARKS = {"exact": "o", "released": "s", "loss": "D", "margin": "^"}
 
 def draw(scores: pd.DataFrame) -> Figure:
     """The paper's figure: paired Manhattan plots of released FI on one range, training left, test right; first seed."""
-    scores = scores[scores["seed"] == scores["seed"].min()]
-    groups = list(scores.groupby(["dataset", "model"], sort=False))
+    seed = scores["seed"].min()
+    groups = list(scores[scores["seed"] == seed].groupby(["dataset", "model"], sort=False))
     figure = Figure(figsize=(style.WIDTH, 1.8 * len(groups)))
     grid = figure.subplots(len(groups), 2, squeeze=False, sharey="row")
     for row, ((name, model), group) in zip(grid, groups, strict=True):
         for axes, part in zip(row, ("train", "test"), strict=True):
             chosen = group[group["part"] == part]
             manhattan(axes, chosen["position"], chosen["released"], chosen["label"])
-            axes.set_title(f"{part}, {len(chosen)} images", fontsize=9)
+            axes.set_title(f"{part}, {len(chosen)} images, seed {seed}", fontsize=9)
             axes.set_xlabel("class")
         row[0].set_ylim(0, 1.05 * group["released"].max())
         row[0].set_ylabel(f"{style.name(name)}\n{style.name(model)}\nreleased FI, $y_{{pred}}$")
@@ -74,7 +74,8 @@ def draw_effects(gaps: pd.DataFrame) -> Figure:
     axes.axvline(0.5, color="0.6", linewidth=0.8)
     axes.set_yticks(range(len(networks)), [f"{style.name(d)} {style.name(m)}" for d, m in networks])
     axes.invert_yaxis()
-    of = f"{seeds} networks (images where there is one)" if seeds > 1 else f"{images} images of each part; one network"
+    over_networks = f"{seeds} networks, or over images where that is wider"
+    of = over_networks if seeds > 1 else f"{images} images of each part; one network"
     axes.set_xlabel(f"P(test image > training image), 95% interval over {of}")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

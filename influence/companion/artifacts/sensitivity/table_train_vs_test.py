@@ -18,6 +18,7 @@ from .common import predicted_influence
 QUANTILES = (0.75, 0.80, 0.85, 0.90, 0.95, 0.98, 0.99, 1.0)
 TAIL = 0.95  # the quantile of the claim
 _REPEATS = 200
+_LINEAR = 1e-3  # below it the axis of the figure is linear
 
 compute = predicted_influence
 
@@ -73,7 +74,8 @@ def _interval(statistic: Callable[..., Any], generator: np.random.Generator, *sa
 
 def draw(table: pd.DataFrame) -> Figure:
     """Upper quantiles of released FI in both parts with 95% bootstrap intervals (the largest has none); first seed."""
-    chosen = table[(table["estimator"] == "released") & (table["seed"] == table["seed"].min())]
+    seed = table["seed"].min()
+    chosen = table[(table["estimator"] == "released") & (table["seed"] == seed)]
     groups = list(chosen.groupby(["dataset", "model"], sort=False))
     figure = Figure(figsize=(style.WIDTH, 2.3 * ((len(groups) + 1) // 2)))
     grid = figure.subplots((len(groups) + 1) // 2, 2, squeeze=False).ravel()
@@ -83,11 +85,12 @@ def draw(table: pd.DataFrame) -> Figure:
             bars = [(rows["value"] - rows["low"]).fillna(0), (rows["high"] - rows["value"]).fillna(0)]
             axes.errorbar(rows.index + shift, rows["value"], yerr=bars, fmt="o", color=colour, markersize=4, label=part)
         axes.set_xticks(range(len(rows)), [f"{q:g}" for q in rows["quantile"]])
-        axes.set_yscale("symlog", linthresh=1e-3)
+        axes.set_yscale("symlog", linthresh=_LINEAR)
         axes.set_ylim(0, 2 * group["value"].max())
         axes.set_xlabel("quantile")
-        axes.set_ylabel("released FI")
-        axes.set_title(f"{style.name(name)}, {style.name(model)}, {rows['images'].iloc[0]} images each", fontsize=8)
+        axes.set_ylabel(f"released FI\n(linear below {_LINEAR:g})")
+        counts = f"{rows['images'].iloc[0]} images each"
+        axes.set_title(f"{style.name(name)}, {style.name(model)}, seed {seed}, {counts}", fontsize=7)
         axes.legend(fontsize=7)
     for axes in grid[len(groups) :]:
         axes.set_axis_off()

@@ -289,14 +289,18 @@ def test_the_simulation_and_its_claims(digits: data.Split) -> None:
     claims = fig_outlier_simulation.claims(scores)
     (found,) = claims["fi_beats_jacobian_norm"]
     assert found.of == "resnet50" and found.n == len(scores) and 0 < found.low < found.value
+    assert set(claims) == {"fi_beats_jacobian_norm", "auroc_of_exact_fi_is_that_of_the_loss"}
     assert claims["auroc_of_exact_fi_is_that_of_the_loss"]
+    later = fig_outlier_simulation.claims(pd.concat([scores, scores.assign(state="after")]))
+    assert later["fi_beats_jacobian_norm_after"] == later["fi_beats_jacobian_norm"] == [found]
     assert not fig_outlier_simulation.claims(scores.assign(loss=-scores["exact"]))[
         "auroc_of_exact_fi_is_that_of_the_loss"
     ]
     table = fig_outlier_simulation.detection_table(scores)
     assert table["score"].tolist() == list(imagewise.NAMES) and (table["outliers"] == len(digits)).all()
     curves = fig_outlier_simulation.curves(scores)
-    assert len(fig_outlier_simulation.draw_curves(curves, table, "before").axes) == 2
+    drawn_curves = fig_outlier_simulation.draw_curves(curves, table, "before").axes
+    assert [len(axes.lines) for axes in drawn_curves] == [4, 4]
     shown = fig_outlier_simulation.examples(digits, "0123456789", count=3).assign(seed=0)
     assert shown["label"].tolist() == [str(int(digits.labels[i])) for i in (0, 2, 5)]
     drawn = fig_outlier_simulation.draw_examples(shown).axes[2].images[0].get_array()

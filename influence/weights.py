@@ -6,6 +6,7 @@ weight and dropped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -248,7 +249,11 @@ def _combined(part: AnyGradient, n: int, probe: Tensor) -> Tensor:
 
 def _length(part: AnyGradient, n: int, probe: Tensor) -> float:
     """A bound of what v^T J adds up: where it cancels, rounding has the size of that."""
-    return float(part.terms(slice(n, n + 1), torch.float64).sum().sqrt() * probe.norm())
+    wide = torch.promote_types(part.rows.dtype, torch.float32)
+    total = float(part.terms(slice(n, n + 1), wide).double().sum())
+    if not torch.finfo(wide).tiny < total < math.inf:
+        total = float(part.terms(slice(n, n + 1), torch.float64).sum())
+    return math.sqrt(total) * float(probe.norm())
 
 
 def _arranged(values: Tensor, operand: Operand) -> Tensor:

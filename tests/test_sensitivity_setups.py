@@ -260,6 +260,9 @@ def test_images_of_vulnerable_areas(digits: data.Split) -> None:
     assert list(figures) == ["correct_exact", "correct_alignment", "wrong_exact", "wrong_alignment"]
     titles = [axes.get_title() for axes in figures["wrong_exact"].axes]
     assert titles[:4] == ["1x1", "3x3", "5x5", "7x7"] and titles[4].startswith("true 3, predicted 8")
+    words = [[text.get_text() for text in axes.texts] for axes in figures["wrong_exact"].axes[:4]]
+    assert words[0] == [] and all(text.startswith("flat: ceiling ") for text in words[2] + words[3])
+    assert [text.get_text() for text in figures["wrong_alignment"].axes[3].texts] == ["flat: 1"]
     before, after = (figures["wrong_exact"].axes[k].images[0].get_array() for k in (4, 5))
     np.testing.assert_array_equal(before, digits.images[1, 0])
     assert (before != after).sum() <= 1

@@ -188,8 +188,8 @@ def robustness(runs: pd.DataFrame) -> pd.DataFrame:
 
     `runs` is what `together` makes, here and below.
     """
-    noise = runs["measure"].str.startswith("noise-") | runs["measure"].isin(["gaussian_noise", ORIGINAL])
-    other = runs[runs["kind"].isin(["distortion", "corruption"]) & ~noise]
+    known = runs["measure"].str.contains("noise") | (runs["measure"] == ORIGINAL)
+    other = runs[runs["kind"].isin(["distortion", "corruption"]) & ~known]
     return other.groupby(["seed", "arm"], sort=False)["value"].mean().reset_index()
 
 

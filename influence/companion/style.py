@@ -178,6 +178,8 @@ def dots(
 def network(key: str) -> str:
     """How readers know a network of the zoo, "family-model-dataset", or one that others trained."""
     family, _, rest = key.partition("-")
+    if key.startswith("paper-resnet50-cifar10"):  # by SGD, not as the paper trained it
+        family = "no augmentation"
     if rest.startswith(("resnet", "densenet121", "inception")) and family != "group":
         return f"{name(rest.partition('-')[0]).removesuffix(' (He)')}, {family}"
     return name(key)

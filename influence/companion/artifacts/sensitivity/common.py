@@ -129,21 +129,28 @@ def manhattan(axes: Axes, position: pd.Series, score: pd.Series, label: pd.Serie
     axes.tick_params(axis="x", length=0)
 
 
-def draw_auroc(table: pd.DataFrame, by: str) -> Figure:
+def draw_auroc(table: pd.DataFrame, by: str, *, share: float | None = None) -> Figure:
     """AUROC and average precision of each score with 95% bootstrap intervals; a column for each value of `by`.
+
+    Dashed lines are chance: one half, and the share of what is to be found.
 
     Args:
         table: model, score, auroc, ap, each with _low and _high, and the column `by`.
         by: "state" or "kind".
+        share: of what is to be found, after weighting; None for that of the columns `wrong` and `images`.
     """
     columns = list(table[by].unique())
     models = list(table["model"].unique())
     scores = list(table["score"].unique())
     figure = Figure(figsize=(style.WIDTH * 1.15, 0.5 + 0.24 * len(scores) * 2))
-    grid = figure.subplots(2, len(columns), squeeze=False, sharey=True)
+    grid = figure.subplots(2, len(columns), squeeze=False, sharey=True, sharex="row")
     for measure, row in zip(("auroc", "ap"), grid, strict=True):
         for axes, value in zip(row, columns, strict=True):
-            _intervals(axes, table[table[by] == value], measure, models, scores)
+            part = table[table[by] == value]
+            _intervals(axes, part, measure, models, scores)
+            found = float((part["wrong"] / part["images"]).mean()) if share is None else share
+            chance = 0.5 if measure == "auroc" else found
+            axes.axvline(chance, color="0.4", linestyle="--", linewidth=0.8, zorder=0, label="chance")
             axes.set_xlabel({"auroc": "AUROC", "ap": "average precision"}[measure])
         row[0].set_yticks(range(len(scores)), [style.name(score) for score in scores], fontsize=7)
     for axes, value in zip(grid[0], columns, strict=True):

@@ -184,6 +184,7 @@ def draw(scores: pd.DataFrame) -> Figure:
     for axes in grid[-1, :3]:
         axes.set_xlabel("class")
     grid[-1, 3].set_xlabel(r"$(1 - P_y)/P_y$")
+    figure.legend(*grid[0, 3].get_legend_handles_labels(), loc="outside lower right", ncols=4, fontsize=7)
     return figure
 
 
@@ -203,11 +204,11 @@ def _against_ceiling(axes: Axes, group: pd.DataFrame) -> None:
         color=style.COLOURS["released"],
         transform=axes.get_xaxis_transform(),
         markersize=4,
-        label=f"released = 0 ({len(zeros) / len(group):.0%})",
+        label="released = 0",
     )
+    axes.text(0.97, 0.1, f"{len(zeros) / len(group):.0%} are 0", transform=axes.transAxes, ha="right", fontsize=6)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.legend(fontsize=6, loc="upper left", handlelength=1)
 
 
 def draw_images(images: pd.DataFrame) -> Figure:

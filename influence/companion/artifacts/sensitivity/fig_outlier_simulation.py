@@ -206,7 +206,7 @@ def draw_curves(points: pd.DataFrame, table: pd.DataFrame, state: str) -> Figure
 
 def draw_intervals(table: pd.DataFrame) -> Figure:
     """AUROC and average precision of each score in the three states, with their intervals; first seed."""
-    return draw_auroc(_first_seed(table), by="state")
+    return draw_auroc(_first_seed(table), by="state", share=_PAPER[True] / sum(_PAPER))
 
 
 def draw_examples(images: pd.DataFrame) -> Figure:

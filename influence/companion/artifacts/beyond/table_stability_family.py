@@ -184,7 +184,7 @@ def together(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def robustness(runs: pd.DataFrame) -> pd.DataFrame:
-    """Mean precision of each seed and arm over all distortions and corruptions but Gaussian noise: seed, arm, value.
+    """Mean precision of each seed and arm over all distortions and corruptions that are no noise: seed, arm, value.
 
     `runs` is what `together` makes, here and below.
     """

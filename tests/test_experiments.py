@@ -159,8 +159,9 @@ def test_outlier_figures_draw_every_image() -> None:
     assert zoomed.get_ylim()[1] < left.get_ylim()[1]
     assert all(sum(len(line.get_xdata()) for line in axes.lines) == 200 for axes in (left, middle))
     assert middle.get_yscale() == "log" and left.get_xlim() == (0, 10)
-    zeros = f"released = 0 ({(loss <= 0.1).mean():.0%})"
-    assert zeros in [text.get_text() for text in right.get_legend().get_texts()]
+    assert [text.get_text() for text in right.texts] == [f"{(loss <= 0.1).mean():.0%} are 0"]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["released", "exact", "ceiling", "released = 0"]
     check = scores.assign(by_definition=scores["ceiling"] * 1.5)
     table = fig_outlier_ranking.summary({"scores": scores, "check": check})
     summary = table.iloc[0]

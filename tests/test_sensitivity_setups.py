@@ -304,6 +304,9 @@ def test_the_simulation_and_its_claims(digits: data.Split) -> None:
     curves = fig_outlier_simulation.curves(scores)
     drawn_curves = fig_outlier_simulation.draw_curves(curves, table, "before").axes
     assert [len(axes.lines) for axes in drawn_curves] == [4, 4]
+    intervals = fig_outlier_simulation.draw_intervals(table)
+    chance = [np.asarray(axes.lines[-1].get_xdata()) for axes in intervals.axes]
+    np.testing.assert_allclose(chance, [[0.5, 0.5], [1 / 21, 1 / 21]])
     shown = fig_outlier_simulation.examples(digits, "0123456789", count=3).assign(seed=0)
     assert shown["label"].tolist() == [str(int(digits.labels[i])) for i in (0, 2, 5)]
     drawn = fig_outlier_simulation.draw_examples(shown).axes[2].images[0].get_array()

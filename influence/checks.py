@@ -67,9 +67,13 @@ def require_logits(
         )
     if values:
         require_finite(logits, name=name, hint="Check the inputs and the weights.")
-        if bool((logits >= 0).all()) and bool(((logits.sum(dim=1) - 1).abs() < 1e-4).all()):
+        if _look_like_probabilities(logits):
             _warn_of_probabilities()
     return logits
+
+
+def _look_like_probabilities(logits: Tensor) -> bool:
+    return bool((logits >= 0).all()) and bool(((logits.sum(dim=1) - 1).abs() < 1e-4).all())
 
 
 @cache

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import influence
 import networks
-from influence import checks, independence, inputs, memory, pixels
+from influence import checks, independence, inputs, memory, metric, pixels
 from influence.grams import parameters, reverse, rules
 from influence.kernels import contraction
 
@@ -45,8 +45,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
     # It draws until the values suit it.
     monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, *_, **__: tensor)
     monkeypatch.setattr(reverse, "vjp", listening)
-    for module in (checks, inputs):
+    for module in (checks, inputs, metric):
         monkeypatch.setattr(module, "require_finite", lambda *_, **__: None)
+    monkeypatch.setattr(checks, "_look_like_probabilities", lambda logits: False)
+    monkeypatch.setattr(independence, "_apart", lambda given: [torch.arange(len(given))])
     for module in (parameters, pixels):
         monkeypatch.setattr(module, "gradients", zeros)
     monkeypatch.setattr(independence, "_random_state", lambda device: [])

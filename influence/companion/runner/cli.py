@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..own_model.material import Examples, Material
 
 _PLAIN = argparse.RawDescriptionHelpFormatter
+_PUBLISHED = "cpu"  # the profile that comes with its results
 # Of 64 examples with 10 classes: seconds to minutes of work in a file.
 _MOST_BATCHES = 8
 _MOST_NAMED = 20  # classes
@@ -142,7 +143,9 @@ def _list(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     from . import audit
 
-    run.plan(options.profile, options.only)  # are there such?
+    chosen = options.profile or _PUBLISHED
+    if options.profile or options.only or options.recompute:
+        run.plan(chosen, options.only)  # are there such?
     problems = listing.problems()
     print("\n".join(problems) or "results: every file is owned by a notebook and as its ledger says")
     for profile in listing.profiles():
@@ -150,8 +153,8 @@ def _check(options: argparse.Namespace) -> int:
             print("\n".join(audit.changed(profile)) or f"{profile}: every table was computed by today's code")
     if options.recompute:
         seed = secrets.randbelow(2**31) if options.seed is None else options.seed
-        print(f"profile {options.profile}: {options.recompute} examples of each table computed anew, --seed {seed}")
-        for line, wrong in audit.audit(options.profile, options.recompute, seed=seed, only=options.only):
+        print(f"profile {chosen}: {options.recompute} examples of each table computed anew, --seed {seed}")
+        for line, wrong in audit.audit(chosen, options.recompute, seed=seed, only=options.only):
             print(line, flush=True)
             problems += [line] if wrong else []
     return 1 if problems else 0
@@ -398,7 +401,7 @@ def _add_check(commands: Any) -> None:
     texts: dict[str, Any] = {"description": _CHECK, "epilog": _CHECK_EXAMPLES, "formatter_class": _PLAIN}
     add = commands.add_parser("check", help="are the published results what their ledger says?", **texts).add_argument
     add("--recompute", type=_positive, metavar="N", help="compute N random examples of each published table anew")
-    add("--profile", default="cpu", help="whose tables (default: cpu)")
+    add("--profile", help=f"whose tables (default: {_PUBLISHED})")
     add("--only", nargs="+", default=[], metavar="STEM", help="tables of these notebooks alone")
     add("--seed", type=_count, metavar="S", help="of the choice of examples (default: another each time)")
 

@@ -330,11 +330,11 @@ def draw_rounded(rounded: pd.DataFrame) -> Figure:
     """The divergence after a layer's weights were rounded to 4 bits, against three scores of the layer; first seed."""
     rounded = rounded[rounded["seed"] == rounded["seed"].min()]
     groups = list(rounded.groupby(["dataset", "model"], sort=False))
-    columns = {"predicted": "squared error times tr G / 2 (nats)"} | _RIVALS
+    columns = {"predicted": r"error$^2$ tr $G$ / 2 (nats)", **_RIVALS, "released_share": "released FI / that of all"}
     figure = Figure(figsize=(style.WIDTH, 1.9 * len(groups)))
     grid = figure.subplots(len(groups), len(columns), squeeze=False, sharex="col", sharey="row")
-    for place, (row, ((name, model), group)) in enumerate(zip(grid, groups, strict=True), start=1):
-        for axes, (column, label) in zip(row, columns.items(), strict=True):
+    for row, ((name, model), group) in zip(grid, groups, strict=True):
+        for axes, column in zip(row, columns, strict=True):
             for kind, part in group.groupby("type", sort=False):
                 colour, marker = _MARKERS.get(str(kind), ("#999999", "v"))
                 look = {"color": colour, "marker": marker, "markersize": 3, "linewidth": 0}
@@ -347,9 +347,9 @@ def draw_rounded(rounded: pd.DataFrame) -> Figure:
             if column == "predicted":
                 ends = [min(group[column]), max(group[column])]
                 axes.plot(ends, ends, color="0.5", linewidth=0.8, linestyle="--")
-            if place == len(groups):
-                axes.set_xlabel("mean released FI / of all parameters" if column == "released_share" else label)
         row[0].set_ylabel(f"{style.name(name)}\n{style.name(model)}\nKL after rounding (nats)")
+    for axes, label in zip(grid[-1], columns.values(), strict=True):
+        axes.set_xlabel(label, fontsize=8)
     grid[0, -1].legend(fontsize=7)
     return figure
 

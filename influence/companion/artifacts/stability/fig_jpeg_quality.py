@@ -55,14 +55,33 @@ def claims(runs: pd.DataFrame, parameters: Mapping[str, Any], *, of: str = "") -
     return found
 
 
+def by_quality(runs: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, Estimate]:
+    """Gain of the first alpha at each quality, and how much larger it is at the lowest quality than at each other.
+
+    Claim (ii) compares the ends alone; these say where between them the gain grows.
+    """
+    gain = comparison.gains(runs, stability(parameters["alphas"][0]))
+    lowest, *others = sorted(parameters["qualities"])
+    found = {f"gain_at_{quality}": paired(gain.loc[f"jpeg-{quality}"]) for quality in (*reversed(others), lowest)}
+    least = gain.loc[f"jpeg-{lowest}"]
+    return found | {
+        f"gain_at_{lowest}_less_{quality}": paired(least - gain.loc[f"jpeg-{quality}"]) for quality in others
+    }
+
+
 def draw(table: pd.DataFrame) -> Figure:
-    """Precision@1 against JPEG quality for each arm, and its paired gain over the control with 95% intervals."""
-    figure = Figure(figsize=(style.WIDTH, 3.2))
-    left, right = figure.subplots(1, 2)
+    """Precision@1 against JPEG quality for each arm, and its paired gain over the control with 95% intervals.
+
+    Below, the gain of the first alpha by itself, which is what is scored: beside a stronger one it cannot be seen.
+    """
+    figure = Figure(figsize=(style.WIDTH, 4.4))
+    grid = figure.add_gridspec(2, 2)
+    left, right, near = (figure.add_subplot(where) for where in (grid[:, 0], grid[0, 1], grid[1, 1]))
     distortions = [name for name in table["distortion"].unique() if name == ORIGINAL or name.startswith("jpeg-")]
     x = np.arange(len(distortions))
     arms = list(table["arm"].unique())
     tint = colours(arms)
+    first = next(arm for arm in arms if arm.startswith("stability"))
     for i, arm in enumerate(arms):
         ours = table[table["arm"] == arm].set_index("distortion").loc[distortions]
         left.plot(x, ours["precision_at_1"], "o-", color=tint[arm], markersize=3, label=label(arm))
@@ -70,15 +89,21 @@ def draw(table: pd.DataFrame) -> Figure:
             gain = 100 * ours["gain"].to_numpy()
             errors = np.abs(100 * ours[["gain_low", "gain_high"]].to_numpy().T - gain)
             aside = x + 0.12 * (i - len(arms) / 2)
-            right.errorbar(aside, gain, errors, fmt="o", color=tint[arm], markersize=3, elinewidth=1, label=label(arm))
-    right.axhline(0, color=style.COLOURS["control"], linewidth=1)
+            for axes in (right, near) if arm == first else (right,):
+                axes.errorbar(aside, gain, errors, fmt="o", color=tint[arm], markersize=3, elinewidth=1)
+    for axes in (right, near):
+        axes.axhline(0, color=style.COLOURS["control"], linewidth=1)
     seeds = int(table["seeds"].iloc[0])
     left.set_ylabel("precision@1")
-    right.set_ylabel("gain over control (pp)")
     left.set_title(f"mean over {seeds} seeds")
     right.set_title(f"gain paired by seed, 95% interval, {seeds} seeds")
-    for axes in (left, right):
+    near.set_title(f"{label(first)} alone")
+    right.set_ylabel("gain (pp)")
+    near.set_ylabel("gain (pp)")
+    for axes in (left, right, near):
         axes.set_xticks(x, [name.removeprefix("jpeg-") for name in distortions], rotation=60)
-        axes.set_xlabel("JPEG quality")
+    left.set_xlabel("JPEG quality")
+    near.set_xlabel("JPEG quality")
+    right.tick_params(labelbottom=False)
     left.legend(fontsize=7)
     return figure

@@ -144,6 +144,12 @@ def claims(tables: Mapping[str, pd.DataFrame], parameters: Mapping[str, Any]) ->
     }
 
 
+def under_the_strongest(attacked: pd.DataFrame) -> dict[str, float]:
+    """Accuracy of each arm under PGD at the largest epsilon, the mean over seeds."""
+    rows = attacked[(attacked["attack"] == "pgd") & (attacked["epsilon"] == attacked["epsilon"].max())]
+    return {str(arm): float(group["accuracy"].mean()) for arm, group in rows.groupby("arm", sort=False)}
+
+
 def draw(table: pd.DataFrame, *, images: int) -> Figure:
     """Certified accuracy against the l2 radius, and accuracy against the strength of each attack, of so many images."""
     quantities = {

@@ -47,6 +47,17 @@ def claims(runs: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, list[
     return {item: [of_one[item] for of_one in found] for item in found[0]}
 
 
+def gains_at_5(runs: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, list[Estimate]]:
+    """Gain of each alpha in precision@5 on originals and compressed images, for each data set; none is scored."""
+    versions = [ORIGINAL, *(f"jpeg-{quality}" for quality in parameters["qualities"])]
+    groups = [(str(name), group) for name, group in runs.groupby("dataset", sort=False)]
+    found: dict[str, list[Estimate]] = {}
+    for arm in map(comparison.stability, parameters["alphas"]):
+        gains = [(name, comparison.gains(group, arm, value="precision_at_5")) for name, group in groups]
+        found |= {f"at_5_{v}, {arm}": [comparison.paired(gain.loc[v], name) for name, gain in gains] for v in versions}
+    return found
+
+
 def draw(table: pd.DataFrame) -> Figure:
     """Precision@1 of each arm on each distortion, one panel per data set, with 95% intervals over seeds."""
     names = list(table["dataset"].unique())

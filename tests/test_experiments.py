@@ -84,6 +84,14 @@ def test_claims_follow_the_rules(gain: dict[str, float], clean: str, grows: str)
     assert claims["improves_under_its_own_noise"].value == pytest.approx(0.1)
 
 
+def test_where_the_gain_grows() -> None:
+    runs = runs_with({"original": 0.0, "jpeg-90": 0.02, "jpeg-50": 0.06, "jpeg-10": 0.05})
+    found = fig_jpeg_quality.by_quality(runs, {"alphas": [1.0], "qualities": [90, 50, 10]})
+    expected = {"gain_at_90": 0.02, "gain_at_50": 0.06, "gain_at_10": 0.05,
+                "gain_at_10_less_50": -0.01, "gain_at_10_less_90": 0.03}  # fmt: skip
+    assert {name: one.value for name, one in found.items()} == pytest.approx(expected)
+
+
 def test_one_seed_decides_nothing() -> None:
     estimate = comparison.paired([0.5], "mnist")
     assert (estimate.low, estimate.high, estimate.n, estimate.of) == (-2, 2, 1, "mnist")

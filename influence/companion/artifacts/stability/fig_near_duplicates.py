@@ -47,7 +47,7 @@ def curve(near: np.ndarray, far: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Precision and recall with the threshold at each distance of a near-duplicate, from the smallest.
 
     Precision is that among equally many near-duplicates and negatives: share found / (share found + share of negatives
-    below the threshold). With more negatives for each near-duplicate every curve falls; the order at a fixed recall stays.
+    below the threshold). With more negatives for each near-duplicate every curve falls; the order at one recall stays.
     """
     thresholds = np.sort(near)
     found = np.searchsorted(thresholds, thresholds, side="right") / len(near)

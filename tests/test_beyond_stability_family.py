@@ -219,17 +219,10 @@ def runs_with(gain: float, spread: float = 0.001) -> pd.DataFrame:
             step = 0.0 if arm == "control" else moved
             by = {"original": 0.9, "jpeg-10": 0.6 + step, "noise-0.04": 0.5 + 9 * step, "fog": 0.5 + step,
                   "gaussian_noise": 0.5 + 9 * step, "shot_noise": 0.5 + 9 * step,
-                  "PGD": 0.3 + step * (2 if arm == "trades" else 1),
-                  "KL": 1.0, "trace": 100 * math.exp(-10 * step)}  # fmt: skip
+                  "PGD": 0.3 + step * (2 if arm == "trades" else 1), "KL": 1.0, "trace": 100 * math.exp(-10 * step)}  # fmt: skip
             rows += [{"seed": seed, "arm": arm, "measure": name, "n": 10, "value": v} for name, v in by.items()]
-    kinds = {
-        "fog": "corruption",
-        "gaussian_noise": "corruption",
-        "shot_noise": "corruption",
-        "PGD": "attack",
-        "KL": "output",
-        "trace": "output",
-    }
+    kinds = dict.fromkeys(("fog", "gaussian_noise", "shot_noise"), "corruption")
+    kinds |= {"PGD": "attack", "KL": "output", "trace": "output"}
     frame = pd.DataFrame(rows)
     return frame.assign(kind=frame["measure"].map(kinds).fillna("distortion"))
 
@@ -244,4 +237,6 @@ def test_claims(gain: float, spread: float, expected: str) -> None:
     judged = ("family_gains_on_distorted", "trace_penalty_lowers_the_trace", "trades_resists_the_attack")
     assert [outcomes[item] for item in judged] == [expected] * 3
     assert [round(e.value, 6) for e in claims["family_gains_on_distorted"]] == [gain] * 6  # type: ignore[union-attr]
+    before = [e.value for e in claims["family_gains_with_other_noise"]]  # type: ignore[union-attr]
+    assert np.allclose(before, 11 * gain / 3)  # of jpeg-10, fog and shot noise
     assert np.isclose(claims["trace_penalty_lowers_the_trace"].value, -10 * gain)  # type: ignore[union-attr]

@@ -125,6 +125,18 @@ def test_claims_can_have_every_outcome(gap: float, spread: float, outcome: str) 
         assert rules[item].outcome(given) == outcome
 
 
+def test_what_stands_beside_the_claims() -> None:
+    given = tables(0.1)
+    weights = given["weights"]
+    rounded = weights[weights["ranking"] != "none"].assign(treatment="4 bits")
+    found = fig_single_weights.beside({"weights": pd.concat([weights, rounded])})
+    judged = fig_single_weights.claims(given)["fi_weights_hurt_more_than_random"]
+    assert [one.value for one in found["fi_beyond_random_weights"]] == [judged.value]  # type: ignore[union-attr]
+    assert found["weights_set_to_0_at_0.01"] == found["weights_in_4_bits_at_0.01"]
+    last = next(one for one in found["other_weights_beyond_fi_at_0.01"] if one.of == "at random")
+    assert last.value == pytest.approx(-found["fi_beyond_random_weights"][0].value)
+
+
 def test_the_table_has_every_interval() -> None:
     summary = fig_single_weights.table(tables(0.1))
     row = summary.set_index(["what", "ranking"]).loc[("weights", "exact")]

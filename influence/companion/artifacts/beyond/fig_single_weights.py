@@ -105,8 +105,7 @@ def claims(tables: Mapping[str, pd.DataFrame]) -> dict[str, list[Estimate] | Est
     """
     found: dict[str, list[Estimate] | Estimate] = {}
     for what, changes in _changes(tables).items():
-        judged = changes[(changes["share"] == _JUDGED) & changes["treatment"].isin([TREATMENTS[0], "covered"])]
-        lost = judged.pivot(index=["dataset", "model", "seed"], columns="ranking", values="lost")
+        lost = _lost(changes, _JUDGED, TREATMENTS[0] if what == "weights" else "covered")
         beyond = {
             ranking: paired(lost["exact"] - lost[ranking], f"against {style.RANKINGS[ranking][0]}")
             for ranking in style.RANKINGS
@@ -115,6 +114,34 @@ def claims(tables: Mapping[str, pd.DataFrame]) -> dict[str, list[Estimate] | Est
         found[f"fi_{what}_hurt_most"] = [e for ranking, e in beyond.items() if ranking != "random"]
         found[f"fi_{what}_hurt_more_than_random"] = beyond["random"]
     return found
+
+
+def _lost(changes: pd.DataFrame, share: float, treatment: str) -> pd.DataFrame:
+    """Accuracy lost by each network (rows) and ranking (columns)."""
+    part = changes[(changes["share"] == share) & (changes["treatment"] == treatment)]
+    return part.pivot(index=["dataset", "model", "seed"], columns="ranking", values="lost")
+
+
+def beside(tables: Mapping[str, pd.DataFrame]) -> dict[str, list[Estimate]]:
+    """What is not judged, of weights: other shares, and rounding.
+
+    * fi_beyond_random_weights: the accuracy lost by FI's ranking less that at random, set to 0, at each share.
+    * weights_set_to_0_at_SHARE, the largest, weights_in_4_bits_at_SHARE, the judged: lost by each ranking.
+    * other_weights_beyond_fi_at_SHARE, the largest: lost by each other ranking less that by FI, set to 0.
+    """
+    changes = _changes(tables)["weights"]
+    shares = sorted(changes["share"].unique())
+    zero, rounded = _lost(changes, shares[-1], TREATMENTS[0]), _lost(changes, _JUDGED, TREATMENTS[1])
+    rankings = {name: words for name, (words, *_) in style.RANKINGS.items() if name in zero}
+    small = [(share, _lost(changes, share, TREATMENTS[0])) for share in shares]
+    return {
+        "fi_beyond_random_weights": [paired(lost["exact"] - lost["random"], f"{share:g}") for share, lost in small],
+        f"weights_set_to_0_at_{shares[-1]:g}": [paired(zero[name], words) for name, words in rankings.items()],
+        f"weights_in_4_bits_at_{_JUDGED:g}": [paired(rounded[name], words) for name, words in rankings.items()],
+        f"other_weights_beyond_fi_at_{shares[-1]:g}": [
+            paired(zero[name] - zero["exact"], words) for name, words in rankings.items() if name != "exact"
+        ],
+    }
 
 
 def draw(summary: pd.DataFrame) -> Figure:

@@ -219,7 +219,8 @@ def runs_with(gain: float, spread: float = 0.001) -> pd.DataFrame:
             step = 0.0 if arm == "control" else moved
             by = {"original": 0.9, "jpeg-10": 0.6 + step, "noise-0.04": 0.5 + 9 * step, "fog": 0.5 + step,
                   "gaussian_noise": 0.5 + 9 * step, "shot_noise": 0.5 + 9 * step,
-                  "PGD": 0.3 + step * (2 if arm == "trades" else 1), "KL": 1.0, "trace": 100 * math.exp(-10 * step)}  # fmt: skip
+                  "PGD": 0.3 + step * (2 if arm == "trades" else 1),
+                  "KL": 1.0, "trace": 100 * math.exp(-10 * step)}  # fmt: skip
             rows += [{"seed": seed, "arm": arm, "measure": name, "n": 10, "value": v} for name, v in by.items()]
     kinds = dict.fromkeys(("fog", "gaussian_noise", "shot_noise"), "corruption")
     kinds |= {"PGD": "attack", "KL": "output", "trace": "output"}

@@ -387,6 +387,9 @@ def test_list(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     workspace.notebook("sensitivity/good")
     assert cli.main(["list"]) == 0
     assert capsys.readouterr().out == "sensitivity/good  Title of sensitivity/good\n"
+    assert cli.main(["list", "--profile", "cpu"]) == 2
+    assert "unknown profile 'cpu': there are smoke" in capsys.readouterr().err
+    workspace.profile("cpu", {})
     assert cli.main(["list", "--profile", "cpu"]) == 0
     assert capsys.readouterr().out == "sensitivity/good  not run  Title of sensitivity/good\n"
     ledger = workspace.results / "cpu" / "manifest.json"

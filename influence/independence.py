@@ -200,9 +200,8 @@ class Weighting:
         values = torch.cat([powers, -powers])
         classes, examples = seeds.shape[:2]
         rounds = -(-examples // len(values))
-        places = torch.cat([torch.randperm(len(values), generator=generator, device="cpu") for _ in range(rounds)])[
-            :examples
-        ]
+        drawn = [torch.randperm(len(values), generator=generator, device="cpu") for _ in range(rounds)]
+        places = torch.cat(drawn)[:examples]
         # Few digits, which any floating type holds.
         sizes = 1 + torch.randint(16, (classes,), generator=generator, device="cpu") / 16
         signs = 2.0 * torch.randint(2, (classes,), generator=generator, device="cpu") - 1
@@ -224,7 +223,10 @@ class Weighting:
 
 
 def gradients(output: Tensor | GradientEdge, leaves: Sequence[Tensor], seed: Tensor) -> list[Tensor]:
-    """Gradients of the leaves by autograd, dense, zero where there is none; a RuntimeError says if PyTorch cannot."""
+    """Gradients of the leaves by autograd, dense, zero where there is none; a RuntimeError says if PyTorch cannot.
+
+    Whether they are finite is for ``require_finite_gradients``, once for many passes.
+    """
     try:
         # The graph is kept: a model may hold a part of it from call to call, such as a table of attention biases.
         grads = torch.autograd.grad(
@@ -236,11 +238,16 @@ def gradients(output: Tensor | GradientEdge, leaves: Sequence[Tensor], seed: Ten
         raise RuntimeError(
             f"PyTorch cannot differentiate the model by torch.autograd.grad, so neither can the metric tensor: {error}"
         ) from error
-    dense = [grad.detach().to_dense() if grad.is_sparse else grad.detach() for grad in grads]
-    if not all(bool(torch.isfinite(grad).all()) for grad in dense):
+    return [grad.detach().to_dense() if grad.is_sparse else grad.detach() for grad in grads]
+
+
+def require_finite_gradients(grads: Sequence[Tensor]) -> None:
+    """Refuse gradients with a NaN or infinite entry, with one look at the device for all of them; a ValueError."""
+    # Gradients of several devices meet on the first one.
+    finite = [torch.isfinite(grad).all().to(grads[0].device) for grad in grads]
+    if finite and not bool(torch.stack(finite).all()):
         raise ValueError(
             "a gradient of the logits is NaN or infinite although they are finite, so there is no metric tensor: a "
             "square root, logarithm or division at 0, be it behind a torch.where, or overflow of "
-            f"{dense[0].dtype}. Add a small constant inside it."
+            f"{grads[0].dtype}. Add a small constant inside it."
         )
-    return dense

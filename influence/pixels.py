@@ -19,6 +19,7 @@ from influence.independence import (
     darkness,
     gradients,
     refuse_dependent,
+    require_finite_gradients,
     require_independent,
     require_same,
 )
@@ -186,7 +187,8 @@ class InputGrams:
                 more = inputs.copies(copies).with_leaf()
                 return chosen, narrow, self._jacobian(more, forward(self._model, more), chosen, copies, dtype), dtype
             except (RuntimeError, MemoryError) as error:
-                # A single example may have been refused for its copies, of which it shall not have any.
+                # A single example may have been refused for its copies, of which it shall not have any: it goes on to
+                # be looked at alone.
                 if len(inputs) > 1 and not is_out_of_memory(error):
                     raise
         return chosen, narrow, self._jacobian(inputs, logits, chosen, 1, dtype), dtype
@@ -208,21 +210,22 @@ class InputGrams:
             return grad.unflatten(0, (copies, examples))[: len(part)]
 
         jacobian = torch.cat([rows(part) for part in seeds.split(copies)])
-        if len(logits) > 1:
-            repeated = seeds.repeat(1, copies, 1)
-            weighting = Weighting.draw(repeated, dtype, self._generator)
-            mixed = weighting.row(repeated)[0]
-            weighted = rows(mixed.unflatten(0, (copies, examples))).flatten(0, 1)
-            if not weighting.holds(jacobian.repeat(1, copies, *[1] * (jacobian.ndim - 2)), weighted, outer=1):
-                # It may be rounding of what is zero: an example whose logits get no gradient must have exactly none.
-                for lit in darkness(len(logits)).to(logits.device):
-                    seed = (mixed * lit[:, None]).unflatten(0, (copies, examples))
-                    if rows(seed).flatten(0, 1)[~lit].any():
-                        refuse_dependent()
-                twice = rows((2 * mixed).unflatten(0, (copies, examples))).flatten(0, 1)
-                if (twice - 2 * weighted).abs().max() > 4 * weighting.noise * weighted.abs().max():
-                    raise RuntimeError(
-                        "the model's backward pass is not linear: something in it, such as a hook that clips "
-                        "gradients, makes its derivatives depend on their own size. Remove it."
-                    )
+        require_finite_gradients([jacobian])
+        repeated = seeds.repeat(1, copies, 1)
+        weighting = Weighting.draw(repeated, dtype, self._generator)
+        mixed = weighting.row(repeated)[0]
+        weighted = rows(mixed.unflatten(0, (copies, examples))).flatten(0, 1)
+        if not weighting.holds(jacobian.repeat(1, copies, *[1] * (jacobian.ndim - 2)), weighted, outer=1):
+            # It may be rounding of what is zero: an example whose logits get no gradient must have exactly none.
+            for lit in darkness(len(logits)).to(logits.device):
+                seed = (mixed * lit[:, None]).unflatten(0, (copies, examples))
+                if rows(seed).flatten(0, 1)[~lit].any():
+                    refuse_dependent()
+            # -2 times a seed changes no digit of rounding.
+            doubled = torch.cat([rows(-2 * part) for part in seeds.split(copies)])
+            if (doubled + 2 * jacobian).abs().max() > 8 * weighting.noise * jacobian.abs().max():
+                raise RuntimeError(
+                    "the model's backward pass is not linear: something in it, such as a hook that clips "
+                    "gradients, makes its derivatives depend on their own size. Remove it."
+                )
         return jacobian.transpose(0, 1)

@@ -51,6 +51,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
     monkeypatch.setattr(independence, "_apart", lambda given: [torch.arange(len(given))])
     for module in (parameters, pixels):
         monkeypatch.setattr(module, "gradients", zeros)
+        monkeypatch.setattr(module, "require_finite_gradients", lambda grads: None)
     monkeypatch.setattr(independence, "_random_state", lambda device: [])
     monkeypatch.setattr(independence, "_agree", lambda *_: True)
     monkeypatch.setattr(independence.Weighting, "holds", lambda *_, **__: True)

@@ -628,15 +628,24 @@ def test_autocast_round_the_call_is_for_the_model_alone(wrt: str) -> None:
     assert torch.equal(under[1].rank, plain[1].rank) and under[0].dtype == torch.float32
 
 
-def test_a_backward_pass_that_is_not_linear_is_refused() -> None:
-    def clipped(m: Called, x: Tensor) -> Tensor:
-        y = m.first(x)
+@pytest.mark.parametrize("hook", [lambda grad: grad.clamp(-0.02, 0.02), torch.abs], ids=["clips", "takes sizes"])
+@pytest.mark.parametrize("classes", [3, 40])  # 40: a single example comes with copies of itself
+def test_a_backward_pass_that_is_not_linear_is_refused(hook: Callable[[Tensor], Tensor], classes: int) -> None:
+    def hooked(m: Called, x: Tensor) -> Tensor:
+        y = m.first(x.flatten(1))
         if y.requires_grad:
-            y.register_hook(lambda grad: grad.clamp(-0.02, 0.02))
+            y.register_hook(hook)
         return y
 
+    net = Called(hooked, classes=classes).double().eval()
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for examples in (1, 2, 3, 8):
+        with pytest.raises(RuntimeError, match="not linear"):
+            influence.metric_tensor(net, x[:examples])
     with pytest.raises(RuntimeError, match="not linear"):
-        influence.metric_tensor(Called(clipped).double().eval(), torch.randn(3, 4).double())
+        influence.metric_tensor(net, x, chunk_size=1)
+    with pytest.raises(RuntimeError, match="not linear"):
+        influence.patch_influence(net, x[:, None, None], torch.zeros(8))
 
 
 def test_an_example_that_is_meant_to_be_alone_has_no_copies() -> None:

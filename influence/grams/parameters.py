@@ -23,7 +23,15 @@ from influence.grams.gradients import AnyGradient
 from influence.grams.graph import Graph, read_graph
 from influence.grams.reverse import reverse
 from influence.grams.rules import RULES, Layout, Node, Site
-from influence.independence import Weighting, alone, gradients, require_independent, require_reproducible, require_same
+from influence.independence import (
+    Weighting,
+    alone,
+    gradients,
+    require_finite_gradients,
+    require_independent,
+    require_reproducible,
+    require_same,
+)
 from influence.inputs import Inputs, forward
 from influence.kernels.gram import products
 from influence.kernels.tolerances import REVERSE
@@ -139,16 +147,19 @@ class ParameterPasses:
         """
         logits, self._first = self._first if self._first is not None else alone(self._model, inputs), None
         require_same(self._model, inputs, logits.detach(), batched, dtype)
-        return gradients(logits, self.perturbed, seed)
+        grads = gradients(logits, self.perturbed, seed)
+        require_finite_gradients(grads)
+        return grads
 
     def _rows_of_refused(self, inputs: Inputs, rows: LogitRows) -> Iterator[tuple[str, Tensor]]:
         """Gradients ``(m, *shape)`` of the refused parameters for one example, row by row by autograd."""
         leaves = {name: parameter for name, parameter in self._parameters.items() if name in self.refused}
         logits = forward(self._model, inputs)
         seeds, tensors = rows.seeds(logits.dtype), list(leaves.values())
-        found = [gradients(logits, tensors, seed) for seed in seeds]
-        for name, made in zip(leaves, zip(*found, strict=True), strict=True):
-            yield name, torch.stack(made)
+        rows_of_all = [gradients(logits, tensors, seed) for seed in seeds]
+        found = [torch.stack(made) for made in zip(*rows_of_all, strict=True)]
+        require_finite_gradients(found)
+        yield from zip(leaves, found, strict=True)
 
     def _announce(self) -> None:
         """Say once which parameters go the slower way."""

@@ -139,6 +139,21 @@ def require_reproducible(first: Tensor, again: Tensor, dtype: torch.dtype) -> No
         )
 
 
+def require_doubled(grads: Tensor, doubled: Tensor, dtype: torch.dtype) -> None:
+    """Refuse a backward pass that gives other gradients for seeds than a half of its own for -2 times the seeds.
+
+    A factor of -2 changes no digit of rounding, so that gradients which are nothing but rounding pass too.
+
+    Raises:
+        RuntimeError: If ``doubled`` is not -2 times ``grads``, both of any shape.
+    """
+    if bool((doubled + 2 * grads).abs().max() > 8 * _NOISE.get(dtype, _NOISE_OF_HALF) * grads.abs().max()):
+        raise RuntimeError(
+            "the model's backward pass is not linear: something in it, such as a hook that clips gradients, makes its "
+            "derivatives depend on their own size. Remove it."
+        )
+
+
 def refuse_dependent() -> None:
     """Refuse a batch in which a gradient of one example's logits reaches another example."""
     raise RuntimeError(

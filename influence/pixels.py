@@ -19,6 +19,7 @@ from influence.independence import (
     darkness,
     gradients,
     refuse_dependent,
+    require_doubled,
     require_finite_gradients,
     require_independent,
     require_same,
@@ -221,11 +222,6 @@ class InputGrams:
                 seed = (mixed * lit[:, None]).unflatten(0, (copies, examples))
                 if rows(seed).flatten(0, 1)[~lit].any():
                     refuse_dependent()
-            # -2 times a seed changes no digit of rounding.
             doubled = torch.cat([rows(-2 * part) for part in seeds.split(copies)])
-            if (doubled + 2 * jacobian).abs().max() > 8 * weighting.noise * jacobian.abs().max():
-                raise RuntimeError(
-                    "the model's backward pass is not linear: something in it, such as a hook that clips "
-                    "gradients, makes its derivatives depend on their own size. Remove it."
-                )
+            require_doubled(jacobian, doubled, dtype)
         return jacobian.transpose(0, 1)

@@ -190,6 +190,8 @@ class _WeightPasses(ParameterPasses):
             self.totals[name] += found[name]
         for n in range(len(inputs) if self.refused else 0):
             for name, jacobian in self._rows_of_refused(inputs[n : n + 1], score[n]):
+                if not jacobian.numel():
+                    continue
                 flat, unseen = jacobian.reshape(1, len(jacobian), -1), partial(_rounding_unseen, jacobian.dtype)
                 numbers = score.numbers(flat, slice(n, n + 1), unseen)
                 found_here = [factor * values.double()[0] for values, factor in numbers]

@@ -639,13 +639,27 @@ def test_a_backward_pass_that_is_not_linear_is_refused(hook: Callable[[Tensor], 
 
     net = Called(hooked, classes=classes).double().eval()
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for examples in (1, 2, 3, 8):
+    calls = [partial(influence.metric_tensor, net, x[:n], wrt=wrt) for n in (1, 2, 8) for wrt in ("input", "layers")]
+    calls += [partial(influence.metric_tensor, net, x, chunk_size=1), partial(influence.weight_influence, net, x)]
+    calls += [partial(influence.trace, net, x, wrt=wrt, samples=3) for wrt in ("input", "parameters")]
+    calls += [partial(influence.patch_influence, net, x[:, None, None], [0] * 8)]
+    for call in calls:
         with pytest.raises(RuntimeError, match="not linear"):
-            influence.metric_tensor(net, x[:examples])
-    with pytest.raises(RuntimeError, match="not linear"):
-        influence.metric_tensor(net, x, chunk_size=1)
-    with pytest.raises(RuntimeError, match="not linear"):
-        influence.patch_influence(net, x[:, None, None], torch.zeros(8))
+            call()
+
+
+def test_a_clipping_hook_on_a_parameter_is_refused_where_it_clips() -> None:
+    """The usual way of clipping in training: without effect on gradients that are smaller."""
+    net = Called(lambda m, x: m.first(x)).double().eval()
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plain = influence.metric_tensor(net, x, wrt="layers").gram
+    hook = net.first.weight.register_hook(lambda grad: grad.clamp(-100, 100))
+    torch.testing.assert_close(influence.metric_tensor(net, x, wrt="layers").gram, plain)
+    hook.remove()
+    net.first.weight.register_hook(lambda grad: grad.clamp(-0.02, 0.02))
+    for call in (partial(influence.metric_tensor, wrt="layers"), influence.weight_influence):
+        with pytest.raises(RuntimeError, match="not linear"):
+            call(net, x)
 
 
 def test_an_example_that_is_meant_to_be_alone_has_no_copies() -> None:

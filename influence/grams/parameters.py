@@ -27,6 +27,7 @@ from influence.independence import (
     Weighting,
     alone,
     gradients,
+    require_doubled,
     require_finite_gradients,
     require_independent,
     require_reproducible,
@@ -159,6 +160,12 @@ class ParameterPasses:
         rows_of_all = [gradients(logits, tensors, seed) for seed in seeds]
         found = [torch.stack(made) for made in zip(*rows_of_all, strict=True)]
         require_finite_gradients(found)
+        # What clips gradients, or else depends on their size, does so to the largest ones of each parameter first.
+        some = [made for made in found if made.numel()]
+        for row in {int(made.abs().argmax()) // made[0].numel() for made in some}:
+            for made, doubled in zip(found, gradients(logits, tensors, -2 * seeds[row]), strict=True):
+                if made.numel():
+                    require_doubled(made[row], doubled, logits.dtype)
         yield from zip(leaves, found, strict=True)
 
     def _announce(self) -> None:

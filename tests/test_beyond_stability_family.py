@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,6 +20,7 @@ from influence.companion.artifacts import audits
 from influence.companion.artifacts.beyond import table_stability_family as family_table
 from influence.companion.artifacts.stability import comparison
 from influence.companion.images import corruptions, data
+from influence.companion.images.data import DataError
 from influence.companion.ledger import cache, paths, reference
 from influence.companion.zoo import family, training
 from influence.companion.zoo.family import PENALTIES, FamilyArm
@@ -141,13 +143,26 @@ def test_arms_keep_the_keys_of_what_is_trained(tmp_path: Path, monkeypatch: pyte
 KEY = "a481c4611b8fa1e17417a370a78975ae4e7dad223e0f015126a2b37fba0426ad"
 
 
+@pytest.fixture
+def frost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with five photographs of noise in the place of frost."""
+    (tmp_path / "frost").mkdir()
+    digests = {}
+    for number, name in enumerate(corruptions.FROST_SHA256):
+        pixels = np.random.default_rng(number).integers(0, 256, (170 + number, 200, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "frost" / name, format="PNG")
+        digests[name] = cache.sha256(tmp_path / "frost" / name)
+    monkeypatch.setattr(corruptions, "FROST_SHA256", digests)
+    return tmp_path
+
+
 @pytest.mark.parametrize("name", corruptions.NAMES)
-def test_corruptions_grow_with_severity(name: str) -> None:
+def test_corruptions_grow_with_severity(name: str, frost: Path) -> None:
     smooth = F.interpolate(torch.rand(6, 3, 6, 6, generator=torch.Generator().manual_seed(6)), 32, mode="bicubic")
     images = (40 + 170 * smooth.clamp(0, 1)).to(torch.uint8)
-    mild, strong = (corruptions.corrupt(name, images, severity=s) for s in (1, 5))
+    mild, strong = (corruptions.corrupt(name, images, severity=s, data_dir=frost) for s in (1, 5))
     assert mild.shape == images.shape and mild.dtype == torch.uint8
-    assert torch.equal(mild, corruptions.corrupt(name, images, severity=1))
+    assert torch.equal(mild, corruptions.corrupt(name, images, severity=1, data_dir=frost))
     one, five = ((version.float() - images.float()).abs().mean() for version in (mild, strong))
     assert 0 < one < five
 
@@ -171,7 +186,58 @@ def test_corruptions_by_hand() -> None:
     with pytest.raises(ValueError, match="severity"):
         corruptions.corrupt("fog", grey, severity=6)
     with pytest.raises(ValueError, match="unknown corruption"):
-        corruptions.corrupt("snow", grey, severity=1)
+        corruptions.corrupt("rain", grey, severity=1)
+
+
+def test_motion_blur_is_that_of_imagemagick() -> None:
+    """Two points and an edge, as `convert -motion-blur 3x1.5+30` and `3x2-100` of ImageMagick 6.9.11 blur them."""
+    image = np.full((8, 8, 1), 20.0)
+    image[3, 4], image[6, 1], image[:, 7] = 250, 130, 90
+    row = [20, 20, 20, 20, 24, 37, 60, 90]
+    forwards = [row, [20, 22, *row[2:]], [20, 33, 59, *row[3:]], [20, 20, 20, 97, 121, 37, 60, 90]]
+    forwards += [row, row, [57, 66, *row[2:]], row]
+    row = [20, 20, 20, 20, 20, 20, 20, 78]
+    down = [row, row, row, [*row[:4], 96, 20, 20, 78], [*row[:4], 87, 20, 20, 78], [*row[:4], 66, 20, 20, 78]]
+    down += [[20, 56, 20, 20, 20, 44, 20, 78], [20, 52, 20, 20, 20, 30, 20, 78]]
+    for sigma, degrees, expected in ((1.5, 30, forwards), (2, -100, down)):
+        found = 255 * corruptions._moved(image / 255, 3, sigma, degrees)[..., 0]
+        assert np.abs(found - expected).max() < 1.01, degrees  # ImageMagick rounds twice
+
+
+def test_elastic_transform_by_hand() -> None:
+    """Where nothing but the corners moves, a plane stays a plane, whose slopes the three corners decide."""
+    rows, columns = np.indices((32, 32)) / 31
+    plane = torch.from_numpy(np.stack([rows, columns, (rows + columns) / 2])[None] * 200 + 20).to(torch.uint8)
+    moved = corruptions.corrupt("elastic_transform", plane, severity=1)[0, :, 4:28, 4:28].double()  # away from borders
+    design = np.stack([rows[4:28, 4:28].ravel(), columns[4:28, 4:28].ravel(), np.ones(576)], axis=1)
+    slopes, residues, *_ = np.linalg.lstsq(design, moved.reshape(3, -1).T.numpy(), rcond=None)
+    assert (np.sqrt(residues / 576) < 0.6).all()  # grey levels: rounding down has .3, twice
+    # 21 pixels between corners, each of which moves by up to 2.56 pixels.
+    assert np.abs(slopes[:2, :2] - 200 * np.eye(2)).max() < 200 * 2 * 2.56 / 20 * 1.3
+    assert np.abs(slopes[:2, :2] - 200 * np.eye(2)).max() > 1
+
+
+def test_frost_is_a_fifth_of_a_photograph(frost: Path) -> None:
+    black = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+    found = corruptions.corrupt("frost", black, severity=3, data_dir=frost)
+    thirds = [np.asarray(Image.open(file))[2::5, 2::5] for file in sorted((frost / "frost").iterdir())]
+    windows = [np.floor(0.4 * one[i : i + 32, j : j + 32] + 1e-6) for one in thirds for i in range(3) for j in range(9)]
+    for image in found.permute(0, 2, 3, 1).numpy():
+        assert any(np.array_equal(image, window) for window in windows)
+    with pytest.raises(DataError, match=r"frost1\.png is missing: take it from imagecorruptions/frost of the wheel"):
+        corruptions.corrupt("frost", black, severity=3)
+    (frost / "frost/frost4.jpg").write_bytes(b"another")
+    corruptions.frost_photographs.cache_clear()
+    with pytest.raises(DataError, match=r"frost4\.jpg is another file"):
+        corruptions.corrupt("frost", black, severity=3, data_dir=frost)
+
+
+@pytest.mark.data
+def test_the_photographs_of_frost(data_dir: Path) -> None:
+    if not (data_dir / "frost").is_dir():
+        pytest.skip("INFLUENCE_DATA has no frost")
+    shapes = [photograph.shape[:2] for photograph in corruptions.frost_photographs(data_dir)]
+    assert shapes == [(120, 180), (63, 112), (63, 112), (70, 105), (99, 132)]
 
 
 def test_every_arm_is_measured_and_published_networks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,16 @@
-"""Eleven of the fifteen corruptions of Hendrycks & Dietterich (2019, arXiv 1903.12261), as strong as in CIFAR-10-C.
+"""The fifteen corruptions of Hendrycks & Dietterich (2019, arXiv 1903.12261), as strong as in CIFAR-10-C.
 
 Formulas and strengths 1 to 5 are those of the code that made CIFAR-10-C (hendrycks/robustness, make_cifar_c.py); the
-draws are ours, the same at every call, and images come out rounded down, as there. Not here: motion blur and snow
-(ImageMagick's motion blur), frost (photographs of frost) and the elastic transform (OpenCV's warp). Images are
-(N, 3, 32, 32) uint8.
+draws are ours, the same at every call, and images come out rounded down, as there. ImageMagick's motion blur is made
+here to one grey level, OpenCV's warp to 1e-6 (as of version 5; earlier ones round places to 1/32 pixel); photographs of
+frost are read from the reader's folder. Images are (N, 3, 32, 32) uint8.
 """
 
 from __future__ import annotations
+
+import hashlib
+from functools import cache as remember
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +19,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from . import distortions
+from .data import DataError
 
 SIDE = 32  # the constants are for this size
 _Pixels = np.ndarray  # (N, H, W, 3) float64, pixels in [0, 1]
@@ -130,27 +135,134 @@ def _jpeg_compression(x: _Pixels, severity: int, draw: np.random.Generator) -> _
     return distortions.jpeg(images, [80, 65, 58, 50, 40][severity - 1]).permute(0, 2, 3, 1).numpy() / 255
 
 
+def _motion_blur(x: _Pixels, severity: int, draw: np.random.Generator) -> _Pixels:
+    radius, sigma = [(6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)][severity - 1]
+    return np.stack([_moved(one, radius, sigma, draw.uniform(-45, 45)) for one in x])
+
+
+def _moved(x: _Pixels, radius: int, sigma: float, degrees: float) -> _Pixels:
+    """One image (H, W, C) in 256 steps: half a Gaussian along a line of whole pixels, as ImageMagick blurs."""
+    steps, angle = np.arange(2 * radius + 1), np.deg2rad(degrees)
+    weights = np.exp(-(steps**2) / (2 * sigma**2))
+    rows, columns = (
+        np.clip(np.arange(side) + np.ceil(steps * part - 0.5).astype(int)[:, None], 0, side - 1)  # the border repeated
+        for side, part in zip(x.shape, (np.sin(angle), np.cos(angle)), strict=False)
+    )
+    line = x[rows[:, :, None], columns[:, None, :]]  # (steps, H, W, C)
+    return np.round(255 * np.tensordot(weights / weights.sum(), line, axes=1)) / 255
+
+
+def _snow(x: _Pixels, severity: int, draw: np.random.Generator) -> _Pixels:
+    mean, spread, zoom, least, radius, sigma, kept = [
+        (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
+        (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
+        (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
+        (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
+        (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
+    ][severity - 1]
+    flakes = _zoomed(draw.normal(mean, spread, (*x.shape[:3], 1)), zoom)
+    flakes = np.floor(255 * np.clip(np.where(flakes < least, 0, flakes), 0, 1)) / 255
+    layer = np.stack([_moved(one, radius, sigma, draw.uniform(-135, -45)) for one in flakes])
+    grey = (x @ [0.299, 0.587, 0.114])[..., None]
+    whiter = kept * x + (1 - kept) * np.maximum(x, 1.5 * grey + 0.5)
+    return whiter + layer + layer[:, ::-1, ::-1]
+
+
+def _elastic_transform(x: _Pixels, severity: int, draw: np.random.Generator) -> _Pixels:
+    """Three corners of a square move, and the image with them; then every pixel, as its neighbours do."""
+    size, sigma, reach = SIDE * np.array(
+        [(0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)][severity - 1]
+    )
+    near, far = SIDE // 2 - SIDE // 3, SIDE // 2 + SIDE // 3
+    corners = np.array([[far, far, 1], [near, far, 1], [near, near, 1]], dtype=float)  # row, column
+    grid = np.stack([*np.indices((SIDE, SIDE), dtype=float), np.ones((SIDE, SIDE))], axis=-1)
+    found = []
+    for one in x:
+        moved = corners + np.pad(draw.uniform(-reach, reach, (3, 2)), ((0, 0), (0, 1)))
+        back = grid @ np.linalg.solve(moved, corners)  # where each pixel comes from
+        one = _at(one, back[..., 0], back[..., 1], "mirror")
+        shift = draw.uniform(-1, 1, (2, SIDE, SIDE))
+        shift = size * ndimage.gaussian_filter(shift, (0, sigma, sigma), mode="reflect", truncate=3)
+        found.append(_at(one, grid[..., 0] + shift[0], grid[..., 1] + shift[1], "reflect"))
+    return np.stack(found)
+
+
+def _at(x: _Pixels, rows: np.ndarray, columns: np.ndarray, mode: str) -> _Pixels:
+    """One image (H, W, C) at places between its pixels."""
+    places = [rows, columns]
+    return np.stack([ndimage.map_coordinates(part, places, order=1, mode=mode) for part in np.moveaxis(x, -1, 0)], -1)
+
+
+# -- photographs of frost ---------------------------------------------------------------------------------------------
+
+FROST = "frost"
+FROST_ADDRESS = "imagecorruptions/frost of the wheel imagecorruptions 1.1.2 on PyPI (github.com/hendrycks/robustness)"
+FROST_SHA256 = {
+    "frost1.png": "ff9f907860bd7a835d459e32f9d588062b7f61ee267343cc7222b56753a14755",
+    "frost2.png": "fe211a89b336999c207a852ce05818d4545d0b57c5beadd824b4cc9d9a9b6137",
+    "frost3.png": "2d0d50b4a9bb213f38b024ef7768731bb83cc08d2f26b5766bbc167cdfa0e504",
+    "frost4.jpg": "3f8b91ca1a9fa7167b09e773da53f5ae60d0a1fd88f02a783f6e328a72887f6e",
+    "frost5.jpg": "5fc6a19df4a429ba68abdcc8f8a4278d4c9f81c9ccafd2c92ab0c8cf8992ebd2",
+}
+
+
+@remember
+def frost_photographs(data_dir: Path | None) -> tuple[_Pixels, ...]:
+    """Five photographs of frost (H, W, 3) from `data_dir/frost`, a fifth as large, pixels in [0, 1].
+
+    Raises:
+        DataError: one is missing, or is another file.
+    """
+    found = []
+    for name, digest in FROST_SHA256.items():
+        file = (data_dir or Path("DIR")) / "frost" / name
+        if not file.is_file():
+            raise DataError(
+                f"frost: {file} is missing: take it from {FROST_ADDRESS}, and name the folder by --data DIR"
+            )
+        if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            raise DataError(f"frost: {file} is another file than that of {FROST_ADDRESS}")
+        with Image.open(file) as photograph:
+            whole = np.asarray(photograph.convert("RGB")) / 255
+        # Linear interpolation at a fifth of the size falls on the middle one of five pixels.
+        height, width = (round(side / 5) for side in whole.shape[:2])
+        found.append(whole[2::5, 2::5][:height, :width])
+    return tuple(found)
+
+
+def _frosted(x: _Pixels, severity: int, draw: np.random.Generator, photographs: tuple[_Pixels, ...]) -> _Pixels:
+    of_image, of_frost = [(1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)][severity - 1]
+    crops = []
+    for _ in x:
+        frost = photographs[draw.integers(len(photographs))]
+        top, left = (int(draw.integers(side - SIDE)) for side in frost.shape[:2])
+        crops.append(frost[top : top + SIDE, left : left + SIDE])
+    return of_image * x + of_frost * np.stack(crops)
+
+
 # In the order that seeds their draws.
 _NOISE = (_gaussian_noise, _shot_noise, _impulse_noise)
 _BLUR = (_defocus_blur, _glass_blur, _zoom_blur)
-_OTHERS = (_fog, _brightness, _contrast, _pixelate, _jpeg_compression)
+_OTHERS = (_fog, _brightness, _contrast, _pixelate, _jpeg_compression, _motion_blur, _snow, _elastic_transform)
 _BY_NAME = {function.__name__.removeprefix("_"): function for function in (*_NOISE, *_BLUR, *_OTHERS)}
-NAMES = tuple(_BY_NAME)
+NAMES = (*_BY_NAME, FROST)
 
 
-def corrupt(name: str, images: Tensor, *, severity: int) -> Tensor:
+def corrupt(name: str, images: Tensor, *, severity: int, data_dir: Path | None = None) -> Tensor:
     """A corruption of images ``(N, 3, 32, 32)`` uint8, in the same shape and type.
 
     Args:
         name: one of `NAMES`.
         images: pixels 0..255.
         severity: 1 to 5.
+        data_dir: where "frost" finds its photographs; the others need none.
 
     Raises:
         ValueError: unknown name or severity, or images of another shape.
         TypeError: images of another type.
+        DataError: the photographs of frost are missing, or are others.
     """
-    if name not in _BY_NAME:
+    if name not in NAMES:
         raise ValueError(f"unknown corruption {name!r}: expected one of {', '.join(NAMES)}")
     if severity not in range(1, 6):
         raise ValueError(f"the severity must be 1, 2, 3, 4 or 5, got {severity}")
@@ -161,5 +273,9 @@ def corrupt(name: str, images: Tensor, *, severity: int) -> Tensor:
     draw = np.random.default_rng([NAMES.index(name), severity])
     pixels = images.permute(0, 2, 3, 1).numpy() / 255
     # A pixel that a formula gives back as it was must not fall by one in rounding.
-    found = np.floor(255 * np.clip(_BY_NAME[name](pixels, severity, draw), 0, 1) + 1e-6)
+    if name == FROST:
+        corrupted = _frosted(pixels, severity, draw, frost_photographs(data_dir))
+    else:
+        corrupted = _BY_NAME[name](pixels, severity, draw)
+    found = np.floor(255 * np.clip(corrupted, 0, 1) + 1e-6)
     return torch.from_numpy(found.astype(np.uint8)).permute(0, 3, 1, 2).contiguous()

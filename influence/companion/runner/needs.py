@@ -10,7 +10,7 @@ from typing import Any
 
 def of(parameters: Mapping[str, Any]) -> list[str]:
     """Names of the data sets, labels and networks of others that a notebook reads; none where it only draws."""
-    from ..images import data, outliers
+    from ..images import corruptions, data, outliers
     from ..zoo import pretrained, recipes
 
     if not parameters.get("recompute", True):
@@ -24,6 +24,7 @@ def of(parameters: Mapping[str, Any]) -> list[str]:
     found = [*named("dataset", "datasets"), *(name for name in named("data") if name in data.NAMES)]
     if any(name in outliers.HUMAN_LABELS for name in named("kinds", "labels")):
         found.append("cifar10n")
+    found += [name for name in named("corruptions") if name == corruptions.FROST]
     others = [f"{model}-{name}" for model in named("models") for name in found]  # as the artifacts name them
     found += [name for name in others if name in pretrained.NAMES]
     for name in recipes.with_seeds(list(named("networks", "detectors")), parameters.get("seeds") or [0]):
@@ -40,6 +41,7 @@ def described(name: str) -> str:
     """Where to get it, how it is checked, and its terms of use, in a line."""
     from torchvision.datasets import CIFAR10, MNIST
 
+    from ..images import corruptions
     from ..zoo import pretrained
 
     if name in pretrained.SOURCES:
@@ -54,6 +56,9 @@ def described(name: str) -> str:
     if name == "cifar10n":
         check = "ours has md5 c8d9d1d8a95ac99d7959195e45c1f129"
         return f"{name}: the labels of http://noisylabels.com as cifar10n.npz, {check}; CC BY-NC 4.0"
+    if name == corruptions.FROST:
+        files = ", ".join(f"{file} {digest[:8]}..." for file, digest in corruptions.FROST_SHA256.items())
+        return f"{name}: {corruptions.FROST_ADDRESS} as frost/, sha256 {files}; Apache-2.0"
     if name == "imagefolder":
         ours = "1,200 and 400 photographs of Imagenette, of 10 classes, were published"
         return f"{name}: images of yours in photos/{{train,val}}/CLASS/; {ours}; no checksum; ImageNet terms (research)"
@@ -65,12 +70,14 @@ def problem(name: str, folder: Path | None) -> str:
 
     What torchvision can download is downloaded where no folder is named.
     """
-    from ..images import data, outliers
+    from ..images import corruptions, data, outliers
     from ..zoo import pretrained
 
     try:
         if name == "cifar10n":
             outliers.human_labels(outliers.HUMAN_LABELS[0], folder)
+        elif name == corruptions.FROST:
+            corruptions.frost_photographs(folder)
         elif name in pretrained.NAMES:
             pretrained.load(name, folder)
         else:

@@ -20,7 +20,7 @@ import influence
 from ... import style
 from ...images import corruptions, distortions
 from ...images.data import Split
-from ...ledger import cache
+from ...ledger import cache, paths
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores import attacks
@@ -77,6 +77,8 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     names = ("sigma", "tested", "corruptions", "severities", "images", "attacked", "traced", "draws")
     about = {name: chosen[name] for name in names}
     shown = remember(partial(_versions, split, tuple(chosen["severities"])))
+    if corruptions.FROST in chosen["corruptions"]:
+        run.add_input(corruptions.FROST, cache.fingerprint(corruptions.FROST_SHA256))
     found = []
     publish = run.profile == "cpu"
     for seed, name, trained in comparison.networks(
@@ -143,7 +145,8 @@ def measured(
 def _versions(split: Split, severities: Sequence[int], kind: str, name: str) -> list[torch.Tensor]:
     if kind == "distortion":
         return [distortions.apply(name, split.images)]
-    return [corruptions.corrupt(name, split.images, severity=severity) for severity in severities]
+    data_dir = paths.data_dir()
+    return [corruptions.corrupt(name, split.images, severity=severity, data_dir=data_dir) for severity in severities]
 
 
 def again(run: Run, examples: pd.DataFrame) -> pd.DataFrame:

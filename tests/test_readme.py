@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -21,6 +22,7 @@ from benchmarks import architectures, kernels, stability
 from benchmarks import run as benchmarks
 from influence.companion.ledger import manifest, reference
 from influence.companion.runner import cli, listing
+from influence.companion.zoo import published
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -77,8 +79,8 @@ def test_table_of_artifacts(readme: str) -> None:
 # Every number of "What we found" that was measured: the words around it, where it is published, and its unit there.
 _ACCURACY, _JPEG = "sensitivity/table_accuracy", "stability/fig_jpeg_quality"
 MEASURED = {
-    r"networks with (\S+)% \(no augmentation\)": ((_ACCURACY, "cifar10_paper-densenet121-cifar10_test"), 100),
-    r"to (\S+)% of CIFAR-10 right": ((_ACCURACY, "cifar10_base-inception-cifar10_test"), 100),
+    r"networks with (\S+)% \(no augmentation;": ((_ACCURACY, "cifar10_paper-densenet121-cifar10_test"), 100),
+    r"to (\S+)% of CIFAR-10 right": ((_ACCURACY, "cifar10_resnet56_test"), 100),
     r"and (\S+)% of MNIST": ((_ACCURACY, "mnist_paper-resnet50-mnist_test"), 100),
     r"\(AUROC (\S+) out of sample;": (("sensitivity/fig_label_noise", "aggre_label_noisy-resnet20_auroc_loss"), 1),
     r"; (\S+) of the harder kind\)": (("sensitivity/fig_label_noise", "worse_label_noisy-resnet20_auroc_loss"), 1),
@@ -115,6 +117,31 @@ def _untrue(text: str) -> list[str]:
 
 def test_sentences_are_true_of_the_published_results(readme: str) -> None:
     assert _untrue(readme) == []
+
+
+def test_accuracies_are_the_least_and_the_largest(readme: str) -> None:
+    said = re.search(r"with (\d+)% \(no augmentation; (\d+)% trained on wrong labels\) to (\d+)% of CIFAR-10", readme)
+    findings = manifest.read("cpu", root=ROOT / "results")[_ACCURACY]["findings"]
+    tested = [100 * value for name, value in findings.items() if name.startswith("cifar10_") and name.endswith("_test")]
+    rows = published.ledger()
+    wrong = [
+        100 * np.mean([row["accuracy"]["test"] for name, row in rows.items() if name.startswith(kind)])
+        for kind in ("noisy-aggre-", "noisy-worse-")
+    ]
+    assert said and [int(number) for number in said.groups()] == [
+        round(min(tested)),
+        round(min(wrong)),
+        round(max(tested)),
+    ]
+
+
+def test_pixels_of_fi_beat_random_ones_in_small_steps_only(readme: str) -> None:
+    assert "its pixels surely beat random ones in small steps only, the gradient's more" in readme
+    table = pd.read_csv(ROOT / "results" / "cpu" / "tables" / "sensitivity" / "fig_vulnerable_areas.csv")
+    released = table[(table["target"] == "entries") & (table["ranking"] == "released")]
+    for change, group in released.groupby("change"):
+        surely = (group["beyond_random_low"] > 0).mean()
+        assert (surely < 0.1) if change == "farther" else (surely > 0.8 and (group["beyond_saliency"] < 0).all())
 
 
 def test_all_six_claims_of_stability_training_are_supported(readme: str) -> None:

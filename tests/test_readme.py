@@ -20,7 +20,7 @@ from torch import nn
 import influence
 from benchmarks import architectures, kernels, stability
 from benchmarks import run as benchmarks
-from influence.companion.ledger import manifest, reference
+from influence.companion.ledger import manifest, notebook, reference
 from influence.companion.runner import cli, listing
 from influence.companion.zoo import published
 
@@ -144,15 +144,54 @@ def test_pixels_of_fi_beat_random_ones_in_small_steps_only(readme: str) -> None:
         assert (surely < 0.1) if change == "farther" else (surely > 0.8 and (group["beyond_saliency"] < 0).all())
 
 
+# The weight at which each claim of stability training is scored, and how its rule, its notebook and the README say so.
+_PAPERS = ("0.01", "at the first alpha", r"$\alpha = .01$", "at its α = .01")
+_HUNDREDFOLD = ("1", "at alpha = 1 (the paper's is .01)", r"$\alpha = 1$ here", "a hundred times that weight: at α = 1")
+SCORED_AT = {number: _PAPERS for number in ("i", "ii", "iii", "iv", "v")} | {"vi": _HUNDREDFOLD}
+
+
+def _gains_of_arm(item: str, table: pd.DataFrame, arm: str) -> list[float]:
+    """What a claim is scored by, from the mean gains of one arm in the table of its artifact."""
+    part = table[table["arm"] == arm]
+    for column, value in {"at": 1, "kind": "near-duplicate"}.items():
+        part = part[part[column] == value] if column in part else part
+    if item == "better_for_all_distortions_and_levels":
+        ours = part[~part["distortion"].str.startswith("noise-") & part["metric"].str.contains("@")]
+        return list(ours["gain"])
+    for metric in ("triplet_accuracy", "below"):
+        part = part[part["metric"] == metric] if "metric" in part and metric in set(part["metric"]) else part
+    gain = part.set_index("distortion")["gain"]
+    distorted = gain[[name for name in gain.index if name != "original" and not name.startswith("noise-")]]
+    return [
+        {
+            "clean_accuracy_does_not_fall": lambda: gain["original"],
+            "ranking_not_hurt_on_clean": lambda: gain["original"],
+            "gain_grows_as_quality_falls": lambda: gain["jpeg-10"] - gain["original"],
+        }.get(item, distorted.mean)()
+    ]
+
+
 def test_all_six_claims_of_stability_training_are_supported(readme: str) -> None:
     assert "Stability training does what its paper says, in small" in readme
     rows, claims = manifest.read("cpu", root=ROOT / "results"), {}
     for row in reference.load():
         number = re.search(r"claim \((i|ii|iii|iv|v|vi)\)", row.source)
         if row.artifact.startswith("stability/") and row.status == "paper" and row.kind != "context" and number:
-            judged = {judged["item"]: judged["outcome"] for judged in rows[row.artifact]["reference"]}
+            ours = rows[row.artifact]
+            judged = {judged["item"]: judged["outcome"] for judged in ours["reference"]}
             claims.setdefault(number[1], set()).add(judged[row.item])
-    assert claims == {number: {"supported"} for number in ("i", "ii", "iii", "iv", "v", "vi")}
+            alpha, rule, words, in_short = SCORED_AT[number[1]]
+            cells = notebook.discover()[row.artifact].content["cells"]
+            text = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+            assert rule in row.source and words in text and in_short in " ".join(readme.split()), row.item
+            chosen = ours["parameters"]
+            assert float(alpha) == (chosen["alphas"][0] if "alphas" in chosen else chosen["alpha"])
+            table = pd.read_csv(ROOT / "results" / "cpu" / "tables" / f"{row.artifact}.csv")
+            found = [estimate["value"] for estimate in ours["findings"][row.item]]
+            assert found == pytest.approx(_gains_of_arm(row.item, table, f"stability {alpha}"), rel=1e-9, abs=1e-12)
+            for other in {"stability 0.01", "stability 1"} & set(table["arm"]) - {f"stability {alpha}"}:
+                assert found != pytest.approx(_gains_of_arm(row.item, table, other), rel=1e-3)
+    assert claims == {number: {"supported"} for number in SCORED_AT}
 
 
 @pytest.mark.parametrize(("true", "false"), [("AUROC .96", "AUROC .97"), ("α = 1 it is 12", "α = 1 it is 11")])

@@ -183,6 +183,8 @@ def test_claims_follow_their_rules(gain: float, expected: str) -> None:
     metrics = ["recall@p0.98", "precision@r0.5", "average precision"]
     levels = rows(gain, {"value": 0.5}, distortion=DISTORTIONS, metric=metrics)
     item = "better_for_all_distortions_and_levels"
+    printed = fig_near_duplicates.claims(levels, {**PARAMETERS, "versions": ["jpeg-50"]})
+    assert printed["recall_gain_at_precision_98_jpeg"].df == printed["mean_gain"].df == 2
     assert outcome("fig_near_duplicates", item, fig_near_duplicates.claims(levels, PARAMETERS)) == expected
     worst = (levels["distortion"] == "jpeg-50") & (levels["metric"] == "recall@p0.98") & (levels["arm"] != "control")
     levels.loc[worst, "value"] = 0.3 + 0.001 * levels["seed"]  # one of the levels is enough

@@ -138,6 +138,9 @@ def test_trace_tables() -> None:
     far = reached[(reached["sigma"] == 0.1) & (reached["network"] == "control")].set_index("third")["median"]
     assert far["least sure third"] > far["surest third"] == pytest.approx(1)
     assert claims["ratio_of_traces"].high < 0.51 and claims["ratio_of_traces"].n == 3
+    assert all(
+        claims[f"ratio_of_{name}"].df == 2 and claims[f"ratio_of_{name}"].ratio for name in ("traces", "mean_traces")
+    )
     assert claims["ratio_of_mean_traces"].value == pytest.approx(claims["ratio_of_traces"].value)
     worse = fig_trace.claims(found, changes, reached.assign(median=1.02), sigma=0.1)
     assert worse["loss_is_the_quadratic_form"] is False

@@ -319,7 +319,14 @@ def claims(found: pd.DataFrame, table: pd.DataFrame, ranked: pd.DataFrame) -> di
         rows = table[table["task"].isin(tasks) & table["score"].isin(measures)].to_dict("records")
         if rows:
             claimed[item] = [
-                Estimate(row[of], row[f"{of}_low"], row[f"{of}_high"], row["kinds"], f"{row['task']}, {row['score']}")
+                Estimate(
+                    row[of],
+                    row[f"{of}_low"],
+                    row[f"{of}_high"],
+                    row["kinds"],
+                    f"{row['task']}, {row['score']}",
+                    df=row["kinds"] - 1 or None,
+                )
                 for row in rows
             ]
     for measure, unit in _RANKED:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -219,11 +220,12 @@ def claims(
     means = once.groupby(["seed", "arm"])["trace"].mean().unstack("arm")
     ratios = np.log(means[trace["arm"]] / means[comparison.CONTROL])
     value, low, high = (float(np.exp(end)) for end in mean_interval(ratios))
+    of_seeds: dict[str, Any] = {"n": len(ratios), "df": len(ratios) - 1 or None, "ratio": True}
     return {
         "loss_is_the_quadratic_form": bool(((least - 1).abs() <= 0.01).all()),
         **{f"departure_{name}": estimates for name, estimates in departures.items()},
-        "ratio_of_traces": Estimate(float(trace["ratio"]), float(trace["low"]), float(trace["high"]), len(ratios)),
-        "ratio_of_mean_traces": Estimate(value, low, high, len(ratios)),
+        "ratio_of_traces": Estimate(float(trace["ratio"]), float(trace["low"]), float(trace["high"]), **of_seeds),
+        "ratio_of_mean_traces": Estimate(value, low, high, **of_seeds),
     }
 
 

@@ -224,7 +224,7 @@ def test_the_artifacts_of_embeddings(digits: data.Dataset, monkeypatch: pytest.M
     figure = fig_near_duplicates.draw(near["curves"], fig_near_duplicates.summary(near))
     assert [axes.get_title() for axes in figure.axes[:2]] == ["thumb-36", "jpeg-50"] and len(figure.axes) == 4
     assert (spread["cumulative"].groupby(["seed", "arm", "distortion", "kind"])["share"].is_monotonic_increasing).all()
-    assert len(fig_distance_distribution.draw(spread["cumulative"], threshold=0.5).axes) == 2
+    assert len(fig_distance_distribution.draw(spread["cumulative"], threshold=0.5).axes) == 4
     assert len(ranking["runs"]) == 2 * 4 * 4 and (ranking["runs"]["queries"] == 7).all()
     table_ranking.draw(table_ranking.summary(ranking))
 

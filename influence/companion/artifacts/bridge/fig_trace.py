@@ -251,8 +251,8 @@ def draw_law(reached: pd.DataFrame) -> Figure:
         arm = name in ("control", "augmentation") or name.startswith("stability")
         title = label(name) if arm else style.network(name)
         images, seeds = (int(whole[count].iloc[0]) for count in ("images", "seeds"))
-        size = f"{images} images" + (f" x {seeds} networks" if seeds > 1 else "")
-        axes.set_title(f"{title}, {size}", fontsize=8)
+        size = f"n = {images}" + (f" x {seeds} networks" if seeds > 1 else "")
+        axes.set_title(f"{title}, {size}", fontsize=7.5)
     for axes in grid.flat[len(names) :]:
         axes.set_visible(False)
     for axes in grid[:, 0]:

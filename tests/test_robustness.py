@@ -142,6 +142,13 @@ def test_trace_tables() -> None:
         claims[f"ratio_of_{name}"].df == 2 and claims[f"ratio_of_{name}"].ratio for name in ("traces", "mean_traces")
     )
     assert claims["ratio_of_mean_traces"].value == pytest.approx(claims["ratio_of_traces"].value)
+    thirds = claims["ratio_of_traces_by_confidence"]
+    assert [e.of for e in thirds] == list(fig_trace.CONFIDENCE) and {(e.n, e.df, e.ratio) for e in thirds} == {
+        (3, 2, True)
+    }
+    assert [e.value for e in thirds] == pytest.approx(
+        [claims["ratio_of_traces"].value] * 3
+    )  # the arm divides all alike
     worse = fig_trace.claims(found, changes, reached.assign(median=1.02), sigma=0.1)
     assert worse["loss_is_the_quadratic_form"] is False
     assert len(fig_trace.draw(table, changes).axes) == 2 and len(fig_trace.draw_law(reached).axes) == 2

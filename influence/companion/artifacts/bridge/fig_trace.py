@@ -204,6 +204,7 @@ def claims(
       departure_of_the_surest_third: the same for the third of the images that a network is surest of.
     * ratio_of_traces: trace after the training over that under the control, the geometric mean over images.
     * ratio_of_mean_traces: the mean trace over images after the training over that under the control.
+    * ratio_of_traces_by_confidence: the first ratio for each third of the images of each network by confidence.
     """
     whole = reached[reached["third"] == "all"]
     there = reached[reached["sigma"] == sigma]
@@ -226,7 +227,25 @@ def claims(
         **{f"departure_{name}": estimates for name, estimates in departures.items()},
         "ratio_of_traces": Estimate(float(trace["ratio"]), float(trace["low"]), float(trace["high"]), **of_seeds),
         "ratio_of_mean_traces": Estimate(value, low, high, **of_seeds),
+        "ratio_of_traces_by_confidence": _by_confidence(once, trace["arm"]),
     }
+
+
+def _by_confidence(once: pd.DataFrame, arm: str) -> list[Estimate]:
+    """Trace after an arm over that under the control, its geometric mean, for thirds of the images by confidence.
+
+    Thirds are of the mean of two ranks of p_top, under the control and after the arm: of those that one network is
+    surest of, the other would be less sure by chance alone.
+    """
+    trace, p_top = (once.pivot(index=["seed", "image"], columns="arm", values=of) for of in ("trace", "p_top"))
+    logs = np.log(trace[arm]) - np.log(trace[comparison.CONTROL])
+    sure = p_top[[comparison.CONTROL, arm]].rank().mean(axis=1).rank(method="first")
+    found = []
+    for third, group in logs.groupby(pd.qcut(sure, 3, labels=list(CONFIDENCE)), observed=True):
+        means = group.groupby(level="seed").mean()
+        value, low, high = (float(np.exp(end)) for end in mean_interval(means))
+        found.append(Estimate(value, low, high, len(means), str(third), df=len(means) - 1 or None, ratio=True))
+    return found
 
 
 def draw_law(reached: pd.DataFrame) -> Figure:

@@ -171,6 +171,7 @@ def require_same_model(file: Path, numbers: Sequence[int], logits: Tensor) -> No
     rows = table.drop_duplicates("example").set_index("example").loc[list(numbers)]
     labels = torch.tensor(rows["label"].to_numpy(), device=logits.device)
     before = torch.tensor(rows["ceiling"].to_numpy(), device=logits.device).log()
+    # A ceiling beyond the largest float64 was stored as infinity; through exp and log today's becomes infinite, too.
     now = log_ceiling(logits.double().log_softmax(1), labels).exp().log()
     rounding = max(_ROUNDING, torch.finfo(logits.dtype).eps ** 0.5) * max(1.0, float(logits.abs().max()))
     if not bool(torch.isclose(before, now, rtol=0, atol=rounding).all()):

@@ -139,6 +139,7 @@ def correlations(fi: float, by_seed: float) -> tuple[pd.DataFrame, pd.DataFrame]
 def test_claims(fi: float, by_seed: float, less: str, orders: str) -> None:
     fits, found = correlations(fi, by_seed)
     claims = fig_cross_sample.claims(fits, found)
+    assert {e.df for e in claims.values() if isinstance(e, reference.Estimate)} == {2}
     outcomes = {c.item: c.outcome for c in reference.compare("beyond/fig_cross_sample", claims)}
     assert outcomes["cross_sample_fi_less_influence_functions"] == less
     assert outcomes["cross_sample_fi_orders_changes"] == outcomes["cross_sample_fi_orders_totals"] == orders

@@ -119,6 +119,8 @@ def outcomes(difference: float, half: float, ranked: pd.DataFrame) -> dict[str, 
     rows = [{"task": task, "score": score, "kinds": 10, **ends} for task in tasks for score in one.SCORES]
     auroc = {"task": "noise", "network": "a", "score": ["exact", "loss"], "auroc": [0.9, 0.9 + abs(difference) * 1e-8]}
     claims = one.claims(pd.DataFrame(auroc), pd.DataFrame(rows), ranked)
+    means = [e for item in ("noise_flips_metric", "wrong_labels_worst_direction") for e in claims[item]]  # type: ignore[union-attr]
+    assert {(e.n, e.df) for e in means} == {(10, 9)}
     return {c.item: c.outcome for c in reference.compare("beyond/table_one_metric", claims)}
 
 

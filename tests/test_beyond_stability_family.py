@@ -304,6 +304,8 @@ def test_claims(gain: float, spread: float, expected: str) -> None:
     claims = family_table.claims(runs_with(gain, spread))
     outcomes = {c.item: c.outcome for c in reference.compare("beyond/table_stability_family", claims)}
     judged = ("family_gains_on_distorted", "trace_penalty_lowers_the_trace", "trades_resists_the_attack")
+    of_three_networks = [e for item in judged for e in reference.finding(item, claims[item])]  # type: ignore[union-attr]
+    assert {e.df for e in of_three_networks} == {2}
     assert [outcomes[item] for item in judged] == [expected] * 3
     assert [round(e.value, 6) for e in claims["family_gains_on_distorted"]] == [gain] * 6  # type: ignore[union-attr]
     before = [e.value for e in claims["family_gains_with_other_noise"]]  # type: ignore[union-attr]

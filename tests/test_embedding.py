@@ -183,6 +183,8 @@ def test_claims_follow_their_rules(gain: float, expected: str) -> None:
     metrics = ["recall@p0.98", "precision@r0.5", "average precision"]
     levels = rows(gain, {"value": 0.5}, distortion=DISTORTIONS, metric=metrics)
     item = "better_for_all_distortions_and_levels"
+    printed = fig_near_duplicates.claims(levels, {**PARAMETERS, "versions": ["jpeg-50"]})
+    assert printed["recall_gain_at_precision_98_jpeg"].df == printed["mean_gain"].df == 2
     assert outcome("fig_near_duplicates", item, fig_near_duplicates.claims(levels, PARAMETERS)) == expected
     worst = (levels["distortion"] == "jpeg-50") & (levels["metric"] == "recall@p0.98") & (levels["arm"] != "control")
     levels.loc[worst, "value"] = 0.3 + 0.001 * levels["seed"]  # one of the levels is enough
@@ -222,7 +224,7 @@ def test_the_artifacts_of_embeddings(digits: data.Dataset, monkeypatch: pytest.M
     figure = fig_near_duplicates.draw(near["curves"], fig_near_duplicates.summary(near))
     assert [axes.get_title() for axes in figure.axes[:2]] == ["thumb-36", "jpeg-50"] and len(figure.axes) == 4
     assert (spread["cumulative"].groupby(["seed", "arm", "distortion", "kind"])["share"].is_monotonic_increasing).all()
-    assert len(fig_distance_distribution.draw(spread["cumulative"], threshold=0.5).axes) == 2
+    assert len(fig_distance_distribution.draw(spread["cumulative"], threshold=0.5).axes) == 4
     assert len(ranking["runs"]) == 2 * 4 * 4 and (ranking["runs"]["queries"] == 7).all()
     table_ranking.draw(table_ranking.summary(ranking))
 

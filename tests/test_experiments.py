@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.axes import Axes
+from scipy import special, stats
 from torch import nn
 
 from influence.companion.artifacts.common import Subject
@@ -94,7 +95,16 @@ def test_where_the_gain_grows() -> None:
 
 def test_one_seed_decides_nothing() -> None:
     estimate = comparison.paired([0.5], "mnist")
-    assert (estimate.low, estimate.high, estimate.n, estimate.of) == (-2, 2, 1, "mnist")
+    assert (estimate.low, estimate.high, estimate.n, estimate.of, estimate.df) == (-2, 2, 1, "mnist", None)
+
+
+def test_a_mean_over_seeds_is_judged_by_the_t_law() -> None:
+    estimate = comparison.paired([0.1, 0.2, 0.4])
+    assert (estimate.n, estimate.df) == (3, 2)
+    half = (estimate.high - estimate.low) / 2
+    quantile = stats.t.ppf(0.975, 2)
+    effect = half / quantile * special.nctdtrinc(2, 0.2, quantile)
+    assert estimate.smallest_effect == pytest.approx(effect)
 
 
 def test_jpeg_table_pairs_by_seed() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -19,8 +20,9 @@ from torch import nn
 import influence
 from benchmarks import architectures, kernels, stability
 from benchmarks import run as benchmarks
-from influence.companion.ledger import manifest, reference
+from influence.companion.ledger import manifest, notebook, reference
 from influence.companion.runner import cli, listing
+from influence.companion.zoo import published
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -77,8 +79,8 @@ def test_table_of_artifacts(readme: str) -> None:
 # Every number of "What we found" that was measured: the words around it, where it is published, and its unit there.
 _ACCURACY, _JPEG = "sensitivity/table_accuracy", "stability/fig_jpeg_quality"
 MEASURED = {
-    r"networks with (\S+)% \(no augmentation\)": ((_ACCURACY, "cifar10_paper-densenet121-cifar10_test"), 100),
-    r"to (\S+)% of CIFAR-10 right": ((_ACCURACY, "cifar10_base-inception-cifar10_test"), 100),
+    r"networks with (\S+)% \(no augmentation;": ((_ACCURACY, "cifar10_paper-densenet121-cifar10_test"), 100),
+    r"to (\S+)% of CIFAR-10 right": ((_ACCURACY, "cifar10_resnet56_test"), 100),
     r"and (\S+)% of MNIST": ((_ACCURACY, "mnist_paper-resnet50-mnist_test"), 100),
     r"\(AUROC (\S+) out of sample;": (("sensitivity/fig_label_noise", "aggre_label_noisy-resnet20_auroc_loss"), 1),
     r"; (\S+) of the harder kind\)": (("sensitivity/fig_label_noise", "worse_label_noisy-resnet20_auroc_loss"), 1),
@@ -117,15 +119,84 @@ def test_sentences_are_true_of_the_published_results(readme: str) -> None:
     assert _untrue(readme) == []
 
 
+def test_accuracies_are_the_least_and_the_largest(readme: str) -> None:
+    said = re.search(r"with (\d+)% \(no augmentation; (\d+)% trained on wrong labels\) to (\d+)% of CIFAR-10", readme)
+    findings = manifest.read("cpu", root=ROOT / "results")[_ACCURACY]["findings"]
+    tested = [100 * value for name, value in findings.items() if name.startswith("cifar10_") and name.endswith("_test")]
+    rows = published.ledger()
+    wrong = [
+        100 * np.mean([row["accuracy"]["test"] for name, row in rows.items() if name.startswith(kind)])
+        for kind in ("noisy-aggre-", "noisy-worse-")
+    ]
+    assert said and [int(number) for number in said.groups()] == [
+        round(min(tested)),
+        round(min(wrong)),
+        round(max(tested)),
+    ]
+
+
+def test_pixels_of_fi_beat_random_ones_in_small_steps_only(readme: str) -> None:
+    assert "its pixels surely beat random ones in small steps only, the gradient's more" in readme
+    table = pd.read_csv(ROOT / "results" / "cpu" / "tables" / "sensitivity" / "fig_vulnerable_areas.csv")
+    released = table[(table["target"] == "entries") & (table["ranking"] == "released")]
+    for change, group in released.groupby("change"):
+        surely = (group["beyond_random_low"] > 0).mean()
+        assert (surely < 0.1) if change == "farther" else (surely > 0.8 and (group["beyond_saliency"] < 0).all())
+
+
+# The weight at which each claim of stability training is scored, and how its rule, its notebook and the README say so.
+_PAPERS = ("0.01", "at the first alpha", r"$\alpha = .01$", "at its α = .01")
+_HUNDREDFOLD = (
+    "1",
+    "at alpha = 1 (the paper's is .01)",
+    r"$\alpha = 1$ here",
+    "a hundred times that weight (none between was tried): at α = 1",
+)
+SCORED_AT = {number: _PAPERS for number in ("i", "ii", "iii", "iv", "v")} | {"vi": _HUNDREDFOLD}
+
+
+def _gains_of_arm(item: str, table: pd.DataFrame, arm: str) -> list[float]:
+    """What a claim is scored by, from the mean gains of one arm in the table of its artifact."""
+    part = table[table["arm"] == arm]
+    for column, value in {"at": 1, "kind": "near-duplicate"}.items():
+        part = part[part[column] == value] if column in part else part
+    if item == "better_for_all_distortions_and_levels":
+        ours = part[~part["distortion"].str.startswith("noise-") & part["metric"].str.contains("@")]
+        return list(ours["gain"])
+    for metric in ("triplet_accuracy", "below"):
+        part = part[part["metric"] == metric] if "metric" in part and metric in set(part["metric"]) else part
+    gain = part.set_index("distortion")["gain"]
+    distorted = gain[[name for name in gain.index if name != "original" and not name.startswith("noise-")]]
+    return [
+        {
+            "clean_accuracy_does_not_fall": lambda: gain["original"],
+            "ranking_not_hurt_on_clean": lambda: gain["original"],
+            "gain_grows_as_quality_falls": lambda: gain["jpeg-10"] - gain["original"],
+        }.get(item, distorted.mean)()
+    ]
+
+
 def test_all_six_claims_of_stability_training_are_supported(readme: str) -> None:
     assert "Stability training does what its paper says, in small" in readme
     rows, claims = manifest.read("cpu", root=ROOT / "results"), {}
     for row in reference.load():
         number = re.search(r"claim \((i|ii|iii|iv|v|vi)\)", row.source)
         if row.artifact.startswith("stability/") and row.status == "paper" and row.kind != "context" and number:
-            judged = {judged["item"]: judged["outcome"] for judged in rows[row.artifact]["reference"]}
+            ours = rows[row.artifact]
+            judged = {judged["item"]: judged["outcome"] for judged in ours["reference"]}
             claims.setdefault(number[1], set()).add(judged[row.item])
-    assert claims == {number: {"supported"} for number in ("i", "ii", "iii", "iv", "v", "vi")}
+            alpha, rule, words, in_short = SCORED_AT[number[1]]
+            cells = notebook.discover()[row.artifact].content["cells"]
+            text = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+            assert rule in row.source and words in text and in_short in " ".join(readme.split()), row.item
+            chosen = ours["parameters"]
+            assert float(alpha) == (chosen["alphas"][0] if "alphas" in chosen else chosen["alpha"])
+            table = pd.read_csv(ROOT / "results" / "cpu" / "tables" / f"{row.artifact}.csv")
+            found = [estimate["value"] for estimate in ours["findings"][row.item]]
+            assert found == pytest.approx(_gains_of_arm(row.item, table, f"stability {alpha}"), rel=1e-9, abs=1e-12)
+            for other in {"stability 0.01", "stability 1"} & set(table["arm"]) - {f"stability {alpha}"}:
+                assert found != pytest.approx(_gains_of_arm(row.item, table, other), rel=1e-3)
+    assert claims == {number: {"supported"} for number in SCORED_AT}
 
 
 @pytest.mark.parametrize(("true", "false"), [("AUROC .96", "AUROC .97"), ("α = 1 it is 12", "α = 1 it is 11")])

@@ -247,6 +247,17 @@ def test_widened_intervals_hold_together(df: int | None) -> None:
     assert 5 * (law.cdf(low - 1) + law.sf(high - 1)) == pytest.approx(0.05)
 
 
+def test_a_ratio_is_judged_by_its_logarithm() -> None:
+    ratio = reference.Estimate(2, 1, 4, 3, df=2, ratio=True)
+    log = reference.Estimate(math.log(2), 0, math.log(4), 3, df=2)
+    assert ratio.smallest_effect == pytest.approx(math.exp(log.smallest_effect))
+    assert ratio.widened(5) == pytest.approx(np.exp(log.widened(5)))
+    assert "80% power for a factor of" in _line(_reference("above", 1.0), ratio)
+    (stored,) = reference.plain((ratio,))
+    assert reference.finding("item", [stored]) == (ratio,) and "ratio" not in reference.plain((log,))[0]
+    assert reference.Estimate(1, 0, math.inf, 1, ratio=True).smallest_effect == math.inf
+
+
 def test_an_estimate_of_before_is_read_without_degrees_of_freedom() -> None:
     old = {"value": 1.0, "low": 0.5, "high": 1.5, "n": 3, "of": "a"}
     assert reference.finding("item", [old]) == (reference.Estimate(1.0, 0.5, 1.5, 3, "a"),)

@@ -134,13 +134,45 @@ def test_trace_tables() -> None:
     claims = fig_trace.claims(found, changes, reached, sigma=0.1)
     assert claims["loss_is_the_quadratic_form"] is True
     assert [e.value for e in claims["departure_at_the_training_noise"]] == pytest.approx([2.5, 2.5])
+    assert [e.value for e in claims["departure_of_the_surest_third"]] == pytest.approx([1, 1])
     far = reached[(reached["sigma"] == 0.1) & (reached["network"] == "control")].set_index("third")["median"]
     assert far["least sure third"] > far["surest third"] == pytest.approx(1)
     assert claims["ratio_of_traces"].high < 0.51 and claims["ratio_of_traces"].n == 3
+    assert all(
+        claims[f"ratio_of_{name}"].df == 2 and claims[f"ratio_of_{name}"].ratio for name in ("traces", "mean_traces")
+    )
     assert claims["ratio_of_mean_traces"].value == pytest.approx(claims["ratio_of_traces"].value)
+    thirds = claims["ratio_of_traces_by_confidence"]
+    assert [e.of for e in thirds] == list(fig_trace.CONFIDENCE) and {(e.n, e.df, e.ratio) for e in thirds} == {
+        (3, 2, True)
+    }
+    assert [e.value for e in thirds] == pytest.approx(
+        [claims["ratio_of_traces"].value] * 3
+    )  # the arm divides all alike
     worse = fig_trace.claims(found, changes, reached.assign(median=1.02), sigma=0.1)
     assert worse["loss_is_the_quadratic_form"] is False
     assert len(fig_trace.draw(table, changes).axes) == 2 and len(fig_trace.draw_law(reached).axes) == 2
+
+
+def test_images_that_several_networks_share_are_counted_once() -> None:
+    ratio = np.exp(np.random.default_rng(1).normal(0, 2, 60))
+
+    def interval(*factors: float) -> tuple[float, float]:
+        """Of the median of the ratio over 60 images and networks, each with the ratio of the first times a factor."""
+        frames = [
+            pd.DataFrame({"seed": seed, "image": range(60), "sigma": 0.04, "p_top": np.arange(60) / 60}).assign(
+                loss=factor * ratio, quadratic=1.0
+            )
+            for seed, factor in enumerate(factors)
+        ]
+        whole = fig_trace.reach(pd.concat(frames, ignore_index=True)).set_index("third").loc["all"]
+        assert (whole["images"], whole["seeds"]) == (60, len(factors))
+        return np.log(whole["low"]), np.log(whole["high"])
+
+    one, alike, different = interval(1), interval(1, 1, 1), interval(1 / 9, 1, 9)
+    # Three networks that agree on every image say no more than one of them, and no less.
+    assert alike == pytest.approx(one, rel=1e-12)
+    assert different[1] - different[0] > 1.5 * (one[1] - one[0])
 
 
 def test_the_quadratic_form_is_that_of_the_metric_tensor() -> None:

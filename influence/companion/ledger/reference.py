@@ -44,6 +44,7 @@ class Estimate:
         n: how many networks, or images, it rests on.
         of: what it is of, where a claim is made of several.
         df: degrees of freedom where the interval is a t interval; None for one that is nearly normal.
+        ratio: whether it is a ratio, whose interval is even on a logarithmic scale.
     """
 
     value: float
@@ -52,20 +53,28 @@ class Estimate:
     n: int
     of: str = ""
     df: int | None = None
+    ratio: bool = False
 
     @property
     def smallest_effect(self) -> float:
-        """The distance from a margin that this design finds with a probability of 80%, by its interval's width."""
+        """The distance from a margin that this design finds with a probability of 80%, by its interval's width.
+
+        Of a ratio the factor by which it has to differ, more than 1.
+        """
         quantile = self._quantile(_SIDES)
         if self.df is None:
             errors = quantile + self._quantile(_POWER)
         else:  # of a t statistic that lies beyond its quantile four times in five
             errors = float(special.nctdtrinc(self.df, 1 - _POWER, quantile))
+        if self.ratio:
+            return (self.high / self.low) ** (errors / quantile / 2) if self.low > 0 else math.inf
         return (self.high - self.low) / 2 * errors / quantile
 
     def widened(self, looks: int) -> tuple[float, float]:
         """The interval that all of `looks` such intervals hold together with 95%, by the normal or the t law."""
         factor = self._quantile(1 - (1 - _SIDES) / looks) / self._quantile(_SIDES)
+        if self.ratio:
+            return self.value * (self.low / self.value) ** factor, self.value * (self.high / self.value) ** factor
         return self.value - factor * (self.value - self.low), self.value + factor * (self.high - self.value)
 
     def _quantile(self, p: float) -> float:
@@ -190,8 +199,11 @@ class Comparison:
         """What those estimates that leave a claim undetermined could have found."""
         if self.outcome != UNDETERMINED or not isinstance(self.ours, tuple) or self.reference is None:
             return ""
-        open_ones = [e.smallest_effect for e in self.ours if not self.reference.beyond(e) > 0]
-        return f" (80% power for {max(open_ones):.2g} beyond the margin)" if open_ones else ""
+        open_ones = [e for e in self.ours if not self.reference.beyond(e) > 0]
+        if not open_ones:
+            return ""
+        effect = max(e.smallest_effect for e in open_ones)
+        return f" (80% power for {'a factor of ' * open_ones[0].ratio}{effect:.2g} beyond the margin)"
 
 
 def format_finding(value: bool | float | None) -> str:
@@ -202,8 +214,10 @@ def format_finding(value: bool | float | None) -> str:
 
 
 def plain(ours: Finding) -> Any:
-    """A finding as JSON has it."""
-    return [asdict(estimate) for estimate in ours] if isinstance(ours, tuple) else ours
+    """A finding as JSON has it; only a ratio says whether it is one."""
+    if not isinstance(ours, tuple):
+        return ours
+    return [{name: x for name, x in asdict(estimate).items() if name != "ratio" or x} for estimate in ours]
 
 
 def finding(item: str, value: object) -> Finding:

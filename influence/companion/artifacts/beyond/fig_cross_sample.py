@@ -191,7 +191,8 @@ def claims(fits: pd.DataFrame, found: pd.DataFrame) -> dict[str, bool | Estimate
 
     def estimate(values: pd.Series, *, within: float) -> Estimate:
         mean, low, high = mean_interval(values)
-        return Estimate(mean, max(low, -within), min(high, within), len(values))  # one network leaves everything open
+        # One network leaves everything open.
+        return Estimate(mean, max(low, -within), min(high, within), len(values), df=len(values) - 1 or None)
 
     return {
         "identity_of_the_image_itself": bool((fits["identity"] < 1e-8).all()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -319,7 +319,14 @@ def claims(found: pd.DataFrame, table: pd.DataFrame, ranked: pd.DataFrame) -> di
         rows = table[table["task"].isin(tasks) & table["score"].isin(measures)].to_dict("records")
         if rows:
             claimed[item] = [
-                Estimate(row[of], row[f"{of}_low"], row[f"{of}_high"], row["kinds"], f"{row['task']}, {row['score']}")
+                Estimate(
+                    row[of],
+                    row[f"{of}_low"],
+                    row[f"{of}_high"],
+                    row["kinds"],
+                    f"{row['task']}, {row['score']}",
+                    df=row["kinds"] - 1 or None,
+                )
                 for row in rows
             ]
     for measure, unit in _RANKED:
@@ -343,7 +350,13 @@ def with_and_without(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     for chosen in (tables, few):
         found, table = aurocs(chosen), networks(chosen["flips"])
         claimed = claims(found, summary(found), ranks(table)).items()
-        rows = [{"claim": item, **asdict(e)} for item, found in claimed if not isinstance(found, bool) for e in found]
+        shown = ("of", "value", "low", "high", "n")
+        rows = [
+            {"claim": item, **{name: getattr(e, name) for name in shown}}
+            for item, found in claimed
+            if not isinstance(found, bool)
+            for e in found
+        ]
         sides.append(pd.DataFrame(rows).set_index(["claim", "of"]))
     return sides[0].join(sides[1].add_prefix("without_")).reset_index()
 
@@ -368,8 +381,9 @@ def draw(table: pd.DataFrame) -> Figure:
         axes.set_ylim(len(SCORES) - 0.5, -0.5)
         axes.set_xlabel("AUROC")
         axes.grid(axis="x", alpha=0.3)
-    words = "means over kinds of network, 95% t intervals; dotted: what a score has to beat"
-    figure.suptitle(f"{words}; images: mean over networks, for flips those classified rightly", fontsize=8)
+    words = "means over kinds of network with 95% t intervals, each score by itself; dotted: what a score has to beat"
+    paired = "claims are of differences from it, paired by kind, with intervals of their own"
+    figure.suptitle(f"{words}\n({paired}); images: mean over networks, for flips those classified rightly", fontsize=8)
     return figure
 
 

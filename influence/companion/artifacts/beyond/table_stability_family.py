@@ -229,7 +229,9 @@ def claims(runs: pd.DataFrame) -> dict[str, Estimate | list[Estimate]]:
     mean, low, high = mean_interval(log_trace["trace"] - log_trace[CONTROL])
     return {
         "family_gains_on_distorted": [paired(robust[a] - robust[CONTROL], a) for a in members],
-        "trace_penalty_lowers_the_trace": Estimate(mean, max(low, -_OPEN), min(high, _OPEN), len(log_trace)),
+        "trace_penalty_lowers_the_trace": Estimate(
+            mean, max(low, -_OPEN), min(high, _OPEN), len(log_trace), df=len(log_trace) - 1 or None
+        ),
         "trades_resists_the_attack": paired(of[ATTACK]["trades"] - of[ATTACK][STABILITY]),
         "relatives_less_stability": [paired(robust[a] - robust[STABILITY], a) for a in PENALTIES],
         "clean_change": [paired(of[ORIGINAL][a] - of[ORIGINAL][CONTROL], a) for a in members],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -121,8 +122,9 @@ def reach(frame: pd.DataFrame) -> pd.DataFrame:
             and seed where there are several.
 
     Returns:
-        One row per sigma and third of the images by p_top, and for all of them ("all"): images, the median of the ratio
-        with its 95% interval (low, high; bootstrap over images and over seeds), and its quantiles .1 and .9 (q10, q90).
+        One row per sigma and third of the images by p_top, and for all of them ("all"): images and seeds (how many
+        there are), the median of the ratio with its 95% interval (low, high; percentile bootstrap over images and over
+        seeds), and its quantiles .1 and .9 (q10, q90).
     """
     rows = []
     for sigma, group in frame.groupby("sigma"):
@@ -138,8 +140,8 @@ def reach(frame: pd.DataFrame) -> pd.DataFrame:
             drawn = np.nanmedian(wide[images[:, :, None], networks[:, None, :]], axis=(1, 2))
             low, high = np.nanquantile(drawn, [0.025, 0.975])
             q10, median, q90 = np.quantile(part, [0.1, 0.5, 0.9])
-            rows.append((name, sigma, len(wide), median, low, high, q10, q90))
-    return pd.DataFrame(rows, columns=["third", "sigma", "images", "median", "low", "high", "q10", "q90"])
+            rows.append((name, sigma, *wide.shape, median, low, high, q10, q90))
+    return pd.DataFrame(rows, columns=["third", "sigma", "images", "seeds", "median", "low", "high", "q10", "q90"])
 
 
 def law(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -199,25 +201,51 @@ def claims(
     * loss_is_the_quadratic_form: at the smallest sigma the median of loss over 1/2 eps^T G eps of the same draws is
       within .01 of 1 for every network.
     * departure_at_the_training_noise: that median at `sigma` for each network; the law holds where it is 1.
+      departure_of_the_surest_third: the same for the third of the images that a network is surest of.
     * ratio_of_traces: trace after the training over that under the control, the geometric mean over images.
     * ratio_of_mean_traces: the mean trace over images after the training over that under the control.
+    * ratio_of_traces_by_confidence: the first ratio for each third of the images of each network by confidence.
     """
     whole = reached[reached["third"] == "all"]
-    there = whole[whole["sigma"] == sigma].to_dict("records")
+    there = reached[reached["sigma"] == sigma]
+    departures = {
+        name: [
+            Estimate(row["median"], row["low"], row["high"], row["images"], row["network"])
+            for row in there[there["third"] == third].to_dict("records")
+        ]
+        for name, third in (("at_the_training_noise", "all"), ("of_the_surest_third", CONFIDENCE[-1]))
+    }
     least = whole.loc[whole["sigma"] == whole["sigma"].min(), "median"]
     trace = changes[changes["measure"] == "trace"].iloc[-1]
     once = measures[measures["sigma"] == measures["sigma"].min()]
     means = once.groupby(["seed", "arm"])["trace"].mean().unstack("arm")
     ratios = np.log(means[trace["arm"]] / means[comparison.CONTROL])
     value, low, high = (float(np.exp(end)) for end in mean_interval(ratios))
+    of_seeds: dict[str, Any] = {"n": len(ratios), "df": len(ratios) - 1 or None, "ratio": True}
     return {
         "loss_is_the_quadratic_form": bool(((least - 1).abs() <= 0.01).all()),
-        "departure_at_the_training_noise": [
-            Estimate(row["median"], row["low"], row["high"], row["images"], row["network"]) for row in there
-        ],
-        "ratio_of_traces": Estimate(float(trace["ratio"]), float(trace["low"]), float(trace["high"]), len(ratios)),
-        "ratio_of_mean_traces": Estimate(value, low, high, len(ratios)),
+        **{f"departure_{name}": estimates for name, estimates in departures.items()},
+        "ratio_of_traces": Estimate(float(trace["ratio"]), float(trace["low"]), float(trace["high"]), **of_seeds),
+        "ratio_of_mean_traces": Estimate(value, low, high, **of_seeds),
+        "ratio_of_traces_by_confidence": _by_confidence(once, trace["arm"]),
     }
+
+
+def _by_confidence(once: pd.DataFrame, arm: str) -> list[Estimate]:
+    """Trace after an arm over that under the control, its geometric mean, for thirds of the images by confidence.
+
+    Thirds are of the mean of two ranks of p_top, under the control and after the arm: of those that one network is
+    surest of, the other would be less sure by chance alone.
+    """
+    trace, p_top = (once.pivot(index=["seed", "image"], columns="arm", values=of) for of in ("trace", "p_top"))
+    logs = np.log(trace[arm]) - np.log(trace[comparison.CONTROL])
+    sure = p_top[[comparison.CONTROL, arm]].rank().mean(axis=1).rank(method="first")
+    found = []
+    for third, group in logs.groupby(pd.qcut(sure, 3, labels=list(CONFIDENCE)), observed=True):
+        means = group.groupby(level="seed").mean()
+        value, low, high = (float(np.exp(end)) for end in mean_interval(means))
+        found.append(Estimate(value, low, high, len(means), str(third), df=len(means) - 1 or None, ratio=True))
+    return found
 
 
 def draw_law(reached: pd.DataFrame) -> Figure:
@@ -241,7 +269,9 @@ def draw_law(reached: pd.DataFrame) -> Figure:
         axes.set_yscale("log")
         arm = name in ("control", "augmentation") or name.startswith("stability")
         title = label(name) if arm else style.network(name)
-        axes.set_title(f"{title}, n = {whole['images'].iloc[0]}", fontsize=8)
+        images, seeds = (int(whole[count].iloc[0]) for count in ("images", "seeds"))
+        size = f"n = {images}" + (f" x {seeds} networks" if seeds > 1 else "")
+        axes.set_title(f"{title}, {size}", fontsize=7.5)
     for axes in grid.flat[len(names) :]:
         axes.set_visible(False)
     for axes in grid[:, 0]:

@@ -170,7 +170,8 @@ def gains(runs: pd.DataFrame, arm: str, *, value: str = "precision_at_1") -> pd.
 def paired(gains: ArrayLike, of: str = "") -> Estimate:
     """Mean of a gain, or a difference of two, of each seed with its 95% t interval; one seed leaves [-2, 2] open."""
     value, low, high = mean_interval(gains)
-    return Estimate(value, max(low, -2.0), min(high, 2.0), np.size(gains), of)
+    seeds = int(np.size(gains))
+    return Estimate(value, max(low, -2.0), min(high, 2.0), seeds, of, df=seeds - 1 or None)
 
 
 def label(arm: str) -> str:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from ... import style
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
+from ...scores.evaluation import mean_interval
 from . import comparison, embeddings
 from .comparison import CONTROL, colours, label, own_noise, paired
 from .embeddings import NEGATIVE, POSITIVE
@@ -78,26 +79,43 @@ def claims(shares: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, Est
 
 
 def draw(cumulative: pd.DataFrame, *, threshold: float) -> Figure:
-    """Cumulative distribution of D over near-duplicates (solid) and negatives (dashed), one panel per distortion."""
+    """Cumulative distribution of D over near-duplicates (solid) and negatives (dashed), one panel per distortion.
+
+    Below, for the first alpha by itself, the share of near-duplicates within D less that of the control: beside a
+    larger alpha it cannot be seen.
+    """
     names = [name for name in cumulative["distortion"].unique() if not name.startswith("noise-")]
-    figure = Figure(figsize=(style.WIDTH, 3.0))
-    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    tint = colours(list(cumulative["arm"].unique()))
-    for axes, name in zip(panels, names, strict=True):
+    figure = Figure(figsize=(style.WIDTH, 4.8))
+    grid = figure.subplots(2, len(names), sharex=True, sharey="row", squeeze=False, height_ratios=[3, 2])
+    panels = grid[0]
+    arms = list(cumulative["arm"].unique())
+    tint = colours(arms)
+    first = next(arm for arm in arms if arm.startswith("stability"))
+    for axes, below, name in zip(panels, grid[1], names, strict=True):
         here = cumulative[cumulative["distortion"] == name]
+        near = here[here["kind"] == POSITIVE].pivot(index=["distance", "seed"], columns="arm", values="share")
+        gain = 100 * (near[first] - near[CONTROL]).unstack("seed")
+        mean, low, high = np.array([mean_interval(row) for row in gain.to_numpy()]).T
+        below.plot(gain.index, mean, color=tint[first], lw=1.2)
+        if gain.shape[1] > 1:
+            below.fill_between(gain.index, low, high, color=tint[first], alpha=0.25, lw=0)
+        below.axhline(0, color=tint[CONTROL], lw=1)
+        below.axvline(threshold, color="black", linewidth=0.8, linestyle=":")
+        below.set_xlabel("D / median D of negatives")
         for (arm, kind), group in here.groupby(["arm", "kind"], sort=False):
             wide = group.pivot(index="distance", columns="seed", values="share")
-            near = kind == POSITIVE
-            colour, known = tint[str(arm)], label(str(arm)) if near else None
-            axes.plot(wide.index, wide.mean(axis=1), "-" if near else "--", color=colour, lw=1.2, label=known)
+            solid = kind == POSITIVE
+            colour, known = tint[str(arm)], label(str(arm)) if solid else None
+            axes.plot(wide.index, wide.mean(axis=1), "-" if solid else "--", color=colour, lw=1.2, label=known)
             axes.fill_between(wide.index, wide.min(axis=1), wide.max(axis=1), color=colour, alpha=0.15, lw=0)
         axes.axvline(threshold, color="black", linewidth=0.8, linestyle=":")
-        axes.set_xlabel("D / median D of negatives")
         axes.set_title(name)
         axes.set_xlim(0, 1.6)
     panels[0].plot([], [], "k--", label="negatives")
     panels[0].set_ylabel("share of pairs within D")
+    grid[1, 0].set_ylabel(f"{label(first)}\nless control (pp)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7)
     seeds = cumulative["seed"].nunique()
-    figure.suptitle(f"mean and range over {seeds} seeds; dotted: the threshold of the claim", fontsize=9)
+    words = f"above, mean and range over {seeds} seeds; below, paired by seed, with the 95% interval at each D"
+    figure.suptitle(f"{words}\ndotted: the threshold of the claim", fontsize=8)
     return figure

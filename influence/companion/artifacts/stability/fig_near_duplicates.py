@@ -94,7 +94,7 @@ def claims(levels: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, lis
             for version in (v for v in parameters["versions"] if v.startswith(kind)):
                 if (version, f"recall@p{level:g}") in scored.index:
                     one = paired(scored.loc[(version, f"recall@p{level:g}")].to_numpy())
-                    points = Estimate(100 * one.value, 100 * one.low, 100 * one.high, one.n)
+                    points = Estimate(100 * one.value, 100 * one.low, 100 * one.high, one.n, df=one.df)
                     found[f"recall_gain_at_precision_{name}{suffix}"] = points
         own = np.asarray(gain.loc[(own_noise(parameters), AVERAGE)])
         found[f"improves_under_its_own_noise{suffix}"] = paired(own)

@@ -15,7 +15,7 @@ import influence
 from influence.last_layer import head
 from influence.measures import log_ceiling
 
-from ..scores.evaluation import rank_agreement
+from ..scores.detection import spearman
 from .material import Examples
 from .study import Subject, estimated_trace, log_probs_of, picture
 
@@ -205,6 +205,6 @@ def beyond_the_loss(table: pd.DataFrame, *, count: int = 20) -> pd.DataFrame:
     for score in ("fi", "trace"):
         shared = len(top & set(train.nlargest(count, score)["example"]))
         mean = float(train["alignment"].mean()) if score == "fi" else float("nan")
-        agreement = rank_agreement(train[score], train["loss"])
-        rows.append({"score": score, "spearman": agreement, "shared": shared, "of": len(top), "mean_alignment": mean})
+        order = float(spearman(train[score], train["loss"]))
+        rows.append({"score": score, "spearman": order, "shared": shared, "of": len(top), "mean_alignment": mean})
     return pd.DataFrame(rows)

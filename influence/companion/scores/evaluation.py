@@ -37,8 +37,3 @@ def mean_interval(values: ArrayLike) -> Interval:
         return mean, -np.inf, np.inf
     half = float(stats.t.ppf((1 + LEVEL) / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
     return mean, mean - half, mean + half
-
-
-def rank_agreement(first: ArrayLike, second: ArrayLike) -> float:
-    """Spearman's rank correlation, ties given their mean rank."""
-    return float(stats.spearmanr(np.asarray(first), np.asarray(second)).statistic)

@@ -19,7 +19,8 @@ from ...images.data import Dataset, Split
 from ...ledger import cache
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
-from ...scores.evaluation import mean_interval, rank_agreement
+from ...scores.detection import spearman
+from ...scores.evaluation import mean_interval
 from ...scores.leave_one_out import Regression, cross_sample_influence
 from ...zoo import last_layer, training
 from ..common import bound, classifier, dataset
@@ -126,14 +127,9 @@ def agreement(values: Mapping[str, np.ndarray], train: np.ndarray, test: np.ndar
         about = {"quantity": name, "of": "training", "image": train, "size": np.abs(value).mean(axis=1)}
         frames.append(pd.DataFrame(about | {"signed": value.mean(axis=1) if signed else np.nan}))
         if name != "change":
-            about = {"quantity": name, "of": "test", "image": test, "size": _by_column(np.abs(value), np.abs(truth))}
-            frames.append(pd.DataFrame(about | {"signed": _by_column(value, truth) if signed else np.nan}))
+            about = {"quantity": name, "of": "test", "image": test, "size": spearman(np.abs(value.T), np.abs(truth.T))}
+            frames.append(pd.DataFrame(about | {"signed": spearman(value.T, truth.T) if signed else np.nan}))
     return pd.concat(frames, ignore_index=True)
-
-
-def _by_column(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Spearman's correlation of each column, ``(t,)`` of ``(m, t)``."""
-    return np.array([rank_agreement(x, y) for x, y in zip(first.T, second.T, strict=True)])
 
 
 def correlations(measures: pd.DataFrame) -> pd.DataFrame:
@@ -148,7 +144,7 @@ def correlations(measures: pd.DataFrame) -> pd.DataFrame:
         wide = group.pivot(index="image", columns="quantity", values=["size", "signed"])
         for name in PREDICTORS:
             found = {
-                kind: rank_agreement(wide[kind, name], wide[kind, "change"])
+                kind: float(spearman(wide[kind, name], wide[kind, "change"]))
                 for kind in ("size", "signed")
                 if kind == "size" or name in SIGNED
             }
@@ -241,8 +237,8 @@ def draw_totals(measures: pd.DataFrame, fits: pd.DataFrame) -> Figure:
         axes.set_yscale("log")
         axes.set_xlabel("|change| (nats)")
         axes.set_ylabel(f"|{words}| (nats)" if name == "influence" else words)
-        spearman = rank_agreement(wide["change"], wide[name])
-        axes.set_title(f"{len(wide)} training images, Spearman {spearman:+.2f}", fontsize=8)
+        order = spearman(wide["change"], wide[name])
+        axes.set_title(f"{len(wide)} training images, Spearman {order:+.2f}", fontsize=8)
     return figure
 
 

@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,8 +25,8 @@ from ...ledger import cache, paths
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores import attacks, imagewise
-from ...scores.detection import columns, detection
-from ...scores.evaluation import mean_interval, rank_agreement
+from ...scores.detection import Interval, columns, detection, spearman, spearman_interval
+from ...scores.evaluation import mean_interval
 from ...zoo import finetuning, pretrained, recipes, training
 from ...zoo.recipes import RecipeError
 from ..common import Network, bound, named
@@ -49,6 +48,7 @@ _SHARE = 0.2  # of the labels that are flipped where people gave none
 _PGD_STEPS = 10
 _LEAST = 5  # examples of either sort without which a network says nothing about a task
 _TO_RESAMPLE = 8  # kinds of network without which there is no bootstrap over them
+_RESAMPLES = 2000
 _WITHOUT = [name for name in imagewise.NAMES if name in ("cook", "grand")]
 MEASURES = ("lambda_max", "mean_lambda_max", "trace", "loss", "error")  # medians where no mean is named
 
@@ -273,18 +273,12 @@ def ranks(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def correlation(first: np.ndarray, second: np.ndarray, *, repeats: int = 2000) -> tuple[float, float, float]:
+def correlation(first: np.ndarray, second: np.ndarray) -> Interval:
     """Spearman's rank correlation of (n,) values with its percentile bootstrap interval; `ranks` says for how many."""
-    if min(len(np.unique(first)), len(np.unique(second))) < 2:
-        return 0.0, -1.0, 1.0
-    value = rank_agreement(first, second)
-    if len(first) < _TO_RESAMPLE:
-        return value, -1.0, 1.0
-    rows = np.random.default_rng(0).integers(0, len(first), (repeats, len(first)))
-    a, b = (stats.rankdata(values[rows], axis=1) - (len(first) + 1) / 2 for values in (first, second))
-    size = np.sqrt((a**2).sum(1) * (b**2).sum(1))
-    low, high = np.quantile(((a * b).sum(1) / np.maximum(size, 1e-9))[size > 0], [0.025, 0.975])
-    return value, float(low), float(high)
+    value = float(spearman(first, second))
+    if np.isnan(value) or len(first) < _TO_RESAMPLE:
+        return 0.0 if np.isnan(value) else value, -1.0, 1.0
+    return spearman_interval(first, second, repeats=_RESAMPLES)
 
 
 _RANKED = (("lambda_max", "kinds"), ("lambda_max", "networks"), ("mean_lambda_max", "kinds"), ("error", "kinds"))

@@ -21,6 +21,7 @@ from ...ledger import cache
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores.definition import of_logits
+from ...scores.detection import spearman
 from ...scores.layerwise import rounding_scores, score_layers
 from ...zoo import training
 from ..common import Subject, bound, networks
@@ -176,15 +177,10 @@ _RIVALS = {"released_share": "released FI", "size": "number of weights"}
 def _order_gained(frame: pd.DataFrame, rival: str, of: str) -> Estimate:
     """Spearman of `predicted` with the divergence less that of a rival, bootstrap interval paired over layers."""
 
-    def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    def gain(ours: np.ndarray, other: np.ndarray, target: np.ndarray, *, axis: int = -1) -> np.ndarray:
         # Scores that are the same for every layer order nothing: 0.
-        both = [rank - rank.mean(axis=-1, keepdims=True) for rank in (first, second)]
-        lengths = [np.sqrt((rank * rank).sum(axis=-1)) for rank in both]
-        return np.asarray((both[0] * both[1]).sum(axis=-1) / np.maximum(lengths[0] * lengths[1], 1e-300))
-
-    def gain(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
-        ours, other, target = (stats.rankdata(sample, axis=axis) for sample in samples)
-        return spearman(ours, target) - spearman(other, target)
+        found, rivals = (np.nan_to_num(spearman(score, target)) for score in (ours, other))
+        return found - rivals
 
     columns = tuple(frame[column].to_numpy() for column in ("predicted", rival, "divergence"))
     options: dict[str, Any] = {"paired": True, "n_resamples": 999, "method": "percentile"}
@@ -339,7 +335,7 @@ def draw_rounded(rounded: pd.DataFrame) -> Figure:
                 colour, marker = _MARKERS.get(str(kind), ("#999999", "v"))
                 look = {"color": colour, "marker": marker, "markersize": 3, "linewidth": 0}
                 axes.plot(part[column], part["divergence"], label=str(kind), **look)
-            order = stats.spearmanr(group[column], group["divergence"]).statistic
+            order = spearman(group[column], group["divergence"])
             axes.set_title(f"Spearman {order:.2f}, {len(group)} layers", fontsize=8)
             axes.set_yscale("log")
             if column != "released_share":

@@ -18,8 +18,7 @@ from ...images.pictures import packed, unpacked
 from ...ledger import cache
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
-from ...scores.detection import agreement
-from ...scores.evaluation import rank_agreement
+from ...scores.detection import agreement, spearman
 from ...scores.imagewise import chunks, positions, table
 from ..common import Subject, bound, networks, over_seeds
 from .common import ceiling_check, manhattan
@@ -96,8 +95,8 @@ def summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
                 "largest_exact": group["exact"].max(),
                 "largest_released": group["released"].max(),
                 "released_zero_share": float((group["released"] == 0).mean()),
-                "spearman_exact_loss": rank_agreement(group["exact"], group["loss"]),
-                "spearman_released_loss": rank_agreement(group["released"], group["loss"]),
+                "spearman_exact_loss": float(spearman(group["exact"], group["loss"])),
+                "spearman_released_loss": float(spearman(group["released"], group["loss"])),
                 "top100_exact_in_loss": len(top["exact"] & top["loss"]),
                 "top100_released_in_loss": len(top["released"] & top["loss"]),
             }

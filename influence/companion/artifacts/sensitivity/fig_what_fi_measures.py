@@ -17,7 +17,7 @@ from ... import style
 from ...ledger import cache, reference
 from ...ledger.results import Run
 from ...scores import imagewise
-from ...scores.detection import agreement
+from ...scores.detection import Interval, columns, spearman_interval
 from ...scores.layerwise import layer_noise_scores
 from ...zoo import training
 from ..common import Subject, bound, classifier, dataset
@@ -122,7 +122,7 @@ def sensitivity_table(frame: pd.DataFrame) -> pd.DataFrame:
         reference = same["value"].loc[group["image"]].to_numpy()
         gap = np.abs(group["value"].to_numpy() - reference)
         change = float(np.max(np.divide(gap, reference, out=np.where(gap > 0, np.inf, 0.0), where=reference > 0)))
-        order = agreement(group["value"], group["loss"], repeats=100)
+        order = spearman_interval(group["value"], group["loss"], repeats=100)
         rows.append(
             {
                 "score": score,
@@ -133,7 +133,7 @@ def sensitivity_table(frame: pd.DataFrame) -> pd.DataFrame:
                 "median": group["value"].median(),
                 "largest": group["value"].max(),
                 "change": change,
-                **{name: order[name] for name in ("spearman", "spearman_low", "spearman_high")},
+                **columns("spearman", order),
             }
         )
     return pd.DataFrame(rows)
@@ -207,12 +207,11 @@ def tasks(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return table.sort_values(["task", "value"], ascending=[True, False], ignore_index=True)
 
 
-def _spearman(score: pd.Series, target: pd.Series) -> tuple[float, float, float]:
+def _spearman(score: pd.Series, target: pd.Series) -> Interval:
     """Spearman's rho with its bootstrap interval over layers; 0 where a score is the same for all of them."""
     if float(score.max() - score.min()) <= 1e-9 * float(score.abs().max()):
         return 0.0, 0.0, 0.0
-    found = agreement(score, target)
-    return found["spearman"], found["spearman_low"], found["spearman_high"]
+    return spearman_interval(score, target)
 
 
 def claims(table: pd.DataFrame, check: float, definition_gap: float) -> dict[str, bool | float]:

@@ -16,14 +16,13 @@ from influence.progress import progress_bar
 
 from ... import style
 from ...images.data import Dataset, Split
-from ...ledger import cache
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
-from ...scores.detection import spearman
+from ...scores.detection import columns, spearman
 from ...scores.evaluation import mean_interval
 from ...scores.leave_one_out import Regression, cross_sample_influence
 from ...zoo import last_layer, training
-from ..common import bound, classifier, dataset
+from ..common import classifier, dataset, scored
 
 # Colour and name of what predicts the change; of these the first three have a sign.
 PREDICTORS = {
@@ -56,12 +55,10 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     """
     chosen, found = run.parameters, []
     images = dataset(run, chosen["dataset"])
-    names = ("images", "removed", "tested", "penalties")
+    setting = {name: chosen[name] for name in ("images", "removed", "tested", "penalties")}
     for seed in progress_bar(chosen["seeds"], desc="leave-one-out", unit="network", leave=False):
         network = classifier(run, chosen["dataset"], chosen["model"], seed=seed)
-        key = {"model": network.key, "data": images.digest, "seed": seed, "device": run.device.type}
-        make = bound(_measured, network.model, images, {name: chosen[name] for name in names}, seed, run.device)
-        frame = cache.table(f"cross_sample/{images.name}", key | {name: chosen[name] for name in names}, make)
+        frame = scored(run, f"cross_sample/{images.name}", _measured, network, images, chosen=setting, seed=seed)
         found.append(frame.assign(seed=seed))
     rows = pd.concat(found, ignore_index=True)
     fits = rows[rows["of"] == "fit"].pivot(index=["seed", "l2"], columns="quantity", values="size").reset_index()
@@ -161,9 +158,8 @@ def summary(found: pd.DataFrame) -> pd.DataFrame:
     long = found.melt(["seed", "l2", "quantity", "among"], ["size", "signed"], "kind", "spearman").dropna()
     rows = []
     for (l2, among, kind, name), group in long.groupby(["l2", "among", "kind", "quantity"], sort=False):
-        mean, low, high = mean_interval(group["spearman"])
         about = {"l2": l2, "among": among, "kind": kind, "quantity": name, "networks": len(group)}
-        rows.append(about | {"spearman": mean, "low": max(low, -1.0), "high": min(high, 1.0)})
+        rows.append(about | columns("spearman", mean_interval(group["spearman"], within=(-1, 1)), ""))
     return pd.DataFrame(rows)
 
 
@@ -186,8 +182,7 @@ def claims(fits: pd.DataFrame, found: pd.DataFrame) -> dict[str, bool | Estimate
     less = {among: wide[among, "cross_fi"] - wide[among, "influence"] for among in (WITHIN, TOTAL)}
 
     def estimate(values: pd.Series, *, within: float) -> Estimate:
-        mean, low, high = mean_interval(values)
-        return Estimate(mean, max(low, -within), min(high, within), len(values))  # one network leaves everything open
+        return Estimate(*mean_interval(values, within=(-within, within)), len(values))
 
     return {
         "identity_of_the_image_itself": bool((fits["identity"] < 1e-8).all()),

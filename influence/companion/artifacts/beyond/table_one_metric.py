@@ -21,7 +21,7 @@ from influence.progress import progress_bar
 from ... import style
 from ...images import outliers
 from ...images.data import Split
-from ...ledger import cache, paths
+from ...ledger import paths
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores import attacks, imagewise
@@ -29,7 +29,7 @@ from ...scores.detection import Interval, columns, detection, spearman, spearman
 from ...scores.evaluation import mean_interval
 from ...zoo import finetuning, pretrained, recipes, training
 from ...zoo.recipes import RecipeError
-from ..common import Network, bound, named
+from ..common import Network, named, scored
 from .table_stability_family import arms
 
 WORST = "worst_direction"
@@ -75,31 +75,26 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
         detector and image: network, kind, image, label (the given one), predicted, wrong (bool), the same scores.
     """
     chosen, flipped, labelled = run.parameters, [], []
-    common: dict[str, Any] = {"seed": chosen["seeds"][0], "device": run.device.type}
-    options = {name: chosen[name] for name in ("sigma", "copies", "radii")}
+    seed = chosen["seeds"][0]
+    options: dict[str, Any] = {name: chosen[name] for name in ("sigma", "copies", "radii")}
     for name in progress_bar(chosen["networks"], desc="flips", unit="network", leave=False):
         subject = network(run, name)
-        split = subject.parts["test"].sample(chosen["images"], seed=common["seed"])
-        make = bound(flips, subject.model, split, device=run.device, **options)
-        known = {"model": subject.key, "data": split.digest, **options, **common}
-        found = cache.table(f"one-metric/flips-{name}", known, make)
+        split = subject.parts["test"].sample(chosen["images"], seed=seed)
+        found = scored(run, f"one-metric/flips-{name}", flips, subject, split, **options)
         flipped.append(found.assign(network=name, kind=subject.family))
     for name in progress_bar(chosen["detectors"], desc="wrong labels", unit="network", leave=False):
         recipe = recipes.named(name)
         held_out = recipe.dataset()
         run.add_input(f"{recipe.data} for {name}", held_out.digest)
         trained = training.fit(recipe, held_out, device=run.device)
-        split = held_out.valid.sample(chosen["label_images"], seed=common["seed"])
+        split = held_out.valid.sample(chosen["label_images"], seed=seed)
         given, verified = split.labels, split.labels
         if recipe.labels is None:
-            classes = len(held_out.classes)
-            given = outliers.flip_labels(verified, share=_SHARE, classes=classes, seed=common["seed"])
+            given = outliers.flip_labels(verified, share=_SHARE, classes=len(held_out.classes), seed=seed)
         else:
             verified = outliers.human_labels(recipe.labels, paths.data_dir())[1][split.index]
         judged = Split(split.images, given, split.index)
-        make = bound(scores, trained.model, judged, radius=chosen["radii"][0], device=run.device)
-        known = {"model": trained.key, "data": judged.digest, "radius": chosen["radii"][0], **common}
-        found = cache.table(f"one-metric/labels-{name}", known, make)
+        found = scored(run, f"one-metric/labels-{name}", scores, trained, judged, radius=chosen["radii"][0])
         about = {"wrong": (given != verified).numpy(), "network": name, "kind": name.rpartition("-")[0]}
         labelled.append(found.assign(**about))
     return {"flips": pd.concat(flipped, ignore_index=True), "labels": pd.concat(labelled, ignore_index=True)}
@@ -231,8 +226,7 @@ def summary(found: pd.DataFrame) -> pd.DataFrame:
         row = {"task": task, "score": score, "kinds": len(kinds), "networks": len(group)}
         row |= {name: float(group[name].mean()) for name in ("images", "positives")}
         for name, ends, least in (("auroc", "", 0), ("difference", "difference_", -1)):
-            mean, low, high = mean_interval(kinds[name])
-            row |= {name: mean, f"{ends}low": max(low, least), f"{ends}high": min(high, 1)}
+            row |= columns(name, mean_interval(kinds[name], within=(least, 1)), ends)
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -17,14 +17,13 @@ from torch import nn
 import influence
 
 from ... import style
-from ...ledger import cache
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores.definition import of_logits
 from ...scores.detection import spearman
 from ...scores.layerwise import rounding_scores, score_layers
 from ...zoo import training
-from ..common import Subject, bound, networks
+from ..common import Subject, networks, scored
 from .common import manhattan
 
 _KINDS = {nn.Conv2d: "convolution", nn.BatchNorm2d: "batch normalisation", nn.Linear: "dense"}
@@ -49,21 +48,16 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     images, epsilon = run.parameters["images"] or None, run.parameters["epsilon"]
     found: dict[str, list[pd.DataFrame]] = {"whole": [], "layers": [], "released": [], "rounded": [], "definition": []}
     for network in networks(run):
-        trained = network.trained
-        split = network.dataset.train.sample(images, seed=network.seed)
-        key = {"model": trained.key, "data": network.dataset.digest, "seed": network.seed, "images": images}
-        key |= {"epsilon": epsilon, "device": run.device.type}
-        scoring = bound(score_layers, trained.model, split, epsilon=epsilon, device=run.device)
-        scores = cache.table(f"setup2/{network.name}", key, scoring)
-        tested = network.dataset.test.sample(images, seed=network.seed)
-        rounding = bound(rounding_scores, trained.model, tested, bits=_BITS, device=run.device)
+        trained, name, whole = network.trained, network.name, network.dataset
+        train, tested = (part.sample(images, seed=network.seed) for part in (whole.train, whole.test))
+        scores = scored(run, f"setup2/{name}", score_layers, trained, train, epsilon=epsilon)
         layers = summary(scores)
         kinds = {name: _KINDS.get(type(module), "other") for name, module in trained.model.named_modules()}
         parts = {
             "whole": scores[scores["number"] == 0].drop(columns=["number", "layer"]),
             "layers": layers.assign(type=layers["layer"].map(kinds).fillna("all")),
             "released": scores.loc[scores["number"] > 0, ["number", "layer", "image", "released"]],
-            "rounded": cache.table(f"setup2/rounded-{network.name}", key | {"bits": _BITS}, rounding),
+            "rounded": scored(run, f"setup2/rounded-{name}", rounding_scores, trained, tested, bits=_BITS),
         }
         if not found["definition"]:
             parts["definition"] = by_definition(network, images=2, layers=6, device=run.device)

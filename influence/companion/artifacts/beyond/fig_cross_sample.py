@@ -96,8 +96,8 @@ def _measured(
         }
         fit = pd.DataFrame({"of": "fit", "image": -1, "quantity": list(about), "size": list(about.values())})
         values = {"change": change} | {name: value.numpy() for name, value in predicted.items()}
-        agreed = agreement(values, train.index[removed].numpy(), test.index.numpy())
-        frames.append(pd.concat([fit.assign(signed=np.nan), agreed], ignore_index=True).assign(l2=l2))
+        found = measures(values, train.index[removed].numpy(), test.index.numpy())
+        frames.append(pd.concat([fit.assign(signed=np.nan), found], ignore_index=True).assign(l2=l2))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -107,7 +107,7 @@ def _features(model: nn.Module, part: Split, device: torch.device) -> Tensor:
     return torch.cat([found, torch.ones(len(found), 1, dtype=torch.float64)], dim=1)
 
 
-def agreement(values: Mapping[str, np.ndarray], train: np.ndarray, test: np.ndarray) -> pd.DataFrame:
+def measures(values: Mapping[str, np.ndarray], train: np.ndarray, test: np.ndarray) -> pd.DataFrame:
     """Rank correlations with the change within each test image, and totals of each training image.
 
     Args:

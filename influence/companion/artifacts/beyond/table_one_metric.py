@@ -23,7 +23,7 @@ from ...images import outliers
 from ...images.data import Split
 from ...ledger import paths
 from ...ledger.reference import Estimate
-from ...ledger.results import Run
+from ...ledger.results import COMMITTED, Run
 from ...scores import attacks, imagewise
 from ...scores.detection import Interval, columns, detection, spearman, spearman_interval
 from ...scores.evaluation import mean_interval
@@ -118,7 +118,7 @@ def network(run: Run, name: str) -> Network:
         where = f"{name}{_CONTINUED}{arm}"
         raise RecipeError(f"{where}: only networks of recipes.yaml are continued, by one of {', '.join(known)}")
     recipe = recipes.named(name)
-    publish = run.profile == "cpu"
+    publish = run.profile == COMMITTED
     trained = finetuning.finetune(recipe, known[arm], recipe.dataset(), device=run.device, publish=publish)
     return replace(found, model=trained.model, key=trained.key, family=f"{found.family}{_CONTINUED}{arm}")
 

@@ -15,7 +15,7 @@ from torch import nn
 from ... import style
 from ...images.data import Split
 from ...ledger.reference import Estimate
-from ...ledger.results import Run
+from ...ledger.results import COMMITTED, Run
 from ...scores import attacks, smoothing
 from ...zoo import training
 from ..common import dataset, scored
@@ -43,7 +43,7 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     split = dataset(run, name).test.sample(run.parameters["images"])
     certificates, attacked = [], []
     arms = comparison.standard(run.parameters)
-    publish = run.profile == "cpu"
+    publish = run.profile == COMMITTED
     for seed, arm, trained in comparison.networks(run, name, arms, task="certificates and attacks", publish=publish):
         of: dict[str, Any] = {"seed": seed, "arm": arm, "n": len(split)}
         certificates.append(_certificates(run, trained, split, seed).assign(**of))
@@ -86,8 +86,7 @@ def _certificates(run: Run, trained: training.Trained, split: Split, seed: int) 
 def _certified(model: nn.Module, split: Split, *, device: torch.device, seed: int, **setting: Any) -> pd.DataFrame:
     """One row per image: predicted, radius."""
     generator = torch.Generator(device).manual_seed(training.mixed_seed(seed, 30_000))
-    found = [smoothing.certify(model, image, generator=generator, **setting) for image in split.images]
-    return pd.DataFrame({"predicted": [c.predicted for c in found], "radius": [c.radius for c in found]})
+    return pd.DataFrame([smoothing.certify(model, image, generator=generator, **setting) for image in split.images])
 
 
 def _attacked(

@@ -109,7 +109,7 @@ def test_what_cannot_be_fitted_is_refused(fitted: Regression) -> None:
 def test_agreement_by_hand() -> None:
     change = np.array([[1.0, -1.0], [-2.0, 2.0], [3.0, 0.5]])
     values = {"change": change, "influence": -change, "cross_fi": np.array([[3.0, 1.0], [2.0, 2.0], [1.0, 3.0]])}
-    found = fig_cross_sample.agreement(values, np.array([7, 8, 9]), np.array([4, 5])).set_index(["quantity", "of"])
+    found = fig_cross_sample.measures(values, np.array([7, 8, 9]), np.array([4, 5])).set_index(["quantity", "of"])
     assert found.loc[("influence", "test"), "size"].tolist() == pytest.approx([1, 1])
     assert found.loc[("influence", "test"), "signed"].tolist() == pytest.approx([-1, -1])
     # |change| of the second test image is 1, 2, .5: ranks 2, 3, 1 against 1, 2, 3.

@@ -54,6 +54,16 @@ def test_two_samples() -> None:
     assert same["effect"] == 0.5 and same["ks"] == 0 and same["effect_low"] < 0.5 < same["effect_high"]
 
 
+def test_rank_correlation_is_scipys() -> None:
+    assert detection.spearman([1, 2, 3], [10, 20, 40]) == pytest.approx(1)
+    assert detection.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    generator = np.random.default_rng(0)
+    first, second = generator.integers(0, 20, (2, 30, 50))
+    expected = [stats.spearmanr(*pair).statistic for pair in zip(first, second, strict=True)]
+    assert detection.spearman(first, second).tolist() == expected
+    assert np.isnan(detection.spearman(first[0], np.zeros(50)))
+
+
 def test_agreement_and_shares() -> None:
     x = np.arange(50.0)
     assert detection.agreement(x, np.exp(x))["kendall"] == pytest.approx(1)

@@ -33,8 +33,3 @@ def test_mean_interval_by_hand_and_its_coverage() -> None:
 def test_calibration_error_refuses_what_does_not_match(arguments: tuple) -> None:
     with pytest.raises(ValueError, match="two vectors of one length"):
         evaluation.expected_calibration_error(*arguments)
-
-
-def test_rank_agreement() -> None:
-    assert evaluation.rank_agreement([1, 2, 3], [10, 20, 40]) == pytest.approx(1)
-    assert evaluation.rank_agreement([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)

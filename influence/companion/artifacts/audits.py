@@ -69,7 +69,7 @@ def _of_layers(run: Run, model: nn.Module, split: Split) -> influence.MetricTens
     return with_all(influence.metric_tensor(model, training.pixels(split.images, run.device), wrt="layers"))
 
 
-def _scored(
+def _anew(
     score: Callable[..., pd.DataFrame],
     run: Run,
     examples: pd.DataFrame,
@@ -87,9 +87,9 @@ def _scored(
     return pd.concat(frames)
 
 
-_rankings = partial(_scored, score_images)
-_both_parts = partial(_scored, imagewise.predicted_class_scores, predicted=True)
-_layers = partial(_scored, score_layers, of=_of_layers)
+_rankings = partial(_anew, score_images)
+_both_parts = partial(_anew, imagewise.predicted_class_scores, predicted=True)
+_layers = partial(_anew, score_layers, of=_of_layers)
 
 
 def _definitions(run: Run, examples: pd.DataFrame) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from torch import nn
 from influence.progress import progress_bar
 
 from ..images import data
-from ..ledger import paths
+from ..ledger import cache, paths
 from ..ledger.reference import Estimate
 from ..ledger.results import Run
 from ..scores.evaluation import mean_interval
@@ -139,6 +139,22 @@ def named(run: Run, name: str) -> Network:
     parts = {"train": found.train, "validation": found.valid, "test": found.test}
     made = training.fit(recipe, found, device=run.device)
     return Network(made.model, made.key, name.rpartition("-")[0], recipe.seed, recipe.data, parts, recipe.gate)
+
+
+def scored(
+    run: Run,
+    name: str,
+    function: Callable[..., pd.DataFrame],
+    network: training.Trained | Network,
+    *images: data.Split | data.Dataset,
+    **options: Any,
+) -> pd.DataFrame:
+    """`function(model, *images, device=run.device, **options)`, computed once: the `cache.table` of this name.
+
+    Its key is all that decides the result: the network, the digests of the images and the options, plain values.
+    """
+    key = {"model": network.key, "images": [part.digest for part in images], "device": run.device.type, **options}
+    return cache.table(name, key, bound(function, network.model, *images, device=run.device, **options))
 
 
 def bound(function: Callable[..., pd.DataFrame], *args: Any, **kwargs: Any) -> Callable[[], pd.DataFrame]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache as remember
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -180,6 +179,8 @@ def _download(name: str, root: Path) -> None:
 
 def _problem(name: str, root: Path) -> str | None:
     """What is wrong with the files of `name` below `root`, or None."""
+    from torchvision.datasets.utils import check_integrity
+
     found = _class(name)
     if name == "mnist":
         folder, expected = root / "MNIST" / "raw", list(_MNIST_MD5.items())
@@ -190,17 +191,9 @@ def _problem(name: str, root: Path) -> str | None:
         path = folder / file
         if not path.is_file():
             return f"{path} is missing"
-        state = path.stat()
-        if _md5(path, state.st_size, state.st_mtime_ns) != md5:
+        if not check_integrity(str(path), md5):
             return f"{path} is corrupt (its md5 is not {md5})"
     return None
-
-
-@remember
-def _md5(path: Path, size: int, modified: int) -> str:
-    """Of a file of this size that was modified then."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def _torchvision(name: str, root: Path) -> Dataset:

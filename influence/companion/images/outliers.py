@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .data import DataError, Split
 
@@ -57,15 +58,8 @@ def overlay(split: Split, eligible: np.ndarray | Tensor, *, per_class: int, shif
 def shifted(image: Tensor, down: int, right: int) -> Tensor:
     """`image` (C, H, W) moved by whole pixels; 0 moves in, what leaves is lost."""
     height, width = image.shape[-2:]
-    moved = torch.zeros_like(image)
-    to_rows, from_rows = _overlap(down, height)
-    to_columns, from_columns = _overlap(right, width)
-    moved[..., to_rows, to_columns] = image[..., from_rows, from_columns]
-    return moved
-
-
-def _overlap(by: int, size: int) -> tuple[slice, slice]:
-    return slice(max(0, by), max(0, size + min(0, by))), slice(max(0, -by), max(0, size - max(0, by)))
+    wide = F.pad(image, (abs(right), abs(right), abs(down), abs(down)))
+    return wide[..., abs(down) - down :, abs(right) - right :][..., :height, :width]
 
 
 def flip_labels(labels: Tensor, *, share: float, classes: int, seed: int = 0) -> Tensor:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SMOKE = "smoke"
+COMMITTED = "cpu"  # the profile that comes with its results
 _COMPRESS_ABOVE = 1_000_000  # bytes of CSV
 _PACKAGES = ("numpy", "scipy", "pandas", "torch", "torchvision", "scikit-learn", "matplotlib", "seaborn", "papermill")
 

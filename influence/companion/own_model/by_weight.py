@@ -7,14 +7,11 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import influence
 
 from ..scores import weightwise
-from ..scores.detection import columns, share_interval
-from .material import Examples
-from .study import Subject, log_probs_of
+from .study import Subject, quality
 
 # Of all weights; the second is what the words and the places of the first weights are about.
 SHARES = (0.001, 0.01, 0.05)
@@ -56,7 +53,7 @@ def weights(subject: Subject, *, images: int, tested: int, seed: int = 0) -> dic
     asked = subject.material.train.sample(images, seed=seed)
     examples = asked.sample(max(_FEWEST, _MOST_ENTRIES // (rows * total)), seed=seed)
     x, labels = examples.batch(range(len(examples)))
-    found = influence.weight_influence(
+    influences = influence.weight_influence(
         subject.model,
         x.to(subject.device),
         labels,
@@ -64,16 +61,16 @@ def weights(subject: Subject, *, images: int, tested: int, seed: int = 0) -> dic
         samples=samples,
         generator=torch.Generator().manual_seed(seed),
     )
-    scores = weightwise.rankings(subject.model, found, seed=seed)
+    scores = weightwise.rankings(subject.model, influences, seed=seed)
     part = subject.material.measured.sample(tested, seed=seed)
-    lines: list[dict[str, Any]] = [{"ranking": "none", "share": 0.0, "weights": 0, **_quality(subject, part)}]
+    lines: list[dict[str, Any]] = [{"ranking": "none", "share": 0.0, "weights": 0, **quality(subject, part)}]
     counts = {share: max(1, round(share * total)) for share in SHARES}
     for ranking in RANKINGS:
         order = scores[ranking].topk(max(counts.values())).indices
         for share, count in counts.items():
             with weightwise.without(subject.model, order[:count], weightwise.TREATMENTS[0]):
-                quality = _quality(subject, part)
-            lines.append({"ranking": ranking, "share": share, "weights": count, **quality})
+                found = quality(subject, part)
+            lines.append({"ranking": ranking, "share": share, "weights": count, **found})
     first = torch.zeros(total, dtype=torch.bool)
     first[scores[PLACED].topk(counts[JUDGED]).indices.cpu()] = True
     of = {"n": len(part), "total": total, "examples": len(examples), "asked": len(asked), "samples": samples or 0}
@@ -82,23 +79,9 @@ def weights(subject: Subject, *, images: int, tested: int, seed: int = 0) -> dic
 
 def _places(subject: Subject, first: Tensor) -> pd.DataFrame:
     """How many of the chosen entries of the vector of all weights each layer holds, in the order of the network."""
-    rows: dict[str, dict[str, Any]] = {}
-    named = weightwise.weights(subject.model)
-    for (name, weight), part in zip(named.items(), first.split([w.numel() for w in named.values()]), strict=True):
-        layer = name.rpartition(".")[0]
-        kind = type(subject.model.get_submodule(layer)).__name__
-        row = rows.setdefault(layer, {"kind": kind, "weights": 0, "first": 0})
-        row |= {"weights": row["weights"] + weight.numel(), "first": row["first"] + int(part.sum())}
-    frame = pd.DataFrame.from_dict(rows, orient="index")
-    frame.insert(0, "layer", [layer.removeprefix("model.") or "(model)" for layer in rows])
-    return frame.reset_index(drop=True)
-
-
-@torch.no_grad()
-def _quality(subject: Subject, examples: Examples) -> dict[str, float]:
-    right, loss = 0, 0.0
-    for x, labels in subject.batches(examples):
-        log_probs = log_probs_of(subject, x)
-        right += int((log_probs.argmax(1) == labels).sum())
-        loss += float(F.nll_loss(log_probs, labels, reduction="sum"))
-    return columns("accuracy", share_interval(right, len(examples)), "") | {"loss": loss / len(examples)}
+    sizes = {name: weight.numel() for name, weight in weightwise.weights(subject.model).items()}
+    frame = pd.DataFrame({"layer": [name.rpartition(".")[0] for name in sizes], "weights": list(sizes.values())})
+    frame["first"] = [int(part.sum()) for part in first.split(list(sizes.values()))]
+    frame = frame.groupby("layer", sort=False).sum().reset_index()
+    frame.insert(1, "kind", [type(subject.model.get_submodule(layer)).__name__ for layer in frame["layer"]])
+    return frame.assign(layer=[layer.removeprefix("model.") or "(model)" for layer in frame["layer"]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -15,10 +16,9 @@ from torch.nn import functional as F
 import influence
 
 from ..images import distortions
-from ..scores.detection import columns, share_interval
 from ..zoo import training
 from .material import Examples
-from .study import Subject
+from .study import Subject, quality
 
 _BATCH = 64
 
@@ -110,8 +110,8 @@ def robustness(
     are measured on that.
 
     Returns:
-        One row per arm, family of distortion and strength (0 is the original): accuracy with its 95% Wilson interval,
-        n. Empty where `pixel_range` is None.
+        One row per arm, family of distortion and strength (0 is the original): what `study.quality` measures, n. Empty
+        where `pixel_range` is None.
     """
     unit = pixel_range(subject)
     if unit is None:
@@ -132,10 +132,10 @@ def robustness(
         arms[f"stability {alpha:g}"] = stabilise(subject, alpha=alpha, **options)
     rows = []
     for family, strength, pictures in _versions(bytes_):
+        shown = Examples(labels, partial(_scaled, pictures, unit / 255), range(len(labels)))
         for arm, model in arms.items():
-            right = _hits(subject, model, pictures, labels, unit / 255)
-            accuracy = columns("accuracy", share_interval(right, len(labels)), "")
-            rows.append({"arm": arm, "family": family, "strength": strength, **accuracy, "n": len(labels)})
+            found = quality(replace(subject, model=model), shown)
+            rows.append({"arm": arm, "family": family, "strength": strength, **found, "n": len(labels)})
     return pd.DataFrame(rows)
 
 
@@ -165,11 +165,5 @@ def _versions(images: Tensor) -> Iterator[tuple[str, float, Tensor]]:
             yield family, strength, distort(images, strength)
 
 
-def _hits(subject: Subject, model: nn.Module, images: Tensor, labels: Tensor, scale: float) -> int:
-    total = 0
-    size = subject.at_once(_BATCH)
-    with torch.no_grad():
-        for pictures, y in zip(images.split(size), labels.split(size), strict=True):
-            x = pictures.to(subject.device).float() * scale
-            total += int((influence.checks.require_logits(model(x)).argmax(1).cpu() == y).sum())
-    return total
+def _scaled(pictures: Tensor, scale: float, position: int) -> Tensor:
+    return pictures[position].float() * scale

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import influence
 
 from ..ledger import cache
 from ..ledger.results import Run
+from ..scores.detection import columns, share_interval
 from . import loading
 from .material import Examples, Material, load_data
 
@@ -96,6 +98,17 @@ def load(run: Run, model: str, dataset: str, *, size: int = 0, **options: Any) -
 def log_probs_of(subject: Subject, x: Tensor) -> Tensor:
     """Log P ``(N, K)`` in float64, with a graph where there is one."""
     return influence.checks.require_logits(subject.model(x)).double().log_softmax(1)
+
+
+@torch.no_grad()
+def quality(subject: Subject, examples: Examples) -> dict[str, float]:
+    """Of the model on some examples: accuracy with its 95% Wilson interval low and high, loss (nats, mean)."""
+    right, loss = 0, 0.0
+    for x, labels in subject.batches(examples):
+        log_probs = log_probs_of(subject, x)
+        right += int((log_probs.argmax(1) == labels).sum())
+        loss += float(F.nll_loss(log_probs, labels, reduction="sum"))
+    return columns("accuracy", share_interval(right, len(examples)), "") | {"loss": loss / len(examples)}
 
 
 def estimated_trace(subject: Subject, x: Tensor, *, wrt: str, draws: int = DRAWS, seed: int = 0) -> Tensor:

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..ledger import manifest, paths
 from ..ledger.notebook import NotebookError
+from ..ledger.results import COMMITTED
 from . import listing, run
 
 if TYPE_CHECKING:
     from ..own_model.material import Examples, Material
 
 _PLAIN = argparse.RawDescriptionHelpFormatter
-_PUBLISHED = "cpu"  # the profile that comes with its results
 # Of 64 examples with 10 classes: seconds to minutes of work in a file.
 _MOST_BATCHES = 8
 _MOST_NAMED = 20  # classes
@@ -143,7 +143,7 @@ def _list(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     from . import audit
 
-    chosen = options.profile or _PUBLISHED
+    chosen = options.profile or COMMITTED
     if options.profile or options.only or options.recompute:
         run.plan(chosen, options.only)  # are there such?
     problems = listing.problems()
@@ -401,7 +401,7 @@ def _add_check(commands: Any) -> None:
     texts: dict[str, Any] = {"description": _CHECK, "epilog": _CHECK_EXAMPLES, "formatter_class": _PLAIN}
     add = commands.add_parser("check", help="are the published results what their ledger says?", **texts).add_argument
     add("--recompute", type=_positive, metavar="N", help="compute N random examples of each published table anew")
-    add("--profile", help=f"whose tables (default: {_PUBLISHED})")
+    add("--profile", help=f"whose tables (default: {COMMITTED})")
     add("--only", nargs="+", default=[], metavar="STEM", help="tables of these notebooks alone")
     add("--seed", type=_count, metavar="S", help="of the choice of examples (default: another each time)")
 

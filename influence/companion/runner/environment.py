@@ -15,9 +15,9 @@ from pathlib import Path
 _PYPROJECT = Path(__file__).resolve().parents[3] / "pyproject.toml"
 
 
-def requirements(extras: Iterable[str] = (), *, pyproject: Path = _PYPROJECT) -> list[str]:
+def requirements(extras: Iterable[str] = ()) -> list[str]:
     """The requirements of the package and of the extras, as they are written in pyproject.toml."""
-    project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads(_PYPROJECT.read_text(encoding="utf-8"))["project"]
     found: list[str] = list(project["dependencies"])
     for extra in extras:
         found += project["optional-dependencies"][extra]

@@ -9,9 +9,7 @@ from tabulate import tabulate
 
 from ..ledger import manifest, paths, reference
 from ..ledger.notebook import LAST, discover
-from ..ledger.results import published
-
-_COMMITTED = "cpu"
+from ..ledger.results import COMMITTED, published
 
 
 def show(profile: str | None = None, *, markdown: bool = False, claims: bool = False) -> str:
@@ -33,12 +31,12 @@ def artifacts_markdown() -> str:
 
     A notebook that does not draw what is published, but what it computed at small scale, has a mark.
     """
-    rows = manifest.read(_COMMITTED, root=paths.ROOT / "results")
-    lines = [f"| notebook | what it shows | verdict, profile `{_COMMITTED}` |", "|---|---|---|"]
+    rows = manifest.read(COMMITTED, root=paths.ROOT / "results")
+    lines = [f"| notebook | what it shows | verdict, profile `{COMMITTED}` |", "|---|---|---|"]
     for stem, notebook in discover().items():
         title = notebook.title.replace("|", "\\|")
         outcome = rows.get(stem, {}).get("verdict", "not run")
-        outcome += "" if notebook.parameters["profile"].default == _COMMITTED else " †"
+        outcome += "" if notebook.parameters["profile"].default == COMMITTED else " †"
         lines.append(f"| [{stem}](notebooks/{stem}.ipynb) | {title} | {outcome} |")
     return "\n".join(lines)
 
@@ -61,7 +59,7 @@ def claims(profile: str, *, root: Path | None = None) -> pd.DataFrame:
 
 def claims_markdown() -> str:
     """The table of claims in results/README.md, from the committed results."""
-    table = claims(_COMMITTED, root=paths.ROOT / "results")
+    table = claims(COMMITTED, root=paths.ROOT / "results")
     lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
     cells = ([text.replace("|", "\\|") for text in row] for row in table.itertuples(index=False))
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in cells)])

@@ -78,15 +78,11 @@ def _artifact(profile: str, book: Notebook, row: dict[str, Any] | None, folder: 
     run: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
         run = json.loads((root / provenance).read_text(encoding="utf-8"))
-    try:
-        comparisons, compared = reference.compare(stem, row["findings"]), True
-    except TypeError:  # published in a form that its reference had before
-        comparisons, compared = [], False
+    comparisons = reference.compare(stem, row["findings"])
     judged = [c for c in comparisons if c.outcome is not None]
     return found | {
         "verdict": row["verdict"],
         "told": judged or comparisons[:_TOLD],
-        "earlier": book.redraws and not (compared and "computed" in row),
         "seconds": run.get("seconds"),
         "device": run.get("device", ""),
         "figures": [file for name, file in kept.items() if name.endswith(".png")],

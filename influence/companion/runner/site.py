@@ -23,7 +23,6 @@ from ..ledger import paths
 from ..ledger.notebook import LAST, Notebook, discover
 
 MARK = "style.css"
-_WIDGET = "application/vnd.jupyter.widget-view+json"
 _TEMPLATES = Path(__file__).parent / "templates"
 _ENVIRONMENT = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
@@ -77,12 +76,7 @@ def notebook_page(book: Notebook, source: Path, folder: Path, *, note: str = "")
         folder: of the site; files that the text links to are copied there.
         note: shown above it.
     """
-    content = nbformat.read(source, as_version=4)
-    for cell in content.cells:
-        if cell.cell_type == "code":
-            # A widget, such as a bar of the reader's own, would need a kernel.
-            cell.outputs = [o for o in cell.outputs if _WIDGET not in o.get("data", {})]
-    body, _ = _Exporter(template_name="basic").from_notebook_node(content)
+    body, _ = _Exporter(template_name="basic").from_notebook_node(nbformat.read(source, as_version=4))
     up = "../" * (book.stem.count("/") + 1)
     body = _linked(body, book, folder, up)
     # A table of results scrolls by itself on a narrow screen.

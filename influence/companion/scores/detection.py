@@ -34,12 +34,14 @@ def bootstrap_interval(values: ArrayLike) -> Interval:
     return float(x.mean()), float(low), float(high)
 
 
-def _percentiles(value: float, samples: np.ndarray) -> Interval:
-    """A value with the percentiles of its bootstrap samples; NaN of none."""
-    if not len(samples):
-        return float(value), np.nan, np.nan
-    low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(value), float(low), float(high)
+def _percentiles(values: np.ndarray) -> Interval:
+    """The first value with the percentiles of the others, its bootstrap samples; NaN of none."""
+    value, samples = float(values[0]), values[1:]
+    drawn = samples[~np.isnan(samples)]  # a sample of one value alone has no order
+    if not len(drawn):
+        return value, np.nan, np.nan
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return value, float(low), float(high)
 
 
 def columns(name: str, interval: Interval, ends: str | None = None) -> dict[str, float]:
@@ -83,7 +85,7 @@ def detection(
     """
     hit = np.asarray(positive, dtype=bool)
     auroc, ap = _curves(score, hit, _resampled(hit.tobytes(), repeats), weight)
-    return columns("auroc", _percentiles(auroc[0], auroc[1:])) | columns("ap", _percentiles(ap[0], ap[1:]))
+    return columns("auroc", _percentiles(auroc)) | columns("ap", _percentiles(ap))
 
 
 def auroc_difference(first: ArrayLike, second: ArrayLike, positive: ArrayLike, *, repeats: int = 200) -> Interval:
@@ -103,8 +105,7 @@ def auroc_difference(first: ArrayLike, second: ArrayLike, positive: ArrayLike, *
     """
     hit = np.asarray(positive, dtype=bool)
     counts = _resampled(hit.tobytes(), repeats)
-    difference = _curves(first, hit, counts)[0] - _curves(second, hit, counts)[0]
-    return _percentiles(difference[0], difference[1:])
+    return _percentiles(_curves(first, hit, counts)[0] - _curves(second, hit, counts)[0])
 
 
 @lru_cache(maxsize=2)  # every score of the same examples is resampled alike
@@ -172,19 +173,37 @@ def two_sample(first: ArrayLike, second: ArrayLike) -> dict[str, float]:
     }
 
 
+def spearman(first: ArrayLike, second: ArrayLike) -> np.ndarray:
+    """Spearman's rank correlation along the last axis, ties given their mean rank; NaN where one side is constant.
+
+    To the last digit what `scipy.stats.spearmanr` gives for one pair of samples at a time.
+    """
+    n = np.shape(first)[-1]
+    a, b = (stats.rankdata(values, axis=-1) - (n + 1) / 2 for values in (first, second))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        both, b_alone, a_alone = ((x * y).sum(axis=-1) * np.true_divide(1, n - 1) for x, y in ((a, b), (b, b), (a, a)))
+        return np.clip(both / np.sqrt(b_alone) / np.sqrt(a_alone), -1, 1)
+
+
+def _drawn_pairs(first: ArrayLike, second: ArrayLike, repeats: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two scores, (N,), of all examples and of bootstrap samples of them, (repeats + 1, N) each."""
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    rows = np.random.default_rng(0).integers(0, len(a), (repeats, len(a)))
+    rows = np.concatenate([np.arange(len(a))[None], rows])
+    return a[rows], b[rows]
+
+
+def spearman_interval(first: ArrayLike, second: ArrayLike, *, repeats: int = 200) -> Interval:
+    """Spearman's rho of two scores, (N,), with its percentile bootstrap interval over the examples."""
+    return _percentiles(spearman(*_drawn_pairs(first, second, repeats)))
+
+
 def agreement(first: ArrayLike, second: ArrayLike, *, repeats: int = 200) -> dict[str, float]:
     """Spearman's rho and Kendall's tau-b of two scores, with percentile bootstrap intervals over the examples.
 
     Returns:
         spearman, spearman_low, spearman_high, kendall, kendall_low, kendall_high.
     """
-    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    generator = np.random.default_rng(0)
-    samples = [np.arange(len(a)), *(generator.integers(0, len(a), len(a)) for _ in range(repeats))]
-    pairs = [(a[rows], b[rows]) for rows in samples]
-    found = np.array([(stats.spearmanr(*pair).statistic, stats.kendalltau(*pair).statistic) for pair in pairs])
-    result: dict[str, float] = {}
-    for name, (value, *drawn) in zip(("spearman", "kendall"), found.T, strict=True):
-        ordered = np.array(drawn)[~np.isnan(drawn)]  # a sample of one value alone has no order
-        result |= columns(name, _percentiles(value, ordered))
-    return result
+    pairs = _drawn_pairs(first, second, repeats)
+    kendall = np.array([stats.kendalltau(*pair).statistic for pair in zip(*pairs, strict=True)])
+    return columns("spearman", _percentiles(spearman(*pairs))) | columns("kendall", _percentiles(kendall))

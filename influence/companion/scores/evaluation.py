@@ -25,20 +25,14 @@ def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, *, bin
     return float(np.abs(gaps).sum() / len(p))
 
 
-def mean_interval(values: ArrayLike) -> Interval:
-    """Mean over seeds with its Student t interval: (mean, low, high); the interval of a single value is infinite.
+def mean_interval(values: ArrayLike, *, within: tuple[float, float] = (-np.inf, np.inf)) -> Interval:
+    """Mean over seeds with its Student t interval, cut to what is possible; that of a single value is all of `within`.
 
     Raises:
         ValueError: no values.
     """
     x = vector(values)
-    mean = float(x.mean())
-    if len(x) == 1:
-        return mean, -np.inf, np.inf
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
-    return mean, mean - half, mean + half
-
-
-def rank_agreement(first: ArrayLike, second: ArrayLike) -> float:
-    """Spearman's rank correlation, ties given their mean rank."""
-    return float(stats.spearmanr(np.asarray(first), np.asarray(second)).statistic)
+    mean, half = float(x.mean()), np.inf
+    if len(x) > 1:
+        half = float(stats.t.ppf((1 + LEVEL) / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
+    return mean, max(mean - half, within[0]), min(mean + half, within[1])

@@ -217,11 +217,9 @@ def predicted_class_scores(model: nn.Module, split: Split, epsilon: float, devic
 
 def positions(labels: np.ndarray) -> np.ndarray:
     """Images of class i spread evenly over [i, i+1), in stored order: the x of the paper's Manhattan plots."""
-    x = labels.astype(np.float64)
-    for k in np.unique(labels):
-        members = np.flatnonzero(labels == k)
-        x[members] += np.arange(len(members)) / len(members)
-    return x
+    x = pd.Series(labels)
+    of_class = x.groupby(x)
+    return (x + of_class.cumcount() / of_class.transform("size")).to_numpy()
 
 
 def unit_scores(

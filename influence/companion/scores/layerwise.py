@@ -16,6 +16,7 @@ from influence.progress import progress_bar
 
 from ..images.data import Split
 from ..zoo import training
+from ..zoo.family import kl
 from .imagewise import chunks, positions, table
 
 ALL = "all parameters"
@@ -88,7 +89,7 @@ def rounding_scores(model: nn.Module, split: Split, *, bits: int, device: torch.
                 weight.copy_(kept)
         log_q = F.log_softmax(after.double(), dim=1)
         row = {"layer": name.rpartition(".")[0], "error": error}
-        row["divergence"] = float((log_p.exp() * (log_p - log_q)).sum(dim=1).mean())
+        row["divergence"] = float(kl(log_p, log_q).mean())
         row["changed"] = float((before.argmax(dim=1) != after.argmax(dim=1)).double().mean())
         hits = [float((logits.argmax(dim=1) == labels).double().mean()) for logits in (before, after)]
         rows.append(row | {"lost": hits[0] - hits[1]})
@@ -122,7 +123,7 @@ def layer_noise_scores(
             own, values = dict(model.get_submodule(layer).named_parameters(layer, recurse=False)), []
             for _ in range(draws):
                 moved = functional_call(model, {name: noisy(w) for name, w in own.items()}, (x,))
-                values.append(float((log_p.exp() * (log_p - F.log_softmax(moved.double(), dim=1))).sum(1).mean()))
+                values.append(float(kl(log_p, F.log_softmax(moved.double(), dim=1)).mean()))
             rows.append((np.mean(values), np.std(values, ddof=1) / np.sqrt(draws) if draws > 1 else np.nan))
     found["divergence"], found["standard_error"] = np.array(rows).T
     return found

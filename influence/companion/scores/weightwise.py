@@ -16,9 +16,9 @@ from influence.progress import progress_bar
 from ..images.data import Split
 from ..zoo import training
 from .imagewise import chunks
+from .layerwise import rounded
 
 TREATMENTS = ("set to 0", "4 bits")
-_LEVELS = 7  # of either sign: symmetric 4 bits
 _CHUNK = 16
 
 
@@ -148,8 +148,7 @@ def without(model: nn.Module, chosen: Tensor, treatment: str) -> Iterator[None]:
     try:
         with torch.no_grad():
             for w, part in zip(changing, parts, strict=True):
-                step = w.abs().amax() / _LEVELS
-                changed = (w / step).round() * step if treatment == "4 bits" and step > 0 else torch.zeros_like(w)
+                changed = rounded(w, 4) if treatment == "4 bits" else torch.zeros_like(w)
                 w.copy_(torch.where(part.view_as(w), changed, w))
         yield
     finally:

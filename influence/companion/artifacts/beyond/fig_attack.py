@@ -13,7 +13,6 @@ import influence
 
 from ... import style
 from ...images.data import Split
-from ...ledger import cache
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores import swarm
@@ -21,7 +20,7 @@ from ...scores.detection import bootstrap_interval, columns, share_interval
 from ...scores.imagewise import chunks, table
 from ...scores.pixelwise import top_entries
 from ...zoo import training
-from ..common import bound, networks
+from ..common import networks, scored
 
 PUBLISHED = "published"  # every value that passes the threshold
 CHOICES = {
@@ -53,9 +52,9 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
         pool = network.dataset.test.sample(2 * chosen["images"], seed=network.seed)
         right = training.predict(network.trained.model, pool.images, device=run.device).argmax(1) == pool.labels
         split = pool.take(right.nonzero()[: chosen["images"], 0].tolist())
-        key = {"model": network.trained.key, "data": split.digest, "seed": network.seed, "device": run.device.type}
-        make = bound(attacked, network.trained.model, split, seed=network.seed, device=run.device, **options)
-        frames.append(cache.table(f"mfi-pso/{network.name}", key | options, make).assign(**network.columns))
+        name = f"mfi-pso/{network.name}"
+        found = scored(run, name, attacked, network.trained, split, seed=network.seed, **options)
+        frames.append(found.assign(**network.columns))
     return {"attacks": pd.concat(frames, ignore_index=True)}
 
 

@@ -16,13 +16,13 @@ from influence.progress import progress_bar
 
 from ... import style
 from ...images.data import Dataset, Split
-from ...ledger import cache
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
-from ...scores.evaluation import mean_interval, rank_agreement
+from ...scores.detection import columns, spearman
+from ...scores.evaluation import mean_interval
 from ...scores.leave_one_out import Regression, cross_sample_influence
 from ...zoo import last_layer, training
-from ..common import bound, classifier, dataset
+from ..common import classifier, dataset, scored
 
 # Colour and name of what predicts the change; of these the first three have a sign.
 PREDICTORS = {
@@ -55,12 +55,10 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     """
     chosen, found = run.parameters, []
     images = dataset(run, chosen["dataset"])
-    names = ("images", "removed", "tested", "penalties")
+    setting = {name: chosen[name] for name in ("images", "removed", "tested", "penalties")}
     for seed in progress_bar(chosen["seeds"], desc="leave-one-out", unit="network", leave=False):
         network = classifier(run, chosen["dataset"], chosen["model"], seed=seed)
-        key = {"model": network.key, "data": images.digest, "seed": seed, "device": run.device.type}
-        make = bound(_measured, network.model, images, {name: chosen[name] for name in names}, seed, run.device)
-        frame = cache.table(f"cross_sample/{images.name}", key | {name: chosen[name] for name in names}, make)
+        frame = scored(run, f"cross_sample/{images.name}", _measured, network, images, chosen=setting, seed=seed)
         found.append(frame.assign(seed=seed))
     rows = pd.concat(found, ignore_index=True)
     fits = rows[rows["of"] == "fit"].pivot(index=["seed", "l2"], columns="quantity", values="size").reset_index()
@@ -98,8 +96,8 @@ def _measured(
         }
         fit = pd.DataFrame({"of": "fit", "image": -1, "quantity": list(about), "size": list(about.values())})
         values = {"change": change} | {name: value.numpy() for name, value in predicted.items()}
-        agreed = agreement(values, train.index[removed].numpy(), test.index.numpy())
-        frames.append(pd.concat([fit.assign(signed=np.nan), agreed], ignore_index=True).assign(l2=l2))
+        found = measures(values, train.index[removed].numpy(), test.index.numpy())
+        frames.append(pd.concat([fit.assign(signed=np.nan), found], ignore_index=True).assign(l2=l2))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -109,7 +107,7 @@ def _features(model: nn.Module, part: Split, device: torch.device) -> Tensor:
     return torch.cat([found, torch.ones(len(found), 1, dtype=torch.float64)], dim=1)
 
 
-def agreement(values: Mapping[str, np.ndarray], train: np.ndarray, test: np.ndarray) -> pd.DataFrame:
+def measures(values: Mapping[str, np.ndarray], train: np.ndarray, test: np.ndarray) -> pd.DataFrame:
     """Rank correlations with the change within each test image, and totals of each training image.
 
     Args:
@@ -126,14 +124,9 @@ def agreement(values: Mapping[str, np.ndarray], train: np.ndarray, test: np.ndar
         about = {"quantity": name, "of": "training", "image": train, "size": np.abs(value).mean(axis=1)}
         frames.append(pd.DataFrame(about | {"signed": value.mean(axis=1) if signed else np.nan}))
         if name != "change":
-            about = {"quantity": name, "of": "test", "image": test, "size": _by_column(np.abs(value), np.abs(truth))}
-            frames.append(pd.DataFrame(about | {"signed": _by_column(value, truth) if signed else np.nan}))
+            about = {"quantity": name, "of": "test", "image": test, "size": spearman(np.abs(value.T), np.abs(truth.T))}
+            frames.append(pd.DataFrame(about | {"signed": spearman(value.T, truth.T) if signed else np.nan}))
     return pd.concat(frames, ignore_index=True)
-
-
-def _by_column(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Spearman's correlation of each column, ``(t,)`` of ``(m, t)``."""
-    return np.array([rank_agreement(x, y) for x, y in zip(first.T, second.T, strict=True)])
 
 
 def correlations(measures: pd.DataFrame) -> pd.DataFrame:
@@ -148,7 +141,7 @@ def correlations(measures: pd.DataFrame) -> pd.DataFrame:
         wide = group.pivot(index="image", columns="quantity", values=["size", "signed"])
         for name in PREDICTORS:
             found = {
-                kind: rank_agreement(wide[kind, name], wide[kind, "change"])
+                kind: float(spearman(wide[kind, name], wide[kind, "change"]))
                 for kind in ("size", "signed")
                 if kind == "size" or name in SIGNED
             }
@@ -165,9 +158,8 @@ def summary(found: pd.DataFrame) -> pd.DataFrame:
     long = found.melt(["seed", "l2", "quantity", "among"], ["size", "signed"], "kind", "spearman").dropna()
     rows = []
     for (l2, among, kind, name), group in long.groupby(["l2", "among", "kind", "quantity"], sort=False):
-        mean, low, high = mean_interval(group["spearman"])
         about = {"l2": l2, "among": among, "kind": kind, "quantity": name, "networks": len(group)}
-        rows.append(about | {"spearman": mean, "low": max(low, -1.0), "high": min(high, 1.0)})
+        rows.append(about | columns("spearman", mean_interval(group["spearman"], within=(-1, 1)), ""))
     return pd.DataFrame(rows)
 
 
@@ -190,9 +182,9 @@ def claims(fits: pd.DataFrame, found: pd.DataFrame) -> dict[str, bool | Estimate
     less = {among: wide[among, "cross_fi"] - wide[among, "influence"] for among in (WITHIN, TOTAL)}
 
     def estimate(values: pd.Series, *, within: float) -> Estimate:
-        mean, low, high = mean_interval(values)
         # One network leaves everything open.
-        return Estimate(mean, max(low, -within), min(high, within), len(values), df=len(values) - 1 or None)
+        count = len(values)
+        return Estimate(*mean_interval(values, within=(-within, within)), count, df=count - 1 or None)
 
     return {
         "identity_of_the_image_itself": bool((fits["identity"] < 1e-8).all()),
@@ -242,8 +234,8 @@ def draw_totals(measures: pd.DataFrame, fits: pd.DataFrame) -> Figure:
         axes.set_yscale("log")
         axes.set_xlabel("|change| (nats)")
         axes.set_ylabel(f"|{words}| (nats)" if name == "influence" else words)
-        spearman = rank_agreement(wide["change"], wide[name])
-        axes.set_title(f"{len(wide)} training images, Spearman {spearman:+.2f}", fontsize=8)
+        order = spearman(wide["change"], wide[name])
+        axes.set_title(f"{len(wide)} training images, Spearman {order:+.2f}", fontsize=8)
     return figure
 
 

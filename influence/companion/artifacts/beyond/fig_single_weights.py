@@ -10,13 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ... import style
-from ...ledger import cache
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores.detection import columns
 from ...scores.evaluation import mean_interval
 from ...scores.weightwise import TREATMENTS, ablations, occlusions
-from ..common import bound, networks
+from ..common import networks, scored
 from ..stability.comparison import paired
 
 # The share of the weights, and of an image's pixels, by which the claims are judged.
@@ -37,29 +36,16 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     chosen = run.parameters
     found: dict[str, list[pd.DataFrame]] = {"weights": [], "pixels": []}
     for network in networks(run):
-        train, test, model = network.dataset.train, network.dataset.test, network.trained.model
-        scored = train.sample(chosen["scored"], seed=network.seed)
+        train, test, trained = network.dataset.train, network.dataset.test, network.trained
+        ranked = train.sample(chosen["scored"], seed=network.seed)
         tested = test.sample(chosen["tested"] or None, seed=network.seed)
         covered = test.sample(chosen["covered"], seed=network.seed)
         grey = float(train.images.double().mean())
-        key = {"model": network.trained.key, "data": network.dataset.digest, "seed": network.seed}
-        key |= {"shares": list(chosen["shares"]), "device": run.device.type}
-        options: Any = {"seed": network.seed, "device": run.device}
-        parts = {
-            "weights": (
-                len(tested),
-                {"scored": chosen["scored"], "tested": chosen["tested"]},
-                bound(ablations, model, scored, tested, chosen["shares"], **options),
-            ),
-            "pixels": (
-                len(covered),
-                {"covered": chosen["covered"], "value": grey},
-                bound(occlusions, model, covered, chosen["shares"], value=grey, **options),
-            ),
-        }
-        for name, (count, sizes, make) in parts.items():
-            frame = cache.table(f"single/{name}-{network.name}", key | sizes, make)
-            found[name].append(frame.assign(images=count, **network.columns))
+        options: Any = {"seed": network.seed, "shares": chosen["shares"]}
+        weights = scored(run, f"single/weights-{network.name}", ablations, trained, ranked, tested, **options)
+        pixels = scored(run, f"single/pixels-{network.name}", occlusions, trained, covered, value=grey, **options)
+        for name, frame, images in (("weights", weights, tested), ("pixels", pixels, covered)):
+            found[name].append(frame.assign(images=len(images), **network.columns))
     return {name: pd.concat(frames, ignore_index=True) for name, frames in found.items()}
 
 

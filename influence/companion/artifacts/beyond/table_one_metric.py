@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,15 +21,15 @@ from influence.progress import progress_bar
 from ... import style
 from ...images import outliers
 from ...images.data import Split
-from ...ledger import cache, paths
+from ...ledger import paths
 from ...ledger.reference import Estimate
-from ...ledger.results import Run
+from ...ledger.results import COMMITTED, Run
 from ...scores import attacks, imagewise
-from ...scores.detection import columns, detection
-from ...scores.evaluation import mean_interval, rank_agreement
+from ...scores.detection import Interval, columns, detection, spearman, spearman_interval
+from ...scores.evaluation import mean_interval
 from ...zoo import finetuning, pretrained, recipes, training
 from ...zoo.recipes import RecipeError
-from ..common import Network, bound, named
+from ..common import Network, named, scored
 from .table_stability_family import arms
 
 WORST = "worst_direction"
@@ -49,6 +48,7 @@ _SHARE = 0.2  # of the labels that are flipped where people gave none
 _PGD_STEPS = 10
 _LEAST = 5  # examples of either sort without which a network says nothing about a task
 _TO_RESAMPLE = 8  # kinds of network without which there is no bootstrap over them
+_RESAMPLES = 2000
 _WITHOUT = [name for name in imagewise.NAMES if name in ("cook", "grand")]
 MEASURES = ("lambda_max", "mean_lambda_max", "trace", "loss", "error")  # medians where no mean is named
 
@@ -75,31 +75,26 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
         detector and image: network, kind, image, label (the given one), predicted, wrong (bool), the same scores.
     """
     chosen, flipped, labelled = run.parameters, [], []
-    common: dict[str, Any] = {"seed": chosen["seeds"][0], "device": run.device.type}
-    options = {name: chosen[name] for name in ("sigma", "copies", "radii")}
+    seed = chosen["seeds"][0]
+    options: dict[str, Any] = {name: chosen[name] for name in ("sigma", "copies", "radii")}
     for name in progress_bar(chosen["networks"], desc="flips", unit="network", leave=False):
         subject = network(run, name)
-        split = subject.parts["test"].sample(chosen["images"], seed=common["seed"])
-        make = bound(flips, subject.model, split, device=run.device, **options)
-        known = {"model": subject.key, "data": split.digest, **options, **common}
-        found = cache.table(f"one-metric/flips-{name}", known, make)
+        split = subject.parts["test"].sample(chosen["images"], seed=seed)
+        found = scored(run, f"one-metric/flips-{name}", flips, subject, split, **options)
         flipped.append(found.assign(network=name, kind=subject.family))
     for name in progress_bar(chosen["detectors"], desc="wrong labels", unit="network", leave=False):
         recipe = recipes.named(name)
         held_out = recipe.dataset()
         run.add_input(f"{recipe.data} for {name}", held_out.digest)
         trained = training.fit(recipe, held_out, device=run.device)
-        split = held_out.valid.sample(chosen["label_images"], seed=common["seed"])
+        split = held_out.valid.sample(chosen["label_images"], seed=seed)
         given, verified = split.labels, split.labels
         if recipe.labels is None:
-            classes = len(held_out.classes)
-            given = outliers.flip_labels(verified, share=_SHARE, classes=classes, seed=common["seed"])
+            given = outliers.flip_labels(verified, share=_SHARE, classes=len(held_out.classes), seed=seed)
         else:
             verified = outliers.human_labels(recipe.labels, paths.data_dir())[1][split.index]
         judged = Split(split.images, given, split.index)
-        make = bound(scores, trained.model, judged, radius=chosen["radii"][0], device=run.device)
-        known = {"model": trained.key, "data": judged.digest, "radius": chosen["radii"][0], **common}
-        found = cache.table(f"one-metric/labels-{name}", known, make)
+        found = scored(run, f"one-metric/labels-{name}", scores, trained, judged, radius=chosen["radii"][0])
         about = {"wrong": (given != verified).numpy(), "network": name, "kind": name.rpartition("-")[0]}
         labelled.append(found.assign(**about))
     return {"flips": pd.concat(flipped, ignore_index=True), "labels": pd.concat(labelled, ignore_index=True)}
@@ -123,7 +118,7 @@ def network(run: Run, name: str) -> Network:
         where = f"{name}{_CONTINUED}{arm}"
         raise RecipeError(f"{where}: only networks of recipes.yaml are continued, by one of {', '.join(known)}")
     recipe = recipes.named(name)
-    publish = run.profile == "cpu"
+    publish = run.profile == COMMITTED
     trained = finetuning.finetune(recipe, known[arm], recipe.dataset(), device=run.device, publish=publish)
     return replace(found, model=trained.model, key=trained.key, family=f"{found.family}{_CONTINUED}{arm}")
 
@@ -231,8 +226,7 @@ def summary(found: pd.DataFrame) -> pd.DataFrame:
         row = {"task": task, "score": score, "kinds": len(kinds), "networks": len(group)}
         row |= {name: float(group[name].mean()) for name in ("images", "positives")}
         for name, ends, least in (("auroc", "", 0), ("difference", "difference_", -1)):
-            mean, low, high = mean_interval(kinds[name])
-            row |= {name: mean, f"{ends}low": max(low, least), f"{ends}high": min(high, 1)}
+            row |= columns(name, mean_interval(kinds[name], within=(least, 1)), ends)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -273,18 +267,12 @@ def ranks(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def correlation(first: np.ndarray, second: np.ndarray, *, repeats: int = 2000) -> tuple[float, float, float]:
+def correlation(first: np.ndarray, second: np.ndarray) -> Interval:
     """Spearman's rank correlation of (n,) values with its percentile bootstrap interval; `ranks` says for how many."""
-    if min(len(np.unique(first)), len(np.unique(second))) < 2:
-        return 0.0, -1.0, 1.0
-    value = rank_agreement(first, second)
-    if len(first) < _TO_RESAMPLE:
-        return value, -1.0, 1.0
-    rows = np.random.default_rng(0).integers(0, len(first), (repeats, len(first)))
-    a, b = (stats.rankdata(values[rows], axis=1) - (len(first) + 1) / 2 for values in (first, second))
-    size = np.sqrt((a**2).sum(1) * (b**2).sum(1))
-    low, high = np.quantile(((a * b).sum(1) / np.maximum(size, 1e-9))[size > 0], [0.025, 0.975])
-    return value, float(low), float(high)
+    value = float(spearman(first, second))
+    if np.isnan(value) or len(first) < _TO_RESAMPLE:
+        return 0.0 if np.isnan(value) else value, -1.0, 1.0
+    return spearman_interval(first, second, repeats=_RESAMPLES)
 
 
 _RANKED = (("lambda_max", "kinds"), ("lambda_max", "networks"), ("mean_lambda_max", "kinds"), ("error", "kinds"))

@@ -15,14 +15,13 @@ from torch.nn import functional as F
 from influence.measures import log_ceiling
 
 from ... import style
-from ...ledger import cache
 from ...ledger.results import Run
 from ...scores import imagewise
 from ...scores.definition import influence_by_definition
 from ...scores.detection import detection, two_sample
 from ...scores.imagewise import predicted_class_scores
 from ...zoo import training
-from ..common import Subject, bound, networks
+from ..common import Subject, networks, scored
 
 CHECKED = 16  # images of a check
 
@@ -74,13 +73,10 @@ def predicted_influence(run: Run) -> dict[str, pd.DataFrame]:
 
 def both_parts(run: Run, network: Subject, *, images: int | None, epsilon: float) -> pd.DataFrame:
     """The scores of `predicted_influence` of one network."""
-    trained, frames = network.trained, []
+    frames = []
     for part, split in (("train", network.dataset.train), ("test", network.dataset.test)):
-        key: dict[str, object] = {"model": trained.key, "data": network.dataset.digest, "part": part}
-        key |= {"images": images, "seed": network.seed, "epsilon": epsilon, "device": run.device.type}
-        sample = split.sample(images, seed=network.seed)
-        compute = bound(predicted_class_scores, trained.model, sample, epsilon, run.device)
-        frame = cache.table(f"setup3/{network.name}-{part}", key, compute)
+        sample, name = split.sample(images, seed=network.seed), f"setup3/{network.name}-{part}"
+        frame = scored(run, name, predicted_class_scores, network.trained, sample, epsilon=epsilon)
         frames.append(frame.assign(part=part, **network.columns))
     return pd.concat(frames, ignore_index=True)
 

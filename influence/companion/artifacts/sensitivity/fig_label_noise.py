@@ -18,7 +18,7 @@ from ...ledger.results import Run
 from ...scores import imagewise
 from ...scores.detection import auroc_difference
 from ...zoo import recipes, training
-from ..common import bound, classifier, dataset
+from ..common import bound, classifier, dataset, scored
 from .common import detection_table
 
 SYNTHETIC = "flipped"
@@ -85,9 +85,7 @@ def _out_of_sample(run: Run, kind: str, *, seed: int, images: int | None, withou
         found = recipe.dataset()
         run.add_input(f"cifar10 {kind} {fold}", found.digest)
         trained, held_out = training.fit(recipe, found, device=run.device), found.valid.sample(images, seed=seed)
-        key = {"model": trained.key, "images": images, "seed": seed, "without": list(without)}
-        score = bound(_scores, trained.model, held_out, without, run.device)
-        frames.append(cache.table(f"labels/{kind}-{fold}", key | {"device": run.device.type}, score))
+        frames.append(scored(run, f"labels/{kind}-{fold}", _scores, trained, held_out, without=without))
     frame = pd.concat(frames, ignore_index=True)
     wrong = frame["label"].to_numpy() != verified.numpy()[frame["image"]]
     probs = frame.filter(like="probability_")

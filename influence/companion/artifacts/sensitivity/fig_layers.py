@@ -17,13 +17,13 @@ from torch import nn
 import influence
 
 from ... import style
-from ...ledger import cache
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores.definition import of_logits
+from ...scores.detection import spearman
 from ...scores.layerwise import rounding_scores, score_layers
 from ...zoo import training
-from ..common import Subject, bound, networks
+from ..common import Subject, networks, scored
 from .common import manhattan
 
 _KINDS = {nn.Conv2d: "convolution", nn.BatchNorm2d: "batch normalisation", nn.Linear: "dense"}
@@ -48,21 +48,16 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     images, epsilon = run.parameters["images"] or None, run.parameters["epsilon"]
     found: dict[str, list[pd.DataFrame]] = {"whole": [], "layers": [], "released": [], "rounded": [], "definition": []}
     for network in networks(run):
-        trained = network.trained
-        split = network.dataset.train.sample(images, seed=network.seed)
-        key = {"model": trained.key, "data": network.dataset.digest, "seed": network.seed, "images": images}
-        key |= {"epsilon": epsilon, "device": run.device.type}
-        scoring = bound(score_layers, trained.model, split, epsilon=epsilon, device=run.device)
-        scores = cache.table(f"setup2/{network.name}", key, scoring)
-        tested = network.dataset.test.sample(images, seed=network.seed)
-        rounding = bound(rounding_scores, trained.model, tested, bits=_BITS, device=run.device)
+        trained, name, whole = network.trained, network.name, network.dataset
+        train, tested = (part.sample(images, seed=network.seed) for part in (whole.train, whole.test))
+        scores = scored(run, f"setup2/{name}", score_layers, trained, train, epsilon=epsilon)
         layers = summary(scores)
         kinds = {name: _KINDS.get(type(module), "other") for name, module in trained.model.named_modules()}
         parts = {
             "whole": scores[scores["number"] == 0].drop(columns=["number", "layer"]),
             "layers": layers.assign(type=layers["layer"].map(kinds).fillna("all")),
             "released": scores.loc[scores["number"] > 0, ["number", "layer", "image", "released"]],
-            "rounded": cache.table(f"setup2/rounded-{network.name}", key | {"bits": _BITS}, rounding),
+            "rounded": scored(run, f"setup2/rounded-{name}", rounding_scores, trained, tested, bits=_BITS),
         }
         if not found["definition"]:
             parts["definition"] = by_definition(network, images=2, layers=6, device=run.device)
@@ -176,15 +171,10 @@ _RIVALS = {"released_share": "released FI", "size": "number of weights"}
 def _order_gained(frame: pd.DataFrame, rival: str, of: str) -> Estimate:
     """Spearman of `predicted` with the divergence less that of a rival, bootstrap interval paired over layers."""
 
-    def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    def gain(ours: np.ndarray, other: np.ndarray, target: np.ndarray, *, axis: int = -1) -> np.ndarray:
         # Scores that are the same for every layer order nothing: 0.
-        both = [rank - rank.mean(axis=-1, keepdims=True) for rank in (first, second)]
-        lengths = [np.sqrt((rank * rank).sum(axis=-1)) for rank in both]
-        return np.asarray((both[0] * both[1]).sum(axis=-1) / np.maximum(lengths[0] * lengths[1], 1e-300))
-
-    def gain(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
-        ours, other, target = (stats.rankdata(sample, axis=axis) for sample in samples)
-        return spearman(ours, target) - spearman(other, target)
+        found, rivals = (np.nan_to_num(spearman(score, target)) for score in (ours, other))
+        return found - rivals
 
     columns = tuple(frame[column].to_numpy() for column in ("predicted", rival, "divergence"))
     options: dict[str, Any] = {"paired": True, "n_resamples": 999, "method": "percentile"}
@@ -339,7 +329,7 @@ def draw_rounded(rounded: pd.DataFrame) -> Figure:
                 colour, marker = _MARKERS.get(str(kind), ("#999999", "v"))
                 look = {"color": colour, "marker": marker, "markersize": 3, "linewidth": 0}
                 axes.plot(part[column], part["divergence"], label=str(kind), **look)
-            order = stats.spearmanr(group[column], group["divergence"]).statistic
+            order = spearman(group[column], group["divergence"])
             axes.set_title(f"Spearman {order:.2f}, {len(group)} layers", fontsize=8)
             axes.set_yscale("log")
             if column != "released_share":

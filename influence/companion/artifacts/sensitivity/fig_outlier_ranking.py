@@ -15,13 +15,11 @@ import influence
 from ... import style
 from ...images.data import Split
 from ...images.pictures import packed, unpacked
-from ...ledger import cache
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
-from ...scores.detection import agreement
-from ...scores.evaluation import rank_agreement
+from ...scores.detection import agreement, spearman
 from ...scores.imagewise import chunks, positions, table
-from ..common import Subject, bound, networks, over_seeds
+from ..common import Subject, networks, over_seeds, scored
 from .common import ceiling_check, manhattan
 
 _CHUNK = 64
@@ -42,15 +40,10 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     images, epsilon = run.parameters["images"] or None, run.parameters["epsilon"]
     found: dict[str, list[pd.DataFrame]] = {"scores": [], "check": [], "pictures": []}
     for network in networks(run):
-        trained, seed = network.trained, network.seed
-        split = network.dataset.train.sample(images, seed=seed)
-        key = {"model": trained.key, "data": network.dataset.digest, "seed": seed, "images": images}
-        scores = cache.table(
-            f"setup1/{network.name}",
-            key | {"epsilon": epsilon, "device": run.device.type},
-            bound(score_images, trained.model, split, epsilon=epsilon, device=run.device),
-        ).assign(**network.columns)
-        check = ceiling_check(network, device=run.device).assign(seed=seed)
+        split = network.dataset.train.sample(images, seed=network.seed)
+        scores = scored(run, f"setup1/{network.name}", score_images, network.trained, split, epsilon=epsilon)
+        scores = scores.assign(**network.columns)
+        check = ceiling_check(network, device=run.device).assign(seed=network.seed)
         parts = {"scores": scores, "check": check, "pictures": largest(network, scores)}
         for name, frame in parts.items():
             found[name].append(frame)
@@ -96,8 +89,8 @@ def summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
                 "largest_exact": group["exact"].max(),
                 "largest_released": group["released"].max(),
                 "released_zero_share": float((group["released"] == 0).mean()),
-                "spearman_exact_loss": rank_agreement(group["exact"], group["loss"]),
-                "spearman_released_loss": rank_agreement(group["released"], group["loss"]),
+                "spearman_exact_loss": float(spearman(group["exact"], group["loss"])),
+                "spearman_released_loss": float(spearman(group["released"], group["loss"])),
                 "top100_exact_in_loss": len(top["exact"] & top["loss"]),
                 "top100_released_in_loss": len(top["released"] & top["loss"]),
             }

@@ -14,13 +14,12 @@ from ... import style
 from ...images import outliers
 from ...images.data import Split
 from ...images.pictures import packed, unpacked
-from ...ledger import cache
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores import imagewise
 from ...scores.detection import auroc_difference, detection
 from ...zoo import recipes, training
-from ..common import bound, classifier, dataset, over_seeds
+from ..common import classifier, dataset, over_seeds, scored
 from .common import draw_auroc
 
 STATES = ("before", "middle", "after")
@@ -80,8 +79,6 @@ def simulation(run: Run, learnt: Split, *, seed: int) -> pd.DataFrame:
     chosen = run.parameters
     whole, images, made = dataset(run, chosen["dataset"]), chosen["images"] or None, chosen["made"] or None
     splits = {False: whole.train.sample(images, seed=seed), True: learnt.sample(made, seed=seed)}
-    notes = {"models": list(chosen["models"]), "seed": seed}
-    notes |= {"per_class": chosen["per_class"], "shift": chosen["shift"]}
     phases = tuple((int(epochs), float(rate)) for epochs, rate in zip(chosen["epochs"], chosen["rates"], strict=True))
     frames = []
     for model in chosen["models"]:
@@ -89,11 +86,9 @@ def simulation(run: Run, learnt: Split, *, seed: int) -> pd.DataFrame:
         recipe = recipes.recipe(run.profile, whole.name, model, seed=seed)
         later = training.learn(recipe, whole, learnt, phases=phases, device=run.device)
         for state, trained in zip(STATES, [before, *later], strict=True):
-            key = {"model": trained.key, "notes": notes, "images": images, "made": made, "device": run.device.type}
             for outlier, split in splits.items():
-                scoring = bound(imagewise.all_scores, trained.model, split, device=run.device)
                 name = f"setup0/{whole.name}-{model}-{state}-{'made' if outlier else 'train'}"
-                frame = cache.table(name, key, scoring)
+                frame = scored(run, name, imagewise.all_scores, trained, split)
                 weight = _PAPER[outlier] / len(split)
                 frames.append(frame.assign(model=model, state=state, outlier=outlier, weight=weight))
     return pd.concat(frames, ignore_index=True)

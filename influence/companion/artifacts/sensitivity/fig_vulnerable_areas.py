@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,13 +15,12 @@ import influence
 
 from ... import style
 from ...images.pictures import packed, unpacked
-from ...ledger import cache
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores.detection import bootstrap_interval, columns, share_interval
 from ...scores.pixelwise import intervene, patch_maps
 from ...zoo import training
-from ..common import Subject, bound, networks, over_seeds
+from ..common import Subject, networks, over_seeds, scored
 
 _PATCH = 3  # side of the patch that is changed
 
@@ -98,11 +98,8 @@ def maps(run: Run, network: Subject, chosen: pd.DataFrame, *, epsilon: float) ->
     Returns:
         One row per kind, size, channel and pixel: row, column, exact, released, alignment, rank.
     """
-    key = {"model": network.trained.key, "data": network.dataset.digest, "epsilon": epsilon}
-    key |= {"rows": chosen["row"].tolist(), "device": run.device.type}
     split = network.dataset.test.take(chosen["row"].tolist())
-    mapping = bound(patch_maps, network.trained.model, split, epsilon, run.device)
-    frame = cache.table(f"setup4/maps-{network.name}", key, mapping)
+    frame = scored(run, f"setup4/maps-{network.name}", patch_maps, network.trained, split, epsilon=epsilon)
     return frame.assign(kind=frame["place"].map(dict(enumerate(chosen["kind"])))).drop(columns="place")
 
 
@@ -186,10 +183,9 @@ def intervention(run: Run, network: Subject, *, images: int, counts: Sequence[in
         p_after), flipped.
     """
     split = network.dataset.test.sample(images, seed=network.seed)
-    key = {"model": network.trained.key, "data": network.dataset.digest, "seed": network.seed, "images": images}
-    key |= {"counts": list(counts), "epsilon": epsilon, "device": run.device.type}
-    compute = bound(intervene, network.trained.model, split, tuple(counts), _PATCH, epsilon, network.seed, run.device)
-    return cache.table(f"setup4/intervention-{network.name}", key, compute).assign(**network.columns)
+    options: dict[str, Any] = {"counts": counts, "patch": _PATCH, "epsilon": epsilon, "seed": network.seed}
+    found = scored(run, f"setup4/intervention-{network.name}", intervene, network.trained, split, **options)
+    return found.assign(**network.columns)
 
 
 def intervention_table(frame: pd.DataFrame) -> pd.DataFrame:

@@ -14,13 +14,13 @@ from matplotlib.figure import Figure
 import influence
 
 from ... import style
-from ...ledger import cache, reference
+from ...ledger import reference
 from ...ledger.results import Run
 from ...scores import imagewise
-from ...scores.detection import agreement
+from ...scores.detection import Interval, columns, spearman_interval
 from ...scores.layerwise import layer_noise_scores
 from ...zoo import training
-from ..common import Subject, bound, classifier, dataset
+from ..common import Subject, classifier, dataset, scored
 from . import fig_label_noise, fig_vulnerable_areas
 from .common import CHECKED, both_parts, ceiling_check, detection_table, gap
 
@@ -103,10 +103,8 @@ def sensitivity(run: Run, network: Subject, *, images: int | None, epsilons: Seq
     train = network.dataset.train
     split = train.sample(images, seed=network.seed)
     factors = {"0-255": 1.0, "0-1": 255.0, "standardised": float(train.images.double().std())}
-    key = {"model": network.trained.key, "data": network.dataset.digest, "seed": network.seed, "images": images}
-    key |= {"epsilons": list(epsilons), "device": run.device.type}
-    compute = bound(imagewise.unit_scores, network.trained.model, split, factors, tuple(epsilons), run.device)
-    return cache.table(f"meaning/{network.name}", key, compute)
+    options: dict[str, Any] = {"factors": factors, "epsilons": epsilons}
+    return scored(run, f"meaning/{network.name}", imagewise.unit_scores, network.trained, split, **options)
 
 
 def sensitivity_table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -122,7 +120,7 @@ def sensitivity_table(frame: pd.DataFrame) -> pd.DataFrame:
         reference = same["value"].loc[group["image"]].to_numpy()
         gap = np.abs(group["value"].to_numpy() - reference)
         change = float(np.max(np.divide(gap, reference, out=np.where(gap > 0, np.inf, 0.0), where=reference > 0)))
-        order = agreement(group["value"], group["loss"], repeats=100)
+        order = spearman_interval(group["value"], group["loss"], repeats=100)
         rows.append(
             {
                 "score": score,
@@ -133,7 +131,7 @@ def sensitivity_table(frame: pd.DataFrame) -> pd.DataFrame:
                 "median": group["value"].median(),
                 "largest": group["value"].max(),
                 "change": change,
-                **{name: order[name] for name in ("spearman", "spearman_low", "spearman_high")},
+                **columns("spearman", order),
             }
         )
     return pd.DataFrame(rows)
@@ -160,10 +158,8 @@ def layer_noise(run: Run, network: Subject, *, sigma: float, draws: int) -> pd.D
         the same images of exact, released, alignment, trace.
     """
     split = network.dataset.train.sample(_LAYER_IMAGES, seed=network.seed)
-    key = {"model": network.trained.key, "data": network.dataset.digest, "seed": network.seed}
-    key |= {"images": _LAYER_IMAGES, "sigma": sigma, "draws": draws, "epsilon": _EPSILON, "device": run.device.type}
-    noisy = network.trained.model, split, sigma, draws, network.seed, _EPSILON, run.device
-    return cache.table(f"meaning/layers-{network.name}", key, bound(layer_noise_scores, *noisy))
+    options: dict[str, Any] = {"sigma": sigma, "draws": draws, "seed": network.seed, "epsilon": _EPSILON}
+    return scored(run, f"meaning/layers-{network.name}", layer_noise_scores, network.trained, split, **options)
 
 
 def cost(score: str) -> tuple[str, int]:
@@ -207,12 +203,11 @@ def tasks(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return table.sort_values(["task", "value"], ascending=[True, False], ignore_index=True)
 
 
-def _spearman(score: pd.Series, target: pd.Series) -> tuple[float, float, float]:
+def _spearman(score: pd.Series, target: pd.Series) -> Interval:
     """Spearman's rho with its bootstrap interval over layers; 0 where a score is the same for all of them."""
     if float(score.max() - score.min()) <= 1e-9 * float(score.abs().max()):
         return 0.0, 0.0, 0.0
-    found = agreement(score, target)
-    return found["spearman"], found["spearman_low"], found["spearman_high"]
+    return spearman_interval(score, target)
 
 
 def claims(table: pd.DataFrame, check: float, definition_gap: float) -> dict[str, bool | float]:

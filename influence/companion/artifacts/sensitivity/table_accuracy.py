@@ -17,11 +17,11 @@ from influence.progress import progress_bar
 
 from ... import style
 from ...images.data import Split
-from ...ledger import cache
 from ...ledger.results import Run
+from ...scores.detection import columns
 from ...scores.evaluation import expected_calibration_error, mean_interval
 from ...zoo import recipes, training
-from ..common import bound, named
+from ..common import named, scored
 
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
@@ -43,14 +43,7 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
         chosen = named(run, name)
         for part, split in chosen.parts.items():
             sample = split if part == "test" else split.sample(run.parameters["images"] or None)
-            key: dict[str, object] = {
-                "network": chosen.key,
-                "part": part,
-                "images": len(sample),
-                "device": run.device.type,
-            }
-            measure = bound(quality, chosen.model, sample, run.device)
-            found = cache.table(f"accuracy/{chosen.family}", key, measure)
+            found = scored(run, f"accuracy/{chosen.family}", quality, chosen, sample)
             about = {"network": chosen.family, "dataset": chosen.dataset, "seed": chosen.seed, "part": part}
             values = {str(column): found[column].iloc[0] for column in found}
             rows.append({**about, **values, "gate": chosen.gate.get(part, float("nan"))})
@@ -80,10 +73,8 @@ def quality(model: nn.Module, split: Split, device: torch.device) -> pd.DataFram
 
 def summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Mean over seeds of the networks' rows, with the 95% t intervals over seeds, in fractions."""
-    rows = []
+    rows, error = [], "calibration_error"
     for (name, network, part), group in tables["networks"].groupby(["dataset", "network", "part"], sort=False):
-        mean, low, high = mean_interval(group["accuracy"])
-        error, error_low, error_high = mean_interval(group["calibration_error"])
         rows.append(
             {
                 "dataset": name,
@@ -91,13 +82,9 @@ def summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
                 "part": part,
                 "images": int(group["n"].iloc[0]),
                 "seeds": len(group),
-                "accuracy": mean,
-                "low": max(low, 0.0),
-                "high": min(high, 1.0),
+                **columns("accuracy", mean_interval(group["accuracy"], within=(0, 1)), ""),
                 "loss": group["loss"].mean(),
-                "calibration_error": error,
-                "calibration_low": max(error_low, 0.0),
-                "calibration_high": min(error_high, 1.0),
+                **columns(error, mean_interval(group[error], within=(0, 1)), "calibration_"),
                 "gate": group["gate"].iloc[0],
                 "gate_met": bool((group["accuracy"] >= group["gate"].fillna(0)).all()),
             }

@@ -100,18 +100,9 @@ def distances(run: Run) -> Iterator[Distances]:
 
 def negatives(labels: np.ndarray, count: int, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Positions of at most `count` pairs of two images of a class, drawn at random from all ordered ones."""
-    by_class = np.argsort(labels, kind="stable")
-    sizes = np.bincount(labels)
-    starts = np.cumsum(sizes) - sizes
-    place = np.empty_like(by_class)  # of each image in its class
-    place[by_class] = np.arange(len(labels)) - starts[labels[by_class]]
-    others = sizes[labels] - 1
-    ends = np.cumsum(others)  # every image has as many pairs as there are others in its class
-    chosen = np.sort(np.random.default_rng(seed).choice(ends[-1], min(count, int(ends[-1])), replace=False))
-    first = np.searchsorted(ends, chosen, side="right")
-    other = chosen - (ends - others)[first]
-    other += other >= place[first]
-    return first, by_class[starts[labels[first]] + other]
+    pairs = np.flatnonzero((labels[:, None] == labels) & ~np.eye(len(labels), dtype=bool))
+    chosen = np.sort(np.random.default_rng(seed).choice(len(pairs), min(count, len(pairs)), replace=False))
+    return np.divmod(pairs[chosen], len(labels))
 
 
 def between(z: Vectors, version: str, first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -9,15 +9,15 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 
 from ... import style
 from ...images import distortions
 from ...images.data import Dataset
-from ...ledger import cache
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...zoo import last_layer, training
-from ..common import bound, classifier, dataset
+from ..common import classifier, dataset, scored
 from . import comparison
 from .comparison import CONTROL, ORIGINAL, paired
 
@@ -44,9 +44,9 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     frames = []
     for seed in chosen["seeds"]:
         trained = classifier(run, name, model, seed=seed)
-        make = bound(_last, trained, dataset(run, name), seed, run.device, setting)
-        key = {"model": trained.key, "seed": seed, "device": run.device.type, **setting}
-        frames.append(cache.table(f"last-layer/{name}-{model}", key, make).assign(seed=seed))
+        images = dataset(run, name)
+        found = scored(run, f"last-layer/{name}-{model}", _last, trained, images, seed=seed, setting=setting)
+        frames.append(found.assign(seed=seed))
     whole = [arm for arm in comparison.standard(chosen).values() if arm.objective != "augmentation"]
     arms = {f"all {_cell(arm.alpha, arm.sigma)}": arm for arm in whole}
     versions = [ORIGINAL, *chosen["versions"]]
@@ -60,10 +60,10 @@ def _cell(alpha: float, sigma: float) -> str:
 
 
 def _last(
-    trained: training.Trained, images: Dataset, seed: int, device: torch.device, setting: dict[str, Any]
+    model: nn.Module, images: Dataset, *, seed: int, device: torch.device, setting: dict[str, Any]
 ) -> pd.DataFrame:
     """One row per cell, part and distortion: arm, part, distortion, precision_at_1."""
-    model, count = trained.model, setting["images"] or None
+    count = setting["images"] or None
     parts = {"valid": images.valid.sample(count), "test": images.test.sample(count)}
     versions = [ORIGINAL, *setting["versions"]]
     seen = {

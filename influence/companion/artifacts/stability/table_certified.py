@@ -10,15 +10,15 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 
 from ... import style
 from ...images.data import Split
-from ...ledger import cache
 from ...ledger.reference import Estimate
-from ...ledger.results import Run
+from ...ledger.results import COMMITTED, Run
 from ...scores import attacks, smoothing
 from ...zoo import training
-from ..common import bound, dataset
+from ..common import dataset, scored
 from . import comparison
 from .comparison import colours, label
 
@@ -39,15 +39,16 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
         "attacks", one row per seed, arm, attack ("fgsm" or "pgd": 10 steps of epsilon / 4, random start) and epsilon:
         accuracy, n (images).
     """
-    name, images = run.parameters["dataset"], run.parameters["images"]
-    split = dataset(run, name).test.sample(images)
+    name, model, epsilons = (run.parameters[key] for key in ("dataset", "model", "epsilons"))
+    split = dataset(run, name).test.sample(run.parameters["images"])
     certificates, attacked = [], []
     arms = comparison.standard(run.parameters)
-    publish = run.profile == "cpu"
+    publish = run.profile == COMMITTED
     for seed, arm, trained in comparison.networks(run, name, arms, task="certificates and attacks", publish=publish):
         of: dict[str, Any] = {"seed": seed, "arm": arm, "n": len(split)}
         certificates.append(_certificates(run, trained, split, seed).assign(**of))
-        attacked.append(_attacks(run, trained, split, seed).assign(**of))
+        tried = scored(run, f"attacked/{name}-{model}", _attacked, trained, split, seed=seed, epsilons=epsilons)
+        attacked.append(tried.assign(**of))
     return {
         "certificates": pd.concat(certificates, ignore_index=True),
         "attacks": pd.concat(attacked, ignore_index=True),
@@ -63,7 +64,7 @@ def attacked_again(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
     chosen, found = run.parameters, []
     split = dataset(run, chosen["dataset"]).test.sample(chosen["images"])
     for seed, arm, trained in comparison.published(run, chosen["dataset"], comparison.standard(chosen), examples):
-        rows = _attacked(trained, split, chosen["epsilons"], run.device, seed)
+        rows = _attacked(trained.model, split, epsilons=chosen["epsilons"], device=run.device, seed=seed)
         found.append(rows.assign(seed=seed, arm=arm, n=len(split)))
     return pd.concat(found)
 
@@ -72,9 +73,8 @@ def _certificates(run: Run, trained: training.Trained, split: Split, seed: int) 
     """One row per radius: radius, certified, abstained, mean_radius."""
     chosen = run.parameters
     setting = {"sigma": chosen["smoothing_sigma"], **{name: chosen[name] for name in ("select", "estimate", "level")}}
-    key = {"model": trained.key, "seed": seed, "device": run.device.type, **setting, "images": chosen["images"]}
-    make = bound(_certified, trained, split, run.device, seed, **setting)
-    found = cache.table(f"certified/{chosen['dataset']}-{chosen['model']}", key, make)
+    name = f"certified/{chosen['dataset']}-{chosen['model']}"
+    found = scored(run, name, _certified, trained, split, seed=seed, **setting)
     right, radius = found["predicted"].to_numpy() == split.labels.numpy(), found["radius"].to_numpy()
     shares = [float((right & (radius >= r)).mean()) for r in chosen["radii"]]
     return pd.DataFrame({"radius": chosen["radii"], "certified": shares}).assign(
@@ -83,33 +83,22 @@ def _certificates(run: Run, trained: training.Trained, split: Split, seed: int) 
     )
 
 
-def _certified(
-    trained: training.Trained, split: Split, device: torch.device, seed: int, **setting: Any
-) -> pd.DataFrame:
+def _certified(model: nn.Module, split: Split, *, device: torch.device, seed: int, **setting: Any) -> pd.DataFrame:
     """One row per image: predicted, radius."""
     generator = torch.Generator(device).manual_seed(training.mixed_seed(seed, 30_000))
-    found = [smoothing.certify(trained.model, image, generator=generator, **setting) for image in split.images]
-    return pd.DataFrame({"predicted": [c.predicted for c in found], "radius": [c.radius for c in found]})
-
-
-def _attacks(run: Run, trained: training.Trained, split: Split, seed: int) -> pd.DataFrame:
-    """One row per attack and epsilon: attack, epsilon, accuracy."""
-    chosen = run.parameters
-    key = {"model": trained.key, "seed": seed, "images": chosen["images"], "epsilons": list(chosen["epsilons"])}
-    make = bound(_attacked, trained, split, chosen["epsilons"], run.device, seed)
-    name = f"attacked/{chosen['dataset']}-{chosen['model']}"
-    return cache.table(name, key | {"device": run.device.type}, make)
+    return pd.DataFrame([smoothing.certify(model, image, generator=generator, **setting) for image in split.images])
 
 
 def _attacked(
-    trained: training.Trained, split: Split, epsilons: Sequence[float], device: torch.device, seed: int
+    model: nn.Module, split: Split, *, epsilons: Sequence[float], device: torch.device, seed: int
 ) -> pd.DataFrame:
+    """One row per attack and epsilon: attack, epsilon, accuracy."""
     generator = torch.Generator(device).manual_seed(training.mixed_seed(seed, 40_000))
     rows = []
     for epsilon in epsilons:
         pgd = partial(attacks.pgd, epsilon=epsilon, steps=_PGD_STEPS, step_size=epsilon / 4, generator=generator)
         for name, attack in (("fgsm", partial(attacks.fgsm, epsilon=epsilon)), ("pgd", pgd)):
-            accuracy = attacks.accuracy(trained.model, split, attack, device)
+            accuracy = attacks.accuracy(model, split, attack, device)
             rows.append({"attack": name, "epsilon": epsilon, "accuracy": accuracy})
     return pd.DataFrame(rows)
 

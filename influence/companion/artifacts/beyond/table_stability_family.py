@@ -22,7 +22,7 @@ from ...images import corruptions, distortions
 from ...images.data import Split
 from ...ledger import cache, paths
 from ...ledger.reference import Estimate
-from ...ledger.results import Run
+from ...ledger.results import COMMITTED, Run
 from ...scores import attacks
 from ...scores.evaluation import mean_interval
 from ...zoo import training
@@ -80,7 +80,7 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     if corruptions.FROST in chosen["corruptions"]:
         run.add_input(corruptions.FROST, cache.fingerprint(corruptions.FROST_SHA256))
     found = []
-    publish = run.profile == "cpu"
+    publish = run.profile == COMMITTED
     for seed, name, trained in comparison.networks(
         run, chosen["dataset"], arms(chosen), task="stability family", publish=publish
     ):

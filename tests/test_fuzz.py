@@ -52,6 +52,7 @@ def test_the_same_seed_gives_the_same_network() -> None:
 # -- the judge itself -------------------------------------------------------------------------------------------------
 
 
+@cache
 def ordinary() -> random_models.Case:
     """A case that an engine can get right in one way only."""
     return next(

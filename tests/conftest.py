@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from influence.companion.ledger import paths
+from influence.companion.runner import kernels
 from workspace import Workspace
 
 
@@ -65,6 +66,7 @@ def _companion_in(root: Path) -> Iterator[Workspace]:
         patch.setenv("INFLUENCE_ROOT", str(root))
         for name in ("INFLUENCE_RESULTS", "INFLUENCE_CACHE", "INFLUENCE_DATA", "INFLUENCE_DEVICE"):
             patch.delenv(name, raising=False)
+        patch.setattr(kernels, "_COMPUTING", ())  # these notebooks compute nothing
         importlib.reload(paths)
         forkserver._forkserver._stop()  # what it has imported knows another tree
         yield Workspace(root)

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from influence.companion.ledger import paths
-from influence.companion.runner import kernels
-from workspace import Workspace
+from influence.companion.runner import execute, kernels
+
+with execute.without_grammars():
+    from workspace import Workspace
 
 
 def pytest_configure() -> None:

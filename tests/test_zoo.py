@@ -150,11 +150,11 @@ def test_training_learns_and_keeps_the_best_validation_accuracy(
     monkeypatch.setenv("INFLUENCE_CACHE", str(tmp_path))
     digits = data.load("digits")
     recipe = dataclasses.replace(
-        TINY, architecture="densenet121", width=0.0625, dropout=0.0, epochs=6, phases=((4, 5e-3), (2, 1e-3))
+        TINY, architecture="densenet121", width=0.0625, dropout=0.0, epochs=3, phases=((1, 5e-3), (2, 1e-3))
     )
     trained = training.fit(recipe, digits)
     found = training.accuracy(trained.model, digits.valid)
-    assert found == pytest.approx(max(row["valid_accuracy"] for row in trained.history[4:]), abs=0.011)  # rounding
+    assert found == pytest.approx(max(row["valid_accuracy"] for row in trained.history[1:]), abs=0.011)  # rounding
     assert found > 0.5
 
 

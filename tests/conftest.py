@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 from collections.abc import Iterator
@@ -23,12 +24,19 @@ def pytest_configure() -> None:
     torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)))
 
 
-# Files that take minutes go first, so that no core works on one of them while the others have ended.
-_LONG = ("test_zoo.py", "test_notebooks.py", "test_fuzz.py", "test_run.py", "test_benchmarks.py", "test_scoring.py")
+# The longest files go first, so that no core works on one of them while the others have ended.
+_LONG = tuple(
+    f"test_{name}.py"
+    for name in ("notebooks", "zoo", "run", "fuzz", "scoring", "benchmarks", "networks", "triton", "cuda_nodes", "cli")
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # modules stay: the searches for garbage that benchmarks ask for, half a second each, are without them
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -122,7 +122,7 @@ run_tests() {
     types_said="$(mktemp)"
     "$python" -m mypy influence >"$types_said" 2>&1 &
     types=$!
-    trap 'kill "$types"; rm "$types_said"; exit 130' INT
+    trap 'kill "$types" 2>/dev/null || true; rm -f "$types_said"; exit 130' INT
     # One process on each core, each with one thread: most tensors are small. A file's tests stay in one process: they
     # share what it sets up, and two notebooks that start kernels at once may choose the same port.
     OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest -n "$(nproc)" --maxprocesses 8 --dist loadfile \

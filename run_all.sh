@@ -118,11 +118,18 @@ run_tests() {
     cd "$root"
     local failed=0
     "$python" -m ruff check . || failed=1
-    "$python" -m mypy influence || failed=1
+    # Types are checked beside the tests: on a new checkout that takes a minute of one core.
+    types_said="$(mktemp)"
+    "$python" -m mypy influence >"$types_said" 2>&1 &
+    types=$!
+    trap 'kill "$types" 2>/dev/null || true; rm -f "$types_said"; exit 130' INT
     # One process on each core, each with one thread: most tensors are small. A file's tests stay in one process: they
     # share what it sets up, and two notebooks that start kernels at once may choose the same port.
     OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest -n "$(nproc)" --maxprocesses 8 --dist loadfile \
         --no-loadscope-reorder "$@" || failed=1
+    wait "$types" || failed=1
+    cat "$types_said"
+    rm -f "$types_said"
     return "$failed"
 }
 

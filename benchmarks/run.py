@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -168,6 +167,8 @@ def build(name: str, classes: int, width: float, size: int) -> nn.Module:
     if name.startswith("chain"):
         return Chain(int(name.removeprefix("chain")), classes).eval()
     if name.startswith("torchvision:"):
+        import torchvision  # it brings PyTorch's compiler with it: two seconds of every process
+
         return torchvision.models.get_model(name.removeprefix("torchvision:"), weights=None, num_classes=classes).eval()
     model = models.build(name, shape=(3, size, size), n_classes=classes, width=width).eval()
     for module in model.modules():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 from collections.abc import Iterator
@@ -12,7 +13,10 @@ import pytest
 import torch
 
 from influence.companion.ledger import paths
-from workspace import Workspace
+from influence.companion.runner import execute, kernels
+
+with execute.without_grammars():
+    from workspace import Workspace
 
 
 def pytest_configure() -> None:
@@ -20,12 +24,19 @@ def pytest_configure() -> None:
     torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)))
 
 
-# Files that take minutes go first, so that no core works on one of them while the others have ended.
-_LONG = ("test_zoo.py", "test_notebooks.py", "test_fuzz.py", "test_run.py", "test_benchmarks.py", "test_scoring.py")
+# The longest files go first, so that no core works on one of them while the others have ended.
+_LONG = tuple(
+    f"test_{name}.py"
+    for name in ("notebooks", "zoo", "run", "fuzz", "scoring", "benchmarks", "networks", "triton", "cuda_nodes", "cli")
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # modules stay: the searches for garbage that benchmarks ask for, half a second each, are without them
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,6 +76,7 @@ def _companion_in(root: Path) -> Iterator[Workspace]:
         patch.setenv("INFLUENCE_ROOT", str(root))
         for name in ("INFLUENCE_RESULTS", "INFLUENCE_CACHE", "INFLUENCE_DATA", "INFLUENCE_DEVICE"):
             patch.delenv(name, raising=False)
+        patch.setattr(kernels, "_COMPUTING", ())  # these notebooks compute nothing
         importlib.reload(paths)
         forkserver._forkserver._stop()  # what it has imported knows another tree
         yield Workspace(root)

@@ -19,6 +19,11 @@ SEEDS = range(250)
 random_case = cache(random_models.random_case)
 
 
+@cache
+def judged(seed: int) -> brute_force.Verdict:
+    return brute_force.judge(random_case(seed))
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -30,9 +35,8 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_network(seed: int) -> None:
-    case = random_case(seed)
-    verdict = brute_force.judge(case)
-    assert verdict.good, f"{verdict.kind}: {verdict.detail}\n{case}"
+    verdict = judged(seed)
+    assert verdict.good, f"{verdict.kind}: {verdict.detail}\n{random_case(seed)}"
 
 
 def test_no_part_is_left_out() -> None:
@@ -52,6 +56,7 @@ def test_the_same_seed_gives_the_same_network() -> None:
 # -- the judge itself -------------------------------------------------------------------------------------------------
 
 
+@cache
 def ordinary() -> random_models.Case:
     """A case that an engine can get right in one way only."""
     return next(
@@ -63,7 +68,7 @@ def ordinary() -> random_models.Case:
         and case.wrt == "layers"
         and len(case.x) > 3
         and brute_force.logits_of(case.model, case.x).shape[1] > 2
-        and brute_force.judge(case).kind == brute_force.RIGHT
+        and judged(case.seed).kind == brute_force.RIGHT
     )
 
 

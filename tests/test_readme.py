@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import subprocess
@@ -263,9 +264,10 @@ def test_other_commands_in_the_text_are_understood(readme: str) -> None:
 def test_benchmarks_in_the_text_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every case that a command asks for is one that can be made; none is timed here."""
     asked: list[benchmarks.Case] = []
+    build = functools.cache(benchmarks.build)  # a network is asked for by many commands
 
     def measured(case: benchmarks.Case, options: argparse.Namespace) -> None:
-        benchmarks.build(case.network, case.classes, case.width, case.size)
+        build(case.network, case.classes, case.width, case.size)
         assert case.method in benchmarks.methods.METHODS
         asked.append(case)
 

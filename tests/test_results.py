@@ -6,9 +6,6 @@ import ast
 import gzip
 import json
 import math
-import os
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -155,11 +152,11 @@ def test_check_finds_what_nobody_owns(begun: Run, workspace: Workspace, table: p
     assert f"smoke: row {STEM} has no notebook" in manifest.problems("smoke", set())
 
 
-def test_committed_results_are_owned() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "INFLUENCE_RESULTS"}
-    command = [sys.executable, "-m", "influence.companion", "check"]
-    finished = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+def test_committed_results_are_owned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("INFLUENCE_RESULTS")
+    assert paths.results_dir() == ROOT / "results"
+    status = cli.main(["check"])
+    assert status == 0, capsys.readouterr()
 
 
 # -- verdict ----------------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -16,7 +16,7 @@ import nbformat
 import pytest
 
 from influence.companion.ledger import notebook, paths
-from influence.companion.runner import cli, run
+from influence.companion.runner import cli, kernels, run
 from workspace import BODY, PARAMETERS, Workspace
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +40,7 @@ def first(shared_workspace: Workspace) -> tuple[Workspace, int, str]:
     shared_workspace.notebook("stability/forgetful", save="table")
     shared_workspace.notebook("00_overview")
     shared_workspace.profile("cpu", {"sensitivity/good": {"scale": 3}})
-    process = shared_workspace.start()
+    process = shared_workspace.start(computing=True)
     output, errors = process.communicate(timeout=300)
     assert errors == ""
     return shared_workspace, process.returncode, output
@@ -72,17 +72,6 @@ def test_log_has_output_and_traceback(first: tuple[Workspace, int, str]) -> None
     assert "profile smoke, device" in log
     assert 'raise ValueError("bad luck")' in log
     assert "\x1b" not in log
-
-
-def test_progress_bars_are_silent(workspace: Workspace) -> None:
-    loop = "from influence.progress import progress_bar\n\nfor _ in progress_bar(range(2)):\n    pass"
-    workspace.notebook("sensitivity/slow", body=f"{BODY}\n{loop}")
-    assert workspace.run() == 0
-    executed = nbformat.read(workspace.root / "build/notebooks/smoke/sensitivity/slow.ipynb", as_version=4)
-    cell = next(c for c in executed.cells if "progress_bar" in c.source)
-    assert [output.output_type for output in cell.outputs] == ["display_data"]
-    assert "image/png" in cell.outputs[0].data  # the figure
-    assert "widgets" not in executed.metadata
 
 
 def test_second_run_changes_nothing(first: tuple[Workspace, int, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,26 +144,46 @@ def test_key_follows_code_parameters_and_reference(first: tuple[Workspace, int, 
     assert same()
 
 
-# -- interruptions ----------------------------------------------------------------------------------------------------
+# -- further notebooks in the same workspace: its kernels are forked from a process that is there ----------------------
 
 
-def test_goes_on_after_kill(workspace: Workspace) -> None:
+def test_progress_bars_are_silent(shared_workspace: Workspace) -> None:
+    loop = "from influence.progress import progress_bar\n\nfor _ in progress_bar(range(2)):\n    pass"
+    shared_workspace.notebook("sensitivity/slow", body=f"{BODY}\n{loop}")
+    assert shared_workspace.run("--only", "sensitivity/slow") == 0
+    executed = nbformat.read(shared_workspace.root / "build/notebooks/smoke/sensitivity/slow.ipynb", as_version=4)
+    cell = next(c for c in executed.cells if "progress_bar" in c.source)
+    assert [output.output_type for output in cell.outputs] == ["display_data"]
+    assert "image/png" in cell.outputs[0].data  # the figure
+    assert "widgets" not in executed.metadata
+
+
+def test_time_limit(shared_workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    shared_workspace.notebook("sensitivity/endless", body="import time\ntime.sleep(60)")
+    begun = time.monotonic()
+    assert shared_workspace.run("--only", "sensitivity/endless", "--time-limit", "2") == 1
+    assert time.monotonic() - begun < 40
+    assert "TimeoutError: over its limit of 2 s" in capsys.readouterr().out
+
+
+def test_goes_on_after_kill(shared_workspace: Workspace) -> None:
+    workspace, command = shared_workspace, ("--only", "sensitivity/quick", "stability/long")
     runs, gate = workspace.root / "runs", workspace.root / "gate"
     count = f"from pathlib import Path\nwith open({str(runs)!r}, 'a') as file:\n    file.write('{{}} ')\n"
     wait = f"import time\nwhile not Path({str(gate)!r}).exists():\n    time.sleep(0.05)\n"
     workspace.notebook("sensitivity/quick", body=count.format("quick") + BODY)
     workspace.notebook("stability/long", body=count.format("long") + wait + BODY)
-    process = workspace.start()
+    process = workspace.start(*command)
     _wait(lambda: runs.exists() and "long" in runs.read_text() and "sensitivity/quick" in workspace.manifest(), process)
     before = workspace.contents()
-    assert set(workspace.manifest()) == {"sensitivity/quick"}
+    assert "stability/long" not in workspace.manifest()
     process.kill()
     process.communicate()
     half_written = workspace.results / "smoke" / "tables" / ".tmp-0-long.csv"
     half_written.write_text("x,")
     time.sleep(1.5)  # the kernel sees within a second that its parent has gone
     gate.touch()
-    assert workspace.run() == 0
+    assert workspace.run(*command) == 0
     assert sorted(runs.read_text().split()) == ["long", "long", "quick"]
     after = workspace.contents()
     assert {name: after[name] for name in before if name != "manifest.json"} == {
@@ -182,6 +191,9 @@ def test_goes_on_after_kill(workspace: Workspace) -> None:
     }
     assert after["tables/stability/long.csv"] == before["tables/sensitivity/quick.csv"]
     assert not half_written.exists()
+
+
+# -- interruptions and edits ------------------------------------------------------------------------------------------
 
 
 def test_interrupt_is_one_line(workspace: Workspace) -> None:
@@ -194,14 +206,6 @@ def test_interrupt_is_one_line(workspace: Workspace) -> None:
     assert process.returncode == 130
     assert output == ""
     assert errors.strip() == "interrupted: what has finished is kept, the same command goes on from here"
-
-
-def test_time_limit(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
-    workspace.notebook("sensitivity/long", body="import time\ntime.sleep(60)")
-    begun = time.monotonic()
-    assert workspace.run("--time-limit", "4") == 1
-    assert time.monotonic() - begun < 40
-    assert "TimeoutError: over its limit of 4 s" in capsys.readouterr().out
 
 
 def test_one_run_at_a_time(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,7 +221,7 @@ def test_code_edited_during_a_run_is_seen(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
     """A notebook that was computed by other code than the run began with must not end as up to date."""
-    shutil.copytree(ROOT / "influence", tmp_path / "influence", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "influence", tmp_path / "influence")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     path = workspace.notebook("sensitivity/good")
@@ -246,6 +250,7 @@ def test_what_can_be_made_without_the_missing_data_is_made(
         return run.Outcome(job.notebook.stem, "ok", 1.0, "checked")
 
     monkeypatch.setattr(run, "_execute", execute)
+    monkeypatch.setattr(kernels, "prepare", lambda *_, **__: None)
     (tmp_path / "empty").mkdir()
     command = ["--profile", "cpu", "--data", str(tmp_path / "empty")]
     assert workspace.run(*command) == 0 and not ran
@@ -268,15 +273,16 @@ def test_what_can_be_made_without_the_missing_data_is_made(
     assert capsys.readouterr().out.splitlines()[-1] == "profile cpu: 0 ok, 1 unchanged, 0 failed, 2 no data"
 
 
-def test_networks_are_trained_anew_beside_the_published_ones(workspace: Workspace) -> None:
+def test_networks_are_trained_anew_beside_the_published_ones(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for retrain in (True, False):
         assert ("INFLUENCE_ZOO" in run._environment(None, None, retrain=retrain)) == retrain
-    environment = run._environment(None, None, retrain=True)
-    code = "from influence.companion.ledger import paths; print(paths.ZOO, paths.cache_dir())"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
     kept = paths.cache_dir() / "retrained"
-    assert done.stdout.split() == [str(kept / "zoo"), str(kept)]
+    for name, value in run._environment(None, None, retrain=True).items():
+        monkeypatch.setenv(name, value)
+    importlib.reload(paths)  # as in a process that starts with these; the workspace reloads it at its end
+    assert (paths.ZOO, paths.cache_dir()) == (kept / "zoo", kept)
 
 
 # -- bad requests: one line, status 2, before any work ----------------------------------------------------------------
@@ -411,12 +417,14 @@ def _shell(*arguments: str, path: str = "/usr/bin:/bin", cwd: Path = ROOT) -> su
     return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
-def test_help_needs_no_setup(tmp_path: Path) -> None:
+def test_help_needs_no_setup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     finished = _shell("--help", cwd=tmp_path)
     assert finished.returncode == 0 and finished.stderr == ""
-    command = [sys.executable, "-m", "influence.companion", "run", "--help"]
-    accepted = subprocess.run(command, capture_output=True, text=True, check=True)
-    for option in set(re.findall(r"--[a-z-]+", accepted.stdout)) - {"--help"}:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["run", "--help"])
+    accepted = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
+    assert ended.value.code == 0 and "--only" in accepted
+    for option in accepted:
         assert option in finished.stdout
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ def killed(path, writer):
 def stopped(path, writer):
     def half(part):
         part.write_bytes(b"PAR1")
-        time.sleep(300)  # until torchrun stops this process, as the other one died
+        time.sleep(300)  # until the test stops this process, as the other one died
     write(path, half if path.name == "part-000002.parquet" else writer)
 
 if "DYING" in os.environ:
@@ -298,26 +299,23 @@ def test_two_processes_one_of_them_killed(tmp_path: Path) -> None:
     script.write_text(WORKER.format(tests=str(Path(__file__).parent)))
     root = str(Path(influence.__file__).parents[1])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-
-    def run(command: list[str], **extra: str) -> int:
-        done = subprocess.run(
-            [*command, str(script), str(tmp_path / "two" if "-m" in command else tmp_path / "one")],
-            env={**environment, **extra},
-            capture_output=True,
-            timeout=300,
-            check=False,
-        )
-        return done.returncode
-
-    assert run([sys.executable]) == 0
-    whole = contents(tmp_path / "one")
+    command = [str(script), str(tmp_path / "two")]
+    whole = contents(
+        influence.score(network(), data(), tmp_path / "one", wrt="layers", batches_per_shard=2, progress=False)
+    )
     assert len(whole) == 6
-    assert run(launch, DYING="1") != 0
+    stopped, killed = (
+        subprocess.Popen([sys.executable, *command], env={**environment, "DYING": "1", "RANK": rank, "WORLD_SIZE": "2"})
+        for rank in "01"
+    )
+    assert killed.wait(timeout=300) == -signal.SIGKILL and stopped.poll() is None
+    stopped.terminate()
+    stopped.wait(timeout=300)
     part = [name.rpartition(".parquet")[0] for name in contents(tmp_path / "two") if "part" in name]
     assert part[0].startswith(".tmp-") and part[0].endswith("-part-000002")
     assert part[1:] == ["part-000000", "part-000001"]
-    assert run(launch) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    subprocess.run([*launch, *command], env=environment, capture_output=True, timeout=300, check=True)
     assert contents(tmp_path / "two") == whole
 
 
@@ -340,10 +338,10 @@ class Images(Dataset):
     def __getitem__(self, n):
         if n % 128 == 127:
             self.resident[n] = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-        return torch.rand(3, 64, 64), n % 20
+        return torch.rand(3, 64, 64), n % 5
 
 images = Images()
-model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 32), nn.Tanh(), nn.Linear(32, 20)).eval()
+model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 32), nn.Tanh(), nn.Linear(32, 5)).eval()
 loader = DataLoader(images, batch_size=32)
 influence.score(model, loader, sys.argv[1], batches_per_shard=4, progress=False)
 most = [max(size for n, size in images.resident.items() if (n < 1024) == first) for first in (True, False)]

@@ -21,6 +21,14 @@ figure, axes = plt.subplots()
 axes.plot([1.0, scale])"""
 SAVE = 'run.save(table=table, figures=figure, data=table, findings={"auc": 0.9})'
 
+# These notebooks compute nothing: their kernels do without PyTorch's compiler, which takes seconds to import.
+_DRAWING = """
+import sys
+from influence.companion.runner import cli, kernels
+kernels._COMPUTING = ()
+sys.exit(cli.main())
+"""
+
 
 class Workspace:
     """`root` stands in the place of the checkout."""
@@ -61,9 +69,10 @@ class Workspace:
         """The command line `run`, in this process."""
         return cli.main(["run", *arguments])
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """The command line `run`, in a process of its own."""
-        command = [sys.executable, "-m", "influence.companion", "run", *arguments]
+    def start(self, *arguments: str, computing: bool = False) -> subprocess.Popen[str]:
+        """The command line `run`, in a process of its own, ready for notebooks that compute where asked to be."""
+        command = [sys.executable, *(["-m", "influence.companion"] if computing else ["-c", _DRAWING])]
+        command += ["run", *arguments]
 
         def hear_interrupts() -> None:
             # A shell starts its background jobs deaf to Ctrl-C, and these tests may run in one.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import sys
 import threading
 import time
 import traceback
@@ -37,8 +38,9 @@ def execute(
     Raises:
         TimeoutError: over the limit.
     """
-    import papermill
-    from nbclient.exceptions import CellTimeoutError
+    with without_grammars():
+        import papermill
+        from nbclient.exceptions import CellTimeoutError
 
     from . import kernels
 
@@ -60,6 +62,20 @@ def execute(
         )
     except CellTimeoutError:
         raise TimeoutError(f"over its limit of {limit:g} s") from None
+
+
+@contextlib.contextmanager
+def without_grammars() -> Iterator[None]:
+    """Inside, imports of Jupyter do without grammars of addresses, which jsonschema takes three seconds to compile."""
+    name = "rfc3987_syntax"  # optional there, and no notebook has anything for it to check
+    before = sys.modules.get(name)
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.modules.pop(name, None)  # notebooks are started by several threads
+        if before is not None:
+            sys.modules[name] = before
 
 
 def refresh(source: Path, executed_path: Path) -> None:

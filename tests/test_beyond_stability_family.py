@@ -22,6 +22,7 @@ from influence.companion.artifacts.stability import comparison
 from influence.companion.images import corruptions, data
 from influence.companion.images.data import DataError
 from influence.companion.ledger import cache, paths, reference
+from influence.companion.runner import needs
 from influence.companion.zoo import family, training
 from influence.companion.zoo.family import PENALTIES, FamilyArm
 from influence.companion.zoo.finetuning import Arm
@@ -232,6 +233,14 @@ def test_frost_is_a_fifth_of_a_photograph(frost: Path) -> None:
     corruptions.frost_photographs.cache_clear()
     with pytest.raises(DataError, match=r"frost4\.jpg is another file"):
         corruptions.corrupt("frost", black, severity=3, data_dir=frost)
+
+
+def test_frost_is_named_among_what_a_run_needs(frost: Path) -> None:
+    assert needs.of({"dataset": "cifar10", "corruptions": ["fog", "frost"]}) == ["cifar10", "frost"]
+    assert needs.of({"dataset": "cifar10", "corruptions": ["fog", "blur-1"]}) == ["cifar10"]
+    words = needs.described("frost")
+    assert "PyPI" in words and "Apache-2.0" in words and all(file in words for file in corruptions.FROST_SHA256)
+    assert needs.problem("frost", frost) == "" and "frost1.png is missing" in needs.problem("frost", frost / "frost")
 
 
 @pytest.mark.data

@@ -242,7 +242,7 @@ def claims(runs: pd.DataFrame) -> dict[str, Estimate | list[Estimate]]:
 def draw(found: pd.DataFrame) -> Figure:
     """Gain over the control in points of each member (rows) on each measure; bold where the interval excludes 0."""
     part = found[found["kind"] != OUTPUT]
-    figure = Figure(figsize=(style.WIDTH * 1.35, 1.6 + 0.36 * (part["arm"].nunique() - 1)))
+    figure = Figure(figsize=(style.WIDTH * 1.75, 1.6 + 0.36 * (part["arm"].nunique() - 1)))
     axes = figure.subplots()
     comparison.gain_matrix(axes, part, across="measure", names=NAMES.__getitem__, size=6)
     axes.tick_params(labelsize=8)

@@ -52,6 +52,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
     for module in (parameters, pixels):
         monkeypatch.setattr(module, "gradients", zeros)
         monkeypatch.setattr(module, "require_finite_gradients", lambda grads: None)
+        monkeypatch.setattr(module, "require_doubled", lambda *_: None)
+    monkeypatch.setattr(parameters, "_largest", lambda found: {0})
     monkeypatch.setattr(independence, "_random_state", lambda device: [])
     monkeypatch.setattr(independence, "_agree", lambda *_: True)
     monkeypatch.setattr(independence.Weighting, "holds", lambda *_, **__: True)

@@ -691,6 +691,7 @@ def test_nested_tensors_and_eight_bits_take_the_slower_path(caplog: pytest.LogCa
     plain, x = Called(lambda m, x: m.first(x)).double().eval(), torch.randn(3, 2, 4).double()
     through = Called(lambda m, x: nested(m, x).sum(dim=1)).double().eval()
     plain.call = lambda m, x: m.first(x).sum(dim=1)
+    influence.grams.parameters._ANNOUNCED.clear()
     with caplog.at_level(logging.WARNING, logger="influence"):
         for wrt in ("input", "layers"):
             expected = influence.metric_tensor(plain, x, wrt=wrt).gram

@@ -160,9 +160,7 @@ class ParameterPasses:
         rows_of_all = [gradients(logits, tensors, seed) for seed in seeds]
         found = [torch.stack(made) for made in zip(*rows_of_all, strict=True)]
         require_finite_gradients(found)
-        # What clips gradients, or else depends on their size, does so to the largest ones of each parameter first.
-        some = [made for made in found if made.numel()]
-        for row in {int(made.abs().argmax()) // made[0].numel() for made in some}:
+        for row in _largest(found):
             for made, doubled in zip(found, gradients(logits, tensors, -2 * seeds[row]), strict=True):
                 if made.numel():
                     require_doubled(made[row], doubled, logits.dtype)
@@ -285,6 +283,11 @@ class ParameterGrams(ParameterPasses):
         wrong = {name for name, holds in zip(self._parameters, right, strict=True) if not holds} - self.refused.keys()
         self.refused.update(dict.fromkeys(wrong, "its Gram is not autograd's"))
         return bool(wrong)
+
+
+def _largest(found: Sequence[Tensor]) -> set[int]:
+    """The row of each Jacobian ``(m, *shape)`` with its largest entry, which what clips gradients clips first."""
+    return {int(made.abs().argmax()) // made[0].numel() for made in found if made.numel()}
 
 
 def squared_lengths(grads: Sequence[Tensor]) -> Tensor:

@@ -152,6 +152,11 @@ def test_trace_tables() -> None:
     worse = fig_trace.claims(found, changes, reached.assign(median=1.02), sigma=0.1)
     assert worse["loss_is_the_quadratic_form"] is False
     assert len(fig_trace.draw(table, changes).axes) == 2 and len(fig_trace.draw_law(reached).axes) == 2
+    alone = found[found["seed"] == 0]
+    claims = fig_trace.claims(alone, fig_trace.effect(alone), fig_trace.law({"measures": alone}), sigma=0.1)
+    ratios = [*claims["ratio_of_traces_by_confidence"], claims["ratio_of_traces"], claims["ratio_of_mean_traces"]]
+    for ratio in ratios:  # one network leaves everything open, and a ledger takes no infinity
+        assert (ratio.n, ratio.df) == (1, None) and 0 < ratio.low < 1e-40 < 1e40 < ratio.high < math.inf
 
 
 def test_images_that_several_networks_share_are_counted_once() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,7 +19,7 @@ from ...images.data import Split
 from ...ledger import cache
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
-from ...scores.detection import columns
+from ...scores.detection import Interval, columns
 from ...scores.evaluation import mean_interval
 from ...zoo import training
 from ..common import bound, dataset, named
@@ -32,6 +31,7 @@ MEASURES = ("trace", "lambda_max", "ceiling", "fi")
 CONFIDENCE = ("least sure third", "middle third", "surest third")
 
 _RESAMPLES = 500
+_OPEN = 1e43
 
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
@@ -188,7 +188,7 @@ def effect(measures: pd.DataFrame) -> pd.DataFrame:
         wide = once.pivot(index=["seed", "image"], columns="arm", values=measure)
         for arm in [name for name in once["arm"].unique() if name != comparison.CONTROL]:
             logs = (np.log(wide[arm]) - np.log(wide[comparison.CONTROL])).groupby(level="seed").mean()
-            mean, low, high = (float(np.exp(value)) for value in mean_interval(logs))
+            mean, low, high = _geometric_mean(logs)
             rows.append({"measure": measure, "arm": arm, "seeds": len(logs), "ratio": mean, "low": low, "high": high})
     return pd.DataFrame(rows)
 
@@ -220,15 +220,25 @@ def claims(
     once = measures[measures["sigma"] == measures["sigma"].min()]
     means = once.groupby(["seed", "arm"])["trace"].mean().unstack("arm")
     ratios = np.log(means[trace["arm"]] / means[comparison.CONTROL])
-    value, low, high = (float(np.exp(end)) for end in mean_interval(ratios))
-    of_seeds: dict[str, Any] = {"n": len(ratios), "df": len(ratios) - 1 or None, "ratio": True}
     return {
         "loss_is_the_quadratic_form": bool(((least - 1).abs() <= 0.01).all()),
         **{f"departure_{name}": estimates for name, estimates in departures.items()},
-        "ratio_of_traces": Estimate(float(trace["ratio"]), float(trace["low"]), float(trace["high"]), **of_seeds),
-        "ratio_of_mean_traces": Estimate(value, low, high, **of_seeds),
+        "ratio_of_traces": _ratio((float(trace["ratio"]), float(trace["low"]), float(trace["high"])), len(ratios)),
+        "ratio_of_mean_traces": _ratio(_geometric_mean(ratios), len(ratios)),
         "ratio_of_traces_by_confidence": _by_confidence(once, trace["arm"]),
     }
+
+
+def _geometric_mean(logs: pd.Series) -> Interval:
+    """Over networks of what these are the logarithms of, with its 95% t interval."""
+    mean, low, high = (float(np.exp(end)) for end in mean_interval(logs))
+    return mean, low, high
+
+
+def _ratio(interval: Interval, networks: int, of: str = "") -> Estimate:
+    """A ratio over so many networks, of which one leaves its interval open: no infinity in a ledger."""
+    value, low, high = interval
+    return Estimate(value, max(low, 1 / _OPEN), min(high, _OPEN), networks, of, df=networks - 1 or None, ratio=True)
 
 
 def _by_confidence(once: pd.DataFrame, arm: str) -> list[Estimate]:
@@ -243,8 +253,7 @@ def _by_confidence(once: pd.DataFrame, arm: str) -> list[Estimate]:
     found = []
     for third, group in logs.groupby(pd.qcut(sure, 3, labels=list(CONFIDENCE)), observed=True):
         means = group.groupby(level="seed").mean()
-        value, low, high = (float(np.exp(end)) for end in mean_interval(means))
-        found.append(Estimate(value, low, high, len(means), str(third), df=len(means) - 1 or None, ratio=True))
+        found.append(_ratio(_geometric_mean(means), len(means), str(third)))
     return found
 
 

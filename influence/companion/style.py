@@ -69,6 +69,8 @@ NAMES = {
     "cook": "Cook's local influence",
     "confident": "confident learning",
     "el2n": "EL2N",
+    "aum": "AUM (in training)",
+    "early_el2n": "early EL2N (in training)",
     "grand": "GraNd",
     "margin": "margin",
     "max_softmax": "1 - max softmax",

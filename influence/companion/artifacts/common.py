@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from functools import partial, update_wrapper
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from torch import nn
 
 from influence.progress import progress_bar
@@ -92,8 +94,19 @@ def over_seeds(values: pd.Series, low: pd.Series, high: pd.Series, *, n: int, of
     over_images = Estimate(float(values.mean()), float(low.mean()), float(high.mean()), n, of)
     if len(values) == 1:
         return over_images
-    over_networks = Estimate(*mean_interval(values), len(values), of, df=len(values) - 1)
-    return max(over_networks, over_images, key=lambda e: e.high - e.low)
+    return max(over_networks(values, of), over_images, key=lambda e: e.high - e.low)
+
+
+def over_networks(values: ArrayLike, of: str = "", *, within: float = np.inf) -> Estimate:
+    """An estimate from one value for each network: their mean with its 95% t interval.
+
+    Args:
+        values: (networks,).
+        of: what it is of.
+        within: the largest size the mean can have. One network leaves all of it open, and no infinity in a ledger.
+    """
+    networks = int(np.size(values))
+    return Estimate(*mean_interval(values, within=(-within, within)), networks, of, df=networks - 1 or None)
 
 
 @dataclass(frozen=True)

@@ -272,10 +272,10 @@ def corrupt(name: str, images: Tensor, *, severity: int, data_dir: Path | None =
         raise ValueError(f"corruptions are defined for (N, 3, 32, 32) images, got {tuple(images.shape)}")
     draw = np.random.default_rng([NAMES.index(name), severity])
     pixels = images.permute(0, 2, 3, 1).numpy() / 255
-    # A pixel that a formula gives back as it was must not fall by one in rounding.
     if name == FROST:
         corrupted = _frosted(pixels, severity, draw, frost_photographs(data_dir))
     else:
         corrupted = _BY_NAME[name](pixels, severity, draw)
+    # A pixel that a formula gives back as it was must not fall by one in rounding.
     found = np.floor(255 * np.clip(corrupted, 0, 1) + 1e-6)
     return torch.from_numpy(found.astype(np.uint8)).permute(0, 3, 1, 2).contiguous()

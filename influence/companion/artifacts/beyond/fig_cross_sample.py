@@ -22,7 +22,7 @@ from ...scores.detection import columns, spearman
 from ...scores.evaluation import mean_interval
 from ...scores.leave_one_out import Regression, cross_sample_influence
 from ...zoo import last_layer, training
-from ..common import classifier, dataset, scored
+from ..common import classifier, dataset, over_networks, scored
 
 # Colour and name of what predicts the change; of these the first three have a sign.
 PREDICTORS = {
@@ -180,18 +180,12 @@ def claims(fits: pd.DataFrame, found: pd.DataFrame) -> dict[str, bool | Estimate
     chosen = found[found["l2"] == best_l2(fits)]
     wide = chosen.pivot(index="seed", columns=["among", "quantity"], values="size")
     less = {among: wide[among, "cross_fi"] - wide[among, "influence"] for among in (WITHIN, TOTAL)}
-
-    def estimate(values: pd.Series, *, within: float) -> Estimate:
-        # One network leaves everything open.
-        count = len(values)
-        return Estimate(*mean_interval(values, within=(-within, within)), count, df=count - 1 or None)
-
     return {
         "identity_of_the_image_itself": bool((fits["identity"] < 1e-8).all()),
-        "cross_sample_fi_orders_changes": estimate(wide[WITHIN, "cross_fi"], within=1),
-        "cross_sample_fi_orders_totals": estimate(wide[TOTAL, "cross_fi"], within=1),
-        "cross_sample_fi_less_influence_functions": estimate(less[WITHIN], within=2),
-        "cross_sample_fi_less_influence_functions_in_totals": estimate(less[TOTAL], within=2),
+        "cross_sample_fi_orders_changes": over_networks(wide[WITHIN, "cross_fi"], within=1),
+        "cross_sample_fi_orders_totals": over_networks(wide[TOTAL, "cross_fi"], within=1),
+        "cross_sample_fi_less_influence_functions": over_networks(less[WITHIN], within=2),
+        "cross_sample_fi_less_influence_functions_in_totals": over_networks(less[TOTAL], within=2),
     }
 
 

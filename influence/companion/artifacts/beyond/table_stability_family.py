@@ -24,11 +24,10 @@ from ...ledger import cache, paths
 from ...ledger.reference import Estimate
 from ...ledger.results import COMMITTED, Run
 from ...scores import attacks
-from ...scores.evaluation import mean_interval
 from ...zoo import training
 from ...zoo.family import PENALTIES, FamilyArm, kl
 from ...zoo.finetuning import Arm
-from ..common import bound, dataset
+from ..common import bound, dataset, over_networks
 from ..stability import comparison
 from ..stability.comparison import CONTROL, ORIGINAL, own_noise, paired, standard, summary
 
@@ -226,12 +225,9 @@ def claims(runs: pd.DataFrame) -> dict[str, Estimate | list[Estimate]]:
     robust, before = wide(robustness(runs)), wide(robustness(runs, but=["gaussian_noise"]))
     of = {name: wide(group) for name, group in runs.groupby("measure")}
     members, log_trace = [STABILITY, *PENALTIES], np.log(of[TRACE])
-    mean, low, high = mean_interval(log_trace["trace"] - log_trace[CONTROL])
     return {
         "family_gains_on_distorted": [paired(robust[a] - robust[CONTROL], a) for a in members],
-        "trace_penalty_lowers_the_trace": Estimate(
-            mean, max(low, -_OPEN), min(high, _OPEN), len(log_trace), df=len(log_trace) - 1 or None
-        ),
+        "trace_penalty_lowers_the_trace": over_networks(log_trace["trace"] - log_trace[CONTROL], within=_OPEN),
         "trades_resists_the_attack": paired(of[ATTACK]["trades"] - of[ATTACK][STABILITY]),
         "relatives_less_stability": [paired(robust[a] - robust[STABILITY], a) for a in PENALTIES],
         "clean_change": [paired(of[ORIGINAL][a] - of[ORIGINAL][CONTROL], a) for a in members],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -19,10 +20,10 @@ from ...images.data import Split
 from ...ledger import cache
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
-from ...scores.detection import Interval, columns
+from ...scores.detection import columns
 from ...scores.evaluation import mean_interval
 from ...zoo import training
-from ..common import bound, dataset, named
+from ..common import bound, dataset, named, over_networks
 from ..overview import divergence
 from ..stability import comparison
 from ..stability.comparison import colours, label
@@ -31,7 +32,7 @@ MEASURES = ("trace", "lambda_max", "ceiling", "fi")
 CONFIDENCE = ("least sure third", "middle third", "surest third")
 
 _RESAMPLES = 500
-_OPEN = 1e43
+_OPEN = 99.0  # the logarithm of a ratio of one network
 
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
@@ -188,7 +189,7 @@ def effect(measures: pd.DataFrame) -> pd.DataFrame:
         wide = once.pivot(index=["seed", "image"], columns="arm", values=measure)
         for arm in [name for name in once["arm"].unique() if name != comparison.CONTROL]:
             logs = (np.log(wide[arm]) - np.log(wide[comparison.CONTROL])).groupby(level="seed").mean()
-            mean, low, high = _geometric_mean(logs)
+            mean, low, high = (float(np.exp(end)) for end in mean_interval(logs))
             rows.append({"measure": measure, "arm": arm, "seeds": len(logs), "ratio": mean, "low": low, "high": high})
     return pd.DataFrame(rows)
 
@@ -216,29 +217,30 @@ def claims(
         for name, third in (("at_the_training_noise", "all"), ("of_the_surest_third", CONFIDENCE[-1]))
     }
     least = whole.loc[whole["sigma"] == whole["sigma"].min(), "median"]
-    trace = changes[changes["measure"] == "trace"].iloc[-1]
+    arm = str(changes["arm"].iloc[-1])
     once = measures[measures["sigma"] == measures["sigma"].min()]
     means = once.groupby(["seed", "arm"])["trace"].mean().unstack("arm")
-    ratios = np.log(means[trace["arm"]] / means[comparison.CONTROL])
+    logs = _log_traces(once, arm)
     return {
         "loss_is_the_quadratic_form": bool(((least - 1).abs() <= 0.01).all()),
         **{f"departure_{name}": estimates for name, estimates in departures.items()},
-        "ratio_of_traces": _ratio((float(trace["ratio"]), float(trace["low"]), float(trace["high"])), len(ratios)),
-        "ratio_of_mean_traces": _ratio(_geometric_mean(ratios), len(ratios)),
-        "ratio_of_traces_by_confidence": _by_confidence(once, trace["arm"]),
+        "ratio_of_traces": _ratio(logs.groupby(level="seed").mean()),
+        "ratio_of_mean_traces": _ratio(np.log(means[arm] / means[comparison.CONTROL])),
+        "ratio_of_traces_by_confidence": _by_confidence(once, arm),
     }
 
 
-def _geometric_mean(logs: pd.Series) -> Interval:
-    """Over networks of what these are the logarithms of, with its 95% t interval."""
-    mean, low, high = (float(np.exp(end)) for end in mean_interval(logs))
-    return mean, low, high
+def _ratio(logs: pd.Series, of: str = "") -> Estimate:
+    """Geometric mean over networks of what these are the logarithms of, with its 95% t interval."""
+    found = over_networks(logs, of, within=_OPEN)
+    value, low, high = (float(np.exp(end)) for end in (found.value, found.low, found.high))
+    return replace(found, value=value, low=low, high=high, ratio=True)
 
 
-def _ratio(interval: Interval, networks: int, of: str = "") -> Estimate:
-    """A ratio over so many networks, of which one leaves its interval open: no infinity in a ledger."""
-    value, low, high = interval
-    return Estimate(value, max(low, 1 / _OPEN), min(high, _OPEN), networks, of, df=networks - 1 or None, ratio=True)
+def _log_traces(once: pd.DataFrame, arm: str) -> pd.Series:
+    """Logarithm of the trace after an arm over that under the control, by seed and image."""
+    trace = once.pivot(index=["seed", "image"], columns="arm", values="trace")
+    return np.log(trace[arm]) - np.log(trace[comparison.CONTROL])
 
 
 def _by_confidence(once: pd.DataFrame, arm: str) -> list[Estimate]:
@@ -247,13 +249,11 @@ def _by_confidence(once: pd.DataFrame, arm: str) -> list[Estimate]:
     Thirds are of the mean of two ranks of p_top, under the control and after the arm: of those that one network is
     surest of, the other would be less sure by chance alone.
     """
-    trace, p_top = (once.pivot(index=["seed", "image"], columns="arm", values=of) for of in ("trace", "p_top"))
-    logs = np.log(trace[arm]) - np.log(trace[comparison.CONTROL])
+    p_top = once.pivot(index=["seed", "image"], columns="arm", values="p_top")
     sure = p_top[[comparison.CONTROL, arm]].rank().mean(axis=1).rank(method="first")
     found = []
-    for third, group in logs.groupby(pd.qcut(sure, 3, labels=list(CONFIDENCE)), observed=True):
-        means = group.groupby(level="seed").mean()
-        found.append(_ratio(_geometric_mean(means), len(means), str(third)))
+    for third, group in _log_traces(once, arm).groupby(pd.qcut(sure, 3, labels=list(CONFIDENCE)), observed=True):
+        found.append(_ratio(group.groupby(level="seed").mean(), str(third)))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,23 +15,27 @@ from ...images import outliers
 from ...images.data import Split
 from ...ledger import cache, paths
 from ...ledger.reference import Estimate
-from ...ledger.results import Run
+from ...ledger.results import COMMITTED, Run
 from ...scores import imagewise
 from ...scores.detection import auroc_difference
-from ...zoo import recipes, training
+from ...zoo import dynamics, recipes, training
 from ..common import bound, classifier, dataset, scored
 from .common import detection_table
 
 SYNTHETIC = "flipped"
 CONFIDENT = "confident"  # self-confidence less the class's mean: confident learning (Northcutt et al. 2021)
+AUM, EARLY_EL2N = "aum", "early_el2n"  # of trainings on the very labels; of AUM its negative
 _FOLDS = 4
+_EPOCHS = 10  # of the training that gives AUM: half of the recipe's
+_NETWORKS = 3  # over which early EL2N is a mean
 
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Every score of training images under the labels that they were given.
 
     Labels of CIFAR-10N are judged out of sample: by the network of `recipes.yaml` that was trained on the same kind of
-    labels of the other three quarters of the images. Flipped labels, for the data sets that come with a dependency, are
+    labels of the other three quarters of the images; AUM and early EL2N, by their definitions, by trainings on the very
+    labels (`dynamics.recorded`). Flipped labels, for the data sets that come with a dependency, are
     judged by networks that were trained on the right ones.
 
     Parameters of the run: kinds ("flipped", or labels of CIFAR-10N), images (of each quarter, or of those held out of
@@ -38,8 +43,8 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     flipped labels also dataset, models, share.
 
     Returns:
-        "scores", one row per model, kind and image: wrong (bool: the given label is not the verified one), confident
-        (for CIFAR-10N) and the columns of `imagewise.all_scores`.
+        "scores", one row per model, kind and image: wrong (bool: the given label is not the verified one), the columns
+        of `imagewise.all_scores` and, for CIFAR-10N, confident, aum and early_el2n, of which more is more suspicious.
     """
     p, images = run.parameters, run.parameters["images"] or None
     options: dict[str, Any] = {"seed": p["seeds"][0], "images": images, "share": p["share"], "without": p["without"]}
@@ -91,7 +96,23 @@ def _out_of_sample(run: Run, kind: str, *, seed: int, images: int | None, withou
     probs = frame.filter(like="probability_")
     frame = frame.drop(columns=list(probs))
     confident = less_than_its_class(probs.to_numpy(), frame["label"].to_numpy())
-    return frame.assign(kind=kind, model="noisy-resnet20", wrong=wrong, **{CONFIDENT: confident})
+    frame = frame.assign(kind=kind, model="noisy-resnet20", wrong=wrong, **{CONFIDENT: confident})
+    return frame.join(_in_training(run, kind), on="image")
+
+
+def _in_training(run: Run, kind: str) -> pd.DataFrame:
+    """AUM of one training, negative, and the mean of early EL2N over several, for every image of CIFAR-10."""
+    first = recipes.named(f"noisy-{kind.removesuffix('_label')}-0-0")
+    found = recipes.data_set(first.data, first.labels, None, paths.data_dir())
+    made = []
+    for seed in range(_NETWORKS):
+        recipe = replace(first, name=f"noisy-{kind.removesuffix('_label')}-all-{seed}", fold=None, seed=seed)
+        epochs = dynamics.EARLY if seed else _EPOCHS
+        publish = run.profile == COMMITTED
+        made.append(dynamics.recorded(recipe, found, epochs=epochs, device=run.device, publish=publish))
+    early = torch.stack([one.el2n for one in made]).double().mean(dim=0)
+    values = {AUM: -made[0].aum().double().cpu().numpy(), EARLY_EL2N: early.cpu().numpy()}
+    return pd.DataFrame(values, index=torch.cat([found.train.index, found.valid.index]).numpy())
 
 
 def _scores(model: nn.Module, split: Split, without: Sequence[str], device: torch.device) -> pd.DataFrame:
@@ -115,7 +136,7 @@ def less_than_its_class(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """AUROC and average precision of each score, with 95% bootstrap intervals over images."""
-    return detection_table(tables["scores"], also=[CONFIDENT])
+    return detection_table(tables["scores"], also=[CONFIDENT, AUM, EARLY_EL2N])
 
 
 def claims(tables: Mapping[str, pd.DataFrame]) -> dict[str, list[Estimate]]:
@@ -125,12 +146,15 @@ def claims(tables: Mapping[str, pd.DataFrame]) -> dict[str, list[Estimate]]:
     * released_fi_loses_to_the_loss: released FI (e = 1e-3) less the loss.
     * confident_learning_against_the_loss: confident learning less the loss, where it was computed.
     * el2n_against_the_loss: EL2N less the loss.
+    * aum_against_the_loss, early_el2n_against_the_loss: either less the loss, where it was computed.
     """
     pairs = {
         "fi_beats_jacobian_norm": ("exact", "jacobian_norm"),
         "released_fi_loses_to_the_loss": ("released_1e-3", "loss"),
         "confident_learning_against_the_loss": (CONFIDENT, "loss"),
         "el2n_against_the_loss": ("el2n", "loss"),
+        "aum_against_the_loss": (AUM, "loss"),
+        "early_el2n_against_the_loss": (EARLY_EL2N, "loss"),
     }
     found: dict[str, list[Estimate]] = {}
     for (model, kind), group in tables["scores"].groupby(["model", "kind"], sort=False):

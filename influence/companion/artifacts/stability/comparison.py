@@ -26,7 +26,7 @@ from ...scores.detection import columns
 from ...scores.evaluation import mean_interval
 from ...zoo import finetuning, recipes, training
 from ...zoo.finetuning import Arm
-from ..common import dataset
+from ..common import dataset, over_networks
 
 ORIGINAL = distortions.ORIGINAL
 
@@ -169,9 +169,7 @@ def gains(runs: pd.DataFrame, arm: str, *, value: str = "precision_at_1") -> pd.
 
 def paired(gains: ArrayLike, of: str = "") -> Estimate:
     """Mean of a gain, or a difference of two, of each seed with its 95% t interval; one seed leaves [-2, 2] open."""
-    value, low, high = mean_interval(gains)
-    seeds = int(np.size(gains))
-    return Estimate(value, max(low, -2.0), min(high, 2.0), seeds, of, df=seeds - 1 or None)
+    return over_networks(gains, of, within=2)
 
 
 def label(arm: str) -> str:

@@ -160,7 +160,7 @@ AUDITS: dict[str, dict[str, Audit]] = {
         "scores": Audit(
             ("kind", "image"),
             _wrong_labels,
-            others=("confident",),
+            others=("confident", "aum", "early_el2n"),
             jumps=(*_JUMPS, "released_1e-8", "released_1e-3"),
             atol=_SMALL,
         )

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import influence
 from influence.companion.scores.definition import influence_by_definition
@@ -89,6 +92,30 @@ def test_dropout_drops_a_fifth_scales_the_rest_and_obeys_the_seed(memory_format:
     first.sum().backward()
     torch.testing.assert_close(x.grad, 1.25 * kept.float())
     assert dropout.eval()(x) is x
+
+
+class MasksOfTwoOrders(TorchDispatchMode):
+    """How many backward passes of a ReLU, all rows at once, met gradients and results in two memory orders."""
+
+    found, all = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten.threshold_backward and args[0].ndim == args[1].ndim + 1:
+            self.all += 1
+            self.found += args[0].stride()[1:] != args[1].stride()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["resnet50", "densenet121"])
+def test_channels_last_have_the_same_grams_and_no_operator_meets_two_memory_orders(name: str) -> None:
+    model = models.build(name, shape=(3, 32, 32), n_classes=4, width=0.0625, dropout=0.0, seed=0).double().eval()
+    x = 255 * torch.rand(3, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain = influence.metric_tensor(model, x, wrt="layers").gram
+    model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    with MasksOfTwoOrders() as masks:
+        last = influence.metric_tensor(model, x, wrt="layers").gram
+    torch.testing.assert_close(last, plain, rtol=1e-9, atol=1e-12 * float(plain.abs().max()))
+    assert masks.all > 40 and masks.found == 0
 
 
 def calibrated(name: str, *, seed: int = 0) -> nn.Module:

@@ -24,6 +24,8 @@ def im2col(x: Tensor, kernel: Sequence[int], out: Sequence[int], node: Node) -> 
     ``(N, C * prod(kernel), T)``, a view of ``x`` for windows of one entry.
     """
     padding = node._saved_padding
+    if math.prod(kernel) > 1:
+        x = x.contiguous()  # its windows overlap: each of its entries is read several times
     if any(padding):
         x = F.pad(x, [p for size in reversed(padding) for p in (size, size)])
     steps, size = x.stride(), (*x.shape[:2], *kernel, *out)
@@ -57,6 +59,8 @@ def _vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
     if grads[0] is None or any(wanted[1:]):
         return None
     grad, weight = grads[0].flatten(0, 1), node._saved_weight.detach()
+    if grad.device.type == "cpu" and grad.is_contiguous():
+        weight = weight.contiguous()  # or the result would have another memory order
     stride, padding, dilation = node._saved_stride, node._saved_padding, node._saved_dilation
     plain, strided = node._saved_groups == 1 and not node._saved_transposed, any(step > 1 for step in stride)
     positions = math.prod(grad.shape[2:]) if grad.device.type == "cpu" else 0

@@ -57,7 +57,7 @@ class Audit:
         there = (both["_merge"] == "both").to_numpy()
         near = both["near_cut"].eq(True).to_numpy() if "near_cut" in both else ~there
         compared, left_out, wrong = 0, 0, []
-        for column in published.columns.drop([*keys, *self.others]):
+        for column in published.columns.difference([*keys, *self.others], sort=False):
             old, new = both[column], both.get(f"{column} anew", pd.Series(np.nan, both.index))
             if pd.api.types.is_float_dtype(old) and pd.api.types.is_numeric_dtype(new):
                 same = np.isclose(new, old, rtol=RTOL, atol=self.atol.get(str(column), ATOL), equal_nan=True)

@@ -4,6 +4,7 @@
     python -m benchmarks.run --classes 100 --batch 4
     python -m benchmarks.run --networks torchvision:resnet18 --size 64 --classes 1000 --batch 2 --repeats 3 \\
         --methods "influence, input" "influence.score, input"
+    python -m benchmarks.run --networks channels_last:resnet50 --methods influence  # a network in that memory order
     python -m benchmarks.run --device cuda --batch 64 --tf32  # the same on a GPU
     python -m benchmarks.run --scaling                        # over batch, classes and depth
     python -m benchmarks.run --table                          # Markdown from the JSON files
@@ -164,6 +165,9 @@ class Chain(nn.Module):
 
 
 def build(name: str, classes: int, width: float, size: int) -> nn.Module:
+    if name.startswith("channels_last:"):
+        network = build(name.removeprefix("channels_last:"), classes, width, size)
+        return network.to(memory_format=torch.channels_last)
     if name.startswith("chain"):
         return Chain(int(name.removeprefix("chain")), classes).eval()
     if name.startswith("torchvision:"):

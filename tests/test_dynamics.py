@@ -28,12 +28,12 @@ def test_of_a_network_that_stays_as_it_is_by_definition(digits: data.Dataset) ->
     found = dynamics.recorded(STILL, digits, epochs=3, device=CPU)
     images = digits.train.with_(digits.valid)
     network = STILL.build(digits).train()
+    # Logits of single precision, whose statistics over the batch are summed in the order of that epoch.
     with torch.no_grad():
         logits = network(training.pixels(images.images))
     for n, label in enumerate(images.labels.tolist()):
         others = [float(z) for k, z in enumerate(logits[n]) if k != label]
         assert float(found.aum()[n]) == pytest.approx(float(logits[n, label]) - max(others), abs=3e-3)
-    # Logits of single precision, whose statistics over the batch are summed in the order of that epoch.
     for _ in range(dynamics.EARLY - 1):
         network(training.pixels(images.images))
     p = training.predict(network.eval(), images.images).softmax(dim=1)

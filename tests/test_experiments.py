@@ -83,6 +83,15 @@ def test_claims_follow_the_rules(gain: dict[str, float], clean: str, grows: str)
     growth = gain["jpeg-10"] - gain["original"]
     assert claims["gain_grows_as_quality_falls_strong"].value == pytest.approx(growth, abs=1e-9)
     assert claims["improves_under_its_own_noise"].value == pytest.approx(0.1)
+    weak = runs_with({"original": 0.0, "jpeg-50": 0.0, "jpeg-10": 0.5, "noise-0.04": 0.1})
+    runs = pd.concat(
+        [runs_with(gain | {"noise-0.04": 0.1}).replace("stability 1", f"stability {alpha}") for alpha in ("0.01", "1")]
+        + [weak[weak["arm"] != "control"].replace("stability 1", "stability 0.1")],
+        ignore_index=True,
+    ).drop_duplicates(["seed", "arm", "distortion"])
+    between = fig_jpeg_quality.claims(runs, parameters | {"alphas": [0.01, 0.1, 1.0]})
+    assert between["gain_grows_as_quality_falls_at_0.1"].value == pytest.approx(0.5)
+    assert {name: between[name] for name in claims} == claims
 
 
 def test_where_the_gain_grows() -> None:

@@ -66,6 +66,7 @@ def _train(made: Dynamics, recipe: Recipe, dataset: Dataset, images: Split, epoc
     there = Split(*(tensor.to(device) for tensor in images.tensors()))
     # In the place of labels the batches have the rows of the images.
     numbered = replace(there, labels=torch.arange(len(there), device=device))
+    batches = Shuffled(numbered, recipe.batch_size, recipe.augment)
 
     def loss(_: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         augmented, rows = batch
@@ -83,10 +84,10 @@ def _train(made: Dynamics, recipe: Recipe, dataset: Dataset, images: Split, epoc
 
     return training.train(
         nn.ModuleList([network, made]),
-        Shuffled(numbered, recipe.batch_size, recipe.augment),
+        batches,
         loss,
         recipe.optimize(network),
-        steps=epochs * len(Shuffled(there, recipe.batch_size)),
+        steps=epochs * len(batches),
         rate=lambda done: recipe.rate(done * epochs / recipe.epochs),
         seed=(recipe.seed, 3),
         title=f"{recipe.name}, recorded",

@@ -86,7 +86,7 @@ def _out_of_sample(run: Run, kind: str, *, seed: int, images: int | None, withou
     _, verified = outliers.human_labels(kind, paths.data_dir())
     frames = []
     for fold in range(_FOLDS):
-        recipe = recipes.named(f"noisy-{kind.removesuffix('_label')}-{fold}-0")
+        recipe = recipes.named(f"{_noisy(kind)}-{fold}-0")
         found = recipe.dataset()
         run.add_input(f"cifar10 {kind} {fold}", found.digest)
         trained, held_out = training.fit(recipe, found, device=run.device), found.valid.sample(images, seed=seed)
@@ -100,13 +100,18 @@ def _out_of_sample(run: Run, kind: str, *, seed: int, images: int | None, withou
     return frame.join(_in_training(run, kind), on="image")
 
 
+def _noisy(kind: str) -> str:
+    """How the names of the recipes begin that learn a kind of labels of CIFAR-10N."""
+    return f"noisy-{kind.removesuffix('_label')}"
+
+
 def _in_training(run: Run, kind: str) -> pd.DataFrame:
     """AUM of one training, negative, and the mean of early EL2N over several, for every image of CIFAR-10."""
-    first = recipes.named(f"noisy-{kind.removesuffix('_label')}-0-0")
+    first = recipes.named(f"{_noisy(kind)}-0-0")
     found = recipes.data_set(first.data, first.labels, None, paths.data_dir())
     made = []
     for seed in range(_NETWORKS):
-        recipe = replace(first, name=f"noisy-{kind.removesuffix('_label')}-all-{seed}", fold=None, seed=seed)
+        recipe = replace(first, name=f"{_noisy(kind)}-all-{seed}", fold=None, seed=seed)
         epochs = dynamics.EARLY if seed else _EPOCHS
         publish = run.profile == COMMITTED
         made.append(dynamics.recorded(recipe, found, epochs=epochs, device=run.device, publish=publish))

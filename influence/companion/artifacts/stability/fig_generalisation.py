@@ -14,15 +14,15 @@ from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...zoo.finetuning import Arm
 from . import comparison
-from .comparison import ORIGINAL, label, own_noise, paired, stability, standard
+from .comparison import MIXED, ORIGINAL, label, own_noise, paired, stability, standard
 
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Precision@1 on distorted test images, for control, augmentation and stability with Gaussian noise, and rivals.
 
     Parameters of the run: dataset, model, seeds (of the networks), images (of the test part, drawn at random; 0 for
-    all), sigma, alpha, steps, learning_rate, trained (distortions that an arm of augmentation each is trained on),
-    tested and corruptions (those that all are tested on).
+    all), trained (distortions that an arm of augmentation each is trained on), tested and corruptions (those that all
+    are tested on), and those of `comparison.standard`.
 
     Returns:
         "runs", one row per seed, arm and distortion ("original", those tested, and the noise that the arms are trained
@@ -34,30 +34,38 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
 
 
 def arms(parameters: Mapping[str, Any]) -> dict[str, Arm]:
-    """Control, Gaussian augmentation, stability at one alpha, and augmentation with each of some distortions."""
-    chosen = standard({**parameters, "alphas": [parameters["alpha"]]})
+    """The standard arms, the task loss on clean and noisy images, and augmentation with each of some distortions."""
+    chosen = standard(parameters)
+    chosen[MIXED] = replace(chosen["augmentation"], objective="mixed")
     for name in parameters["trained"]:
         chosen[f"augmentation {name}"] = replace(chosen["augmentation"], perturbation=name)
     return chosen
 
 
 def claims(runs: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, Estimate | float]:
-    """Claim (vi) for stability training, and with the suffix _augmentation for the same noise as plain augmentation.
+    """Claim (vi) for stability training at the last alpha.
+
+    With the suffix _at_ALPHA for the others, _augmentation for the same noise as plain augmentation, and _mixed for the
+    task loss on both clean and noisy images:
 
     * gaussian_training_generalises: gain over the control, the mean over all distortions other than Gaussian noise.
     * improves_under_its_own_noise: gain under the noise of the training, without which the loss did not take effect.
     * distortions_gained: on how many of those distortions the mean gain is above 0, as a share.
+    * stability_less_mixed: the first of these for stability training less that for the task loss on both.
     """
     found: dict[str, Estimate | float] = {}
-    for arm, suffix in ((stability(parameters["alpha"]), ""), ("augmentation", "_augmentation")):
+    means: dict[str, pd.Series] = {}
+    *others, last = parameters["alphas"]
+    suffixes = {stability(last): "", "augmentation": "_augmentation", MIXED: "_mixed"}
+    for arm, suffix in (suffixes | {stability(alpha): f"_at_{alpha:g}" for alpha in others}).items():
         gain = comparison.gains(runs, arm)
         other = gain.loc[[name for name in gain.index if name != ORIGINAL and not str(name).startswith("noise-")]]
         found |= {
-            f"gaussian_training_generalises{suffix}": paired(other.mean(axis=0)),
+            f"gaussian_training_generalises{suffix}": paired(means.setdefault(arm, other.mean(axis=0))),
             f"improves_under_its_own_noise{suffix}": paired(gain.loc[own_noise(parameters)]),
             f"distortions_gained{suffix}": float((other.mean(axis=1) > 0).mean()),
         }
-    return found
+    return found | {"stability_less_mixed": paired(means[stability(last)] - means[MIXED])}
 
 
 def draw(table: pd.DataFrame) -> Figure:

@@ -37,14 +37,16 @@ def summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def claims(runs: pd.DataFrame, parameters: Mapping[str, Any], *, of: str = "") -> dict[str, Estimate]:
-    """Claims (i) and (ii) of the paper for the first alpha, and with the suffix _strong for the last one.
+    """Claims (i) and (ii) of the paper for the first alpha; suffix _strong for the last, _at_ALPHA between them.
 
     * clean_accuracy_does_not_fall: the paired change of precision@1 on originals, the mean over seeds.
     * gain_grows_as_quality_falls: gain over the control at the lowest quality less gain on originals.
     * improves_under_its_own_noise: gain under the noise of the training, without which the loss did not take effect.
     """
     found: dict[str, Estimate] = {}
-    for alpha, suffix in ((parameters["alphas"][0], ""), (parameters["alphas"][-1], "_strong")):
+    alphas = parameters["alphas"]
+    between = {f"_at_{alpha:g}": alpha for alpha in alphas[1:-1]}
+    for suffix, alpha in {"": alphas[0], **between, "_strong": alphas[-1]}.items():
         gain = comparison.gains(runs, stability(alpha))
         lowest, clean = gain.loc[f"jpeg-{min(parameters['qualities'])}"], gain.loc[ORIGINAL]
         found |= {

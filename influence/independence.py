@@ -228,13 +228,22 @@ class Weighting:
         weights = self.weights.view(1, -1, *(1,) * (seeds.ndim - 2))
         return (torch.tensordot(self.mixture.to(seeds), seeds, dims=1)[None] * weights).to(seeds.dtype)
 
-    def holds(self, grads: Tensor, row: Tensor, outer: int) -> bool:
-        """Whether a layout ``(outer, N, the rest)`` fits gradients ``(m, ...)`` of the seeds and that of the row."""
-        shape = (outer, len(self.weights), -1)
-        row = row.reshape(shape)
-        mixed = torch.tensordot(self.mixture.to(grads.dtype), grads, dims=1).reshape(shape)
-        wrong = mixed.mul_(self.weights.to(row.dtype).view(1, -1, 1)).sub_(row).abs_().amax(dim=(0, 2))
-        return bool((wrong <= self.noise * row.abs().amax(dim=(0, 2))).all())
+    def holds(self, grads: Tensor, row: Tensor, dim: int) -> bool:
+        """Whether gradients ``(m, ...)`` of the seeds and of the row, ``(...)``, have the examples along ``dim`` of it.
+
+        A dimension may have several entries of one example after another.
+        """
+        # In the order of memory nothing is copied.
+        order = sorted(range(row.ndim), key=grads[0].stride, reverse=True)
+        mixed = torch.tensordot(self.mixture.to(grads.dtype), grads.permute(0, *(d + 1 for d in order)), dims=1)
+        mixed, row = (
+            values.unflatten(dim, (len(self.weights), -1))
+            for values in (mixed.permute([order.index(d) for d in range(row.ndim)]), row)
+        )
+        others = [d for d in range(row.ndim) if d != dim]
+        weights = self.weights.to(row.dtype).view(-1, *(1,) * (row.ndim - dim - 1))
+        wrong = mixed.mul_(weights).sub_(row).abs_().amax(dim=others)
+        return bool((wrong <= self.noise * row.abs().amax(dim=others)).all())
 
 
 def gradients(output: Tensor | GradientEdge, leaves: Sequence[Tensor], seed: Tensor) -> list[Tensor]:

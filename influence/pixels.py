@@ -216,7 +216,7 @@ class InputGrams:
         weighting = Weighting.draw(repeated, dtype, self._generator)
         mixed = weighting.row(repeated)[0]
         weighted = rows(mixed.unflatten(0, (copies, examples))).flatten(0, 1)
-        if not weighting.holds(jacobian.repeat(1, copies, *[1] * (jacobian.ndim - 2)), weighted, outer=1):
+        if not weighting.holds(jacobian.repeat(1, copies, *[1] * (jacobian.ndim - 2)), weighted, dim=0):
             # It may be rounding of what is zero: an example whose logits get no gradient must have exactly none.
             for lit in darkness(len(logits)).to(logits.device):
                 seed = (mixed * lit[:, None]).unflatten(0, (copies, examples))

@@ -193,9 +193,8 @@ class _WeightPasses(ParameterPasses):
                 if not jacobian.numel():
                     continue
                 flat, unseen = jacobian.reshape(1, len(jacobian), -1), partial(_rounding_unseen, jacobian.dtype)
-                numbers = score.numbers(flat, slice(n, n + 1), unseen)
-                found_here = [factor * values.double()[0] for values, factor in numbers]
-                self.totals[name] += torch.stack(found_here).view_as(self.totals[name])
+                values, factors = score.numbers(flat, slice(n, n + 1), unseen)
+                self.totals[name] += (factors * torch.cat(values).double()).view_as(self.totals[name])
 
 
 def _reduced(part: AnyGradient, score: _LossRows) -> Tensor:
@@ -214,30 +213,28 @@ def _summed(part: AnyGradient, score: _LossRows, most: int) -> Tensor:
     total: Tensor | None = None
     for start in range(0, examples, step):
         chosen = slice(start, start + step)
-        numbers = score.numbers(part.entries(chosen), chosen, partial(_rounding, part, chosen))
-        parts = torch.stack([_weighted(part, values, factor, chosen) for values, factor in numbers])
+        values, factors = score.numbers(part.entries(chosen), chosen, partial(_rounding, part, chosen))
+        # Of the values in the precision of the network the factors are in float64: their ratios are taken first.
+        largest = factors.amax(dim=1).clamp(min=torch.finfo(factors.dtype).tiny)
+        weights = (factors / largest[:, None]).to(values[0].dtype)
+        parts = torch.stack([part.to_parameter(v, w, chosen) for v, w in zip(values, weights, strict=True)]).double()
+        parts.mul_(largest.view(-1, *(1,) * (parts.ndim - 1)))
         total = parts if total is None else total.add_(parts)
     assert total is not None
     return total
 
 
-def _rounding(part: AnyGradient, chosen: slice, squares: Tensor) -> Tensor:
-    """What some of the squares ``(n, p)`` of a few examples may have from rounding alone."""
+def _rounding(part: AnyGradient, chosen: slice, squares: Tensor, least: Tensor) -> Tensor | None:
+    """What some of the squares ``(n, p)`` of a few examples may have from rounding alone; None: nothing that counts."""
     limit = (_CANCELLED * torch.finfo(part.rows.dtype).eps) ** 2
-    if isinstance(part, ProductGradient) and not part.may_cancel(chosen, squares, limit):
-        return squares.new_zeros(1)
+    if isinstance(part, ProductGradient) and not part.may_cancel(chosen, squares, least, limit):
+        return None
     return part.terms(chosen, squares.dtype) * limit
 
 
-def _rounding_unseen(dtype: torch.dtype, squares: Tensor) -> Tensor:
+def _rounding_unseen(dtype: torch.dtype, squares: Tensor, least: Tensor) -> Tensor:
     """The same of a parameter whose terms nobody saw."""
     return squares.amax() * (_CANCELLED_ALONE * torch.finfo(dtype).eps) ** 2
-
-
-def _weighted(part: AnyGradient, values: Tensor, factor: Tensor, chosen: slice) -> Tensor:
-    """Sum of values with float64 factors of a few examples: of their ratios in the precision of the network."""
-    largest = factor.max().clamp(min=torch.finfo(factor.dtype).tiny)
-    return part.to_parameter(values, (factor / largest).to(values.dtype), chosen).double() * largest
 
 
 def _combined(part: AnyGradient, n: int, probe: Tensor) -> Tensor:
@@ -330,47 +327,62 @@ class _LossRows(ScoreSums):
         return replace(self, **{name: getattr(self, name)[one] for name in names})
 
     def numbers(
-        self, jacobian: Tensor, chosen: slice, rounding: Callable[[Tensor], Tensor], unit: Tensor | None = None
-    ) -> list[tuple[Tensor, Tensor]]:
-        """FI, trace and gradient of some examples from their rows ``(n, m, p)``, each as values and their factors.
+        self,
+        jacobian: Tensor,
+        chosen: slice,
+        rounding: Callable[[Tensor, Tensor], Tensor | None],
+        unit: Tensor | None = None,
+    ) -> tuple[list[Tensor], Tensor]:
+        """FI, trace and gradient of some examples from their rows ``(n, m, p)``: their values and factors ``(3, n)``.
 
         Values are ``(n, p)``, in the precision of the network, since wider entries would take longer than their
-        products, or where squares do not fit it in float64, each weight in its own ``unit``; factors ``(n,)`` are
-        float64. Where the squares of all rows are no more than their ``rounding`` the weight counts as one that moves
-        nothing.
+        products, or where squares do not fit it in float64, each weight in its own ``unit``; factors are float64. Where
+        the squares of all rows are no more than their ``rounding``, made from them and the least of them, the weight
+        counts as one that moves nothing.
+
+        Each line is a pass over memory, or two, and so as long as a row of the Jacobian; a mask, or a norm over the
+        rows, would be ten times as long on a CPU.
         """
         wide = torch.promote_types(jacobian.dtype, torch.float32)
         jacobian = jacobian.to(wide)
-        first, squares = jacobian[:, 0], torch.zeros_like(jacobian[:, 0])
-        for row in jacobian[:, 1:].unbind(dim=1):
-            squares.addcmul_(row, row)  # one pass over memory; a norm over the rows is 50 times slower on a CPU
+        first, others = jacobian[:, 0], jacobian[:, 1:].unbind(dim=1)
+        squares = others[0].square() if others else torch.zeros_like(first)
+        for row in others[1:]:
+            squares.addcmul_(row, row)
         own = first.square()
         total = own + squares
-        floor = rounding(total) if unit is None else rounding(total * unit.square()) / unit.square()
+        least, most = total.aminmax()
+        if unit is None:
+            floor = rounding(total, least)
+        else:
+            floor = rounding(square := total * unit.square(), square.amin())
+            floor = floor if floor is None else floor / unit.square()
         scale, of_label, of_rest = (part[chosen] for part in (self.scale, self.of_label, self.of_rest))
         if self.samples:
-            whole, limit = squares.div_(self.samples), of_rest / of_label
+            whole = squares.div_(self.samples)
             factors = torch.ones_like(scale), scale.square(), scale
         else:
-            whole, limit = squares.addcmul_(own, of_label.to(wide)), 1 / of_label
+            whole = squares.addcmul_(own, of_label.to(wide))
             factors = of_rest, of_rest, of_rest
-        if unit is None and not _fits(first, whole, total.amax(), floor.amax(), of_label.amin()):
+        if unit is None and not _fits(first, whole, most if floor is None else most.maximum(floor.amax()), of_label):
             wider = jacobian.double()
             unit = wider.abs().amax(dim=1)
             unit = unit.masked_fill(unit == 0, 1.0)
             return self.numbers(wider / unit[:, None], chosen, rounding, unit)
-        # As factors; masks take ten times as long on a CPU.
-        live = (total <= floor).logical_not_().to(wide)
-        ratio = (own / whole.clamp(min=torch.finfo(wide).tiny)).mul_(live).clamp_(max=limit.to(wide))
-        trace, gradient = whole.mul_(live), first * live
+        ratio, trace, gradient = own.div_(whole.clamp(min=torch.finfo(wide).tiny)), whole, first
+        if self.samples:
+            ratio.clamp_(max=(of_rest / of_label).to(wide))
+        if floor is not None:
+            live = (total - floor).sign_().clamp_(min=0)
+            ratio, trace, gradient = ratio * live, trace * live, gradient * live
         if unit is not None:
             trace, gradient = trace * unit.square(), gradient * unit
-        return [(value, factor[:, 0]) for value, factor in zip((ratio, trace, gradient), factors, strict=True)]
+        return [ratio, trace, gradient], torch.cat(factors, dim=1).T
 
 
-def _fits(first: Tensor, whole: Tensor, total: Tensor, floor: Tensor, of_label: Tensor) -> bool:
+def _fits(first: Tensor, whole: Tensor, most: Tensor, of_label: Tensor) -> bool:
     """Whether no square, of the ``first`` row, the ``whole`` or the largest ones, left its precision."""
     least = torch.finfo(whole.dtype).tiny / torch.finfo(whole.dtype).eps
-    if not bool((torch.maximum(total, floor) <= 1 / least) & (of_label >= least)):
+    if not bool((most <= 1 / least) & (of_label.amin() >= least)):
         return False
     return bool(whole.amin() >= least) or not bool((1 - whole / least).clamp_(min=0).mul_(first).abs_().amax() > 0)

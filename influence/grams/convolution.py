@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from influence.grams.gradients import AnyGradient, Gradient, ProductGradient
+from influence.grams.gradients import AnyGradient, Gradient, ProductGradient, summed_squares
 from influence.grams.rules import RULES, Grads, Layout, Node, Rule, Site, require_form, shape_of
 
 # Positions from which on a matrix product for each example is faster on a CPU than a library's 1x1 convolution.
@@ -37,6 +37,7 @@ def im2col(x: Tensor, kernel: Sequence[int], out: Sequence[int], node: Node) -> 
 
 def _gradients(site: Site, grad: Tensor, layout: Layout) -> Iterator[AnyGradient]:
     node, weight, bias = site.node, site.operand(1), site.operand(2)
+    product: ProductGradient | None = None
     if weight is not None:
         require_form(not weight.picks)
         kernel, groups, saved = node._saved_weight.shape[2:], node._saved_groups, node._saved_input.detach()
@@ -49,10 +50,17 @@ def _gradients(site: Site, grad: Tensor, layout: Layout) -> Iterator[AnyGradient
         grads = layout.channels(grads, 1).unflatten(2, (groups, -1))
         inputs = layout.channels(inputs, 0).unflatten(1, (groups, -1))
         shape, turned = tuple(node._saved_weight.shape), node._saved_transposed
-        yield ProductGradient(weight, grads.transpose(0, 1), inputs, shape, turned)
+        product = ProductGradient(weight, grads.transpose(0, 1), inputs, shape, turned)
+        yield product
     if bias is not None:
         shifts = layout.channels(grad, 1).transpose(0, 1)
-        yield Gradient.of(bias, shifts.sum(dim=-1), lambda dtype: shifts.to(dtype).square().sum(dim=-1))
+
+        def of_shifts(dtype: torch.dtype) -> Tensor:
+            if product is None or product.turned:
+                return summed_squares(shifts, dtype)[:, None]
+            return product.row_squares(dtype).flatten(1)[:, None]  # which the weight needs as well
+
+        yield Gradient.of(bias, shifts.sum(dim=-1), of_shifts)
 
 
 def _vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:

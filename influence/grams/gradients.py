@@ -52,7 +52,10 @@ class Gradient(_Rows):
 
     @classmethod
     def of(cls, operand: Operand, rows: Tensor, squares: Callable[[torch.dtype], Tensor]) -> Gradient:
-        """From gradients and ``squares`` ``(N, m, *shape)`` of what the node takes: back through all that picked."""
+        """From gradients ``(N, m, *shape)`` of what the node takes and ``squares``, as many or their sum over the rows.
+
+        Both go back through all that picked.
+        """
         picks = operand.picks
         return cls(operand, through(picks, rows), cache(lambda d: through(picks, squares(d)).flatten(2).sum(dim=1)))
 
@@ -88,7 +91,7 @@ class ProductGradient:
     inputs: Tensor
     shape: tuple[int, ...]
     turned: bool = False
-    squares: tuple[Tensor, Tensor] | None = None  # of rows (N, G, P) and inputs (N, G, D), where they are known
+    known: tuple[Tensor, Tensor] | None = None  # squares of rows (N, G, P) and inputs (N, G, D), where they are
 
     @property
     def width(self) -> int:
@@ -122,19 +125,34 @@ class ProductGradient:
         rows, inputs = (part[chosen].to(dtype).square() for part in (self.rows, self.inputs))
         return (rows.sum(dim=1) @ inputs.mT).flatten(1)
 
-    def may_cancel(self, chosen: slice, squares: Tensor, limit: float) -> bool:
-        """Whether squares ``(n, G P D)`` that are not 0 may be below ``limit`` of their terms, by a bound of these."""
+    def may_cancel(self, chosen: slice, squares: Tensor, least: Tensor, limit: float) -> bool:
+        """Whether squares ``(n, G P D)`` that are not 0 may be below ``limit`` of their terms, by a bound of these.
+
+        ``least`` is the least of the squares.
+        """
+        if self.rows.shape[-1] == 1:
+            return False
         rows, inputs = self._squares
-        if self.rows.shape[-1] == 1 or squares.dtype != rows.dtype:
-            return self.rows.shape[-1] > 1
-        bound = (limit * rows[chosen, ..., None]) * inputs[chosen, :, None]
-        bound = bound.flatten(1)
+        if squares.dtype != rows.dtype:
+            return True
+        rows, inputs = limit * rows[chosen], inputs[chosen]
+        if bool(least >= rows.amax() * inputs.amax()):
+            return False
+        above = torch.addcmul(squares.view(*rows.shape, -1), rows[..., None], inputs[:, :, None], value=-1)
         # Masks are slow on a CPU, so that they come last.
-        return not bool((squares - bound).amin() >= 0) and bool(squares[squares < bound].any())
+        return not bool(above.amin() >= 0) and bool(squares.view_as(above)[above < 0].any())
 
     @cached_property
     def _squares(self) -> tuple[Tensor, Tensor]:
-        return self.squares or (_squares_of_rows(self.rows).sum(dim=1), _squares_of_rows(self.inputs))
+        if self.known is not None:
+            return self.known
+        wide = torch.promote_types(self.rows.dtype, torch.float32)
+        return summed_squares(self.rows, wide), summed_squares(self.inputs[:, None], wide)
+
+    def row_squares(self, dtype: torch.dtype) -> Tensor:
+        """Squares of the rows, summed over these and the positions: ``(N, G, P)``."""
+        rows, _ = self._squares
+        return rows if rows.dtype == dtype else summed_squares(self.rows, dtype)
 
     def pieces(self, most: int) -> list[ProductGradient]:
         """The gradients of some outputs each, with at most so many entries in all; one where they cannot be parted."""
@@ -143,12 +161,13 @@ class ProductGradient:
         examples, classes, _, outputs, _ = self.rows.shape
         inputs = self.inputs.shape[2]
         step = max(1, most // (examples * classes * inputs))
-        of_rows, of_inputs = self._squares
+        of_rows, of_inputs = self._squares if self.rows.shape[-1] > 1 else (None, None)
         parts = []
         for start in range(0, outputs, step):
-            rows, squares = self.rows[:, :, :, start : start + step], of_rows[..., start : start + step]
-            shape = (rows.shape[3], *self.shape[1:])
-            parts.append(replace(self, rows=rows, shape=shape, squares=(squares, of_inputs)))
+            rows, known = self.rows[:, :, :, start : start + step], None
+            if of_rows is not None and of_inputs is not None:
+                known = of_rows[..., start : start + step], of_inputs
+            parts.append(replace(self, rows=rows, shape=(rows.shape[3], *self.shape[1:]), known=known))
         return parts
 
     def to_parameter(self, values: Tensor, weights: Tensor, chosen: slice) -> Tensor:
@@ -177,10 +196,12 @@ class TokenGradient(_Rows):
         return rows.new_zeros(self.shape).index_add_(0, self.tokens[chosen].flatten(), rows)
 
 
-def _squares_of_rows(values: Tensor) -> Tensor:
-    """Sums of squares over the last dimension, in float32 at least."""
-    wide = torch.promote_types(values.dtype, torch.float32)
-    return torch.linalg.vector_norm(values, dim=-1, dtype=wide).square_()
+def summed_squares(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Squares of values ``(N, m, ..., T)``, summed over m and T, in a precision that is none coarser than theirs."""
+    total = torch.zeros_like(values[:, 0], dtype=dtype)
+    for row in values.to(dtype).unbind(dim=1):
+        total.addcmul_(row, row)
+    return total.sum(dim=-1)
 
 
 AnyGradient = Gradient | ProductGradient | TokenGradient

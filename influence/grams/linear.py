@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from influence.grams.gradients import AnyGradient, Gradient, ProductGradient
+from influence.grams.gradients import AnyGradient, Gradient, ProductGradient, summed_squares
 from influence.grams.rules import RULES, Grads, Layout, Node, Rule, Site, require_form, shape_of
 
 
@@ -24,7 +24,7 @@ def _gradients(site: Site, grad: Tensor, layout: Layout) -> Iterator[AnyGradient
         yield ProductGradient(weight, grads.unsqueeze(2), columns.unsqueeze(1), shape, turned=True)
     if bias is not None:
         require_form(math.prod(shape_of(*node.next_functions[0])) == grad.shape[2])
-        yield Gradient.of(bias, grads.sum(dim=-1), lambda dtype: grads.to(dtype).square().sum(dim=-1))
+        yield Gradient.of(bias, grads.sum(dim=-1), lambda dtype: summed_squares(grads, dtype)[:, None])
 
 
 def _vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:

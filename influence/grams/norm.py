@@ -15,21 +15,35 @@ from influence.grams.rules import RULES, Grads, Layout, Node, Rule, Site, requir
 
 def _gradients(site: Site, grads: Tensor, normal: Tensor) -> Iterator[Gradient]:
     """From gradients ``(m, N, C, T)`` and normalised input ``(N, C, T)`` to those of scale and shift."""
-    # Both sums over the positions in one pass over the gradients.
-    factors, terms = torch.stack([normal, torch.ones_like(normal)], dim=2).to(grads.dtype), grads.permute(1, 2, 3, 0)
-    sums = factors @ terms
+    normal = normal.to(grads.dtype)
 
     @remember
     def squares(dtype: torch.dtype) -> Tensor:
-        return factors.to(dtype).square() @ terms.to(dtype).square()
+        total = torch.zeros_like(grads[0], dtype=dtype)
+        for row in grads.to(dtype):
+            total.addcmul_(row, row)
+        return _sums(total[None], normal.to(dtype).square())
 
     def lengths(place: int, dtype: torch.dtype) -> Tensor:
-        return squares(dtype)[:, :, place - 1].mT
+        return squares(dtype)[place - 1]
 
+    sums = _sums(grads, normal)
     for place in (1, 2):
         operand = site.operand(place)
         if operand is not None:
-            yield Gradient.of(operand, sums[:, :, place - 1].mT, partial(lengths, place))
+            yield Gradient.of(operand, sums[place - 1], partial(lengths, place))
+
+
+def _sums(grads: Tensor, normal: Tensor) -> Tensor:
+    """Over the positions, of gradients ``(m, N, C, T)`` times values ``(N, C, T)``, and of them: ``(2, N, m, C)``."""
+    if grads.stride(-1) == 1:
+        # In one pass over the gradients.
+        factors = torch.stack([normal, torch.ones_like(normal)], dim=2)
+        return (factors @ grads.permute(1, 2, 3, 0)).permute(2, 0, 3, 1)
+    # Where the channels come last in memory, a product of matrices would copy both.
+    wide = torch.promote_types(grads.dtype, torch.float32)
+    sums = (grads.to(wide) * normal).sum(dim=-1), grads.sum(dim=-1)
+    return torch.stack([part.to(grads.dtype).transpose(0, 1) for part in sums])
 
 
 # -- batch ------------------------------------------------------------------------------------------------------------

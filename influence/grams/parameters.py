@@ -329,10 +329,12 @@ def _layout(site: Site, grads: Tensor, row: Tensor | None, weighting: Weighting)
         raise ValueError("it meets complex numbers")
     if row is None:
         raise ValueError("PyTorch has no gradient there")
+    if examples == 1 and weighting.holds(grads[:, None], row[None], 0):
+        return Layout(1, 1)
     places = [i for i, size in enumerate(site.shape) if size > 0 and size % examples == 0]
-    for outer in dict.fromkeys(math.prod(site.shape[:i]) for i in places) if examples > 1 else [1]:
-        if weighting.holds(grads, row, outer):
-            return Layout(outer, examples)
+    for i in places if examples > 1 else []:
+        if weighting.holds(grads, row, i):
+            return Layout(math.prod(site.shape[:i]), examples)
     if places or examples == 1:
         raise ValueError("its gradient is changed on the way, or its examples cannot be told apart")
     raise ValueError("it has no batch dimension")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import architectures, gpu, methods, run, stability
+from benchmarks import architectures, gpu, methods, run, stability, weights
 from influence.kernels.backend import HAS_TRITON
 
 CASE = run.Case("chain1", 3, 2, "influence", 1.0, 8, 1, "cpu", False)
@@ -41,6 +41,20 @@ def test_one_json_for_each_method(tmp_path: Path) -> None:
         assert result["ratio"] > 0
         assert result["environment"]["torch"]
     assert "| small 8x8 | 3 | 2 | vmap(jacrev) |" in listed(tmp_path)
+
+
+def test_single_weights_beside_their_floor(tmp_path: Path) -> None:
+    before, entries = torch.get_num_threads(), weights.ProductGradient.entries
+    options = ["--networks", "resnet50", "--widths", "0.0625", "--batch", "2", "--repeats", "1", "--out", str(tmp_path)]
+    try:
+        weights.main(options)
+    finally:
+        torch.set_num_threads(before)
+    (row,) = json.loads((tmp_path / "cpu.json").read_text())["rows"]
+    assert 0 < row["read"] < row["seconds"] and row["floor"] < row["seconds"]
+    assert row["ratio"] == pytest.approx(row["seconds"] / (1.5 * row["floor"] + row["read"]))
+    assert weights.ProductGradient.entries is entries
+    assert f"| resnet50 | 0.0625 | 2 | {row['floor']:.3f} |" in weights.table(tmp_path / "cpu.json")
 
 
 def test_networks_of_torchvision() -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import influence
-from benchmarks import architectures, kernels, stability
+from benchmarks import architectures, kernels, stability, weights
 from benchmarks import run as benchmarks
 from influence.companion.ledger import manifest, notebook, reference
 from influence.companion.runner import cli, listing
@@ -303,12 +303,13 @@ def test_table_of_claims() -> None:
         ("engine", lambda: benchmarks.table(RESULTS)),
         ("loss", lambda: stability.table(RESULTS / "stability" / "cpu-loss-n128.json")),
         ("kernels", lambda: kernels.table(RESULTS / "kernels.json")),
+        ("weights", lambda: weights.table(RESULTS / "weights" / "cpu.json")),
         ("architectures", lambda: architectures.table(json.loads(OTHERS.read_text())["networks"]).strip()),
     ],
 )
 def test_tables_of_benchmarks(name: str, table: Callable[[], str]) -> None:
     body = BENCHMARKS.partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0]
-    assert body.strip() == table(), "renew it: --table of benchmarks.run, .stability, .kernels or .architectures"
+    assert body.strip() == table(), "renew it: --table of the module in benchmarks/"
 
 
 def test_links_of_benchmarks() -> None:

@@ -30,7 +30,6 @@ from ..common import dataset, over_networks
 
 ORIGINAL = distortions.ORIGINAL
 CONTROL = "control"
-MIXED = "clean and noisy"
 
 
 def standard(parameters: Mapping[str, Any], kind: type[Arm] = Arm) -> dict[str, Arm]:
@@ -176,7 +175,6 @@ def label(arm: str) -> str:
     known = {
         "control": r"control ($\alpha$ = 0)",
         "augmentation": "Gaussian augmentation",
-        MIXED: "Gaussian augmentation and clean images",
         "stability": "stability",
     }
     if arm in known:

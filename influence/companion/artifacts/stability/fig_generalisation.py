@@ -14,7 +14,7 @@ from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...zoo.finetuning import Arm
 from . import comparison
-from .comparison import MIXED, ORIGINAL, label, own_noise, paired, stability, standard
+from .comparison import ORIGINAL, label, own_noise, paired, stability, standard
 
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
@@ -34,9 +34,8 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
 
 
 def arms(parameters: Mapping[str, Any]) -> dict[str, Arm]:
-    """The standard arms, the task loss on clean and noisy images, and augmentation with each of some distortions."""
+    """The standard arms, and augmentation with each of some distortions."""
     chosen = standard(parameters)
-    chosen[MIXED] = replace(chosen["augmentation"], objective="mixed")
     for name in parameters["trained"]:
         chosen[f"augmentation {name}"] = replace(chosen["augmentation"], perturbation=name)
     return chosen
@@ -45,27 +44,24 @@ def arms(parameters: Mapping[str, Any]) -> dict[str, Arm]:
 def claims(runs: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, Estimate | float]:
     """Claim (vi) for stability training at the last alpha.
 
-    With the suffix _at_ALPHA for the others, _augmentation for the same noise as plain augmentation, and _mixed for the
-    task loss on both clean and noisy images:
+    With the suffix _at_ALPHA for the others, and _augmentation for the same noise as plain augmentation:
 
     * gaussian_training_generalises: gain over the control, the mean over all distortions other than Gaussian noise.
     * improves_under_its_own_noise: gain under the noise of the training, without which the loss did not take effect.
     * distortions_gained: on how many of those distortions the mean gain is above 0, as a share.
-    * stability_less_mixed: the first of these for stability training less that for the task loss on both.
     """
     found: dict[str, Estimate | float] = {}
-    means: dict[str, pd.Series] = {}
     *others, last = parameters["alphas"]
-    suffixes = {stability(last): "", "augmentation": "_augmentation", MIXED: "_mixed"}
+    suffixes = {stability(last): "", "augmentation": "_augmentation"}
     for arm, suffix in (suffixes | {stability(alpha): f"_at_{alpha:g}" for alpha in others}).items():
         gain = comparison.gains(runs, arm)
         other = gain.loc[[name for name in gain.index if name != ORIGINAL and not str(name).startswith("noise-")]]
         found |= {
-            f"gaussian_training_generalises{suffix}": paired(means.setdefault(arm, other.mean(axis=0))),
+            f"gaussian_training_generalises{suffix}": paired(other.mean(axis=0)),
             f"improves_under_its_own_noise{suffix}": paired(gain.loc[own_noise(parameters)]),
             f"distortions_gained{suffix}": float((other.mean(axis=1) > 0).mean()),
         }
-    return found | {"stability_less_mixed": paired(means[stability(last)] - means[MIXED])}
+    return found
 
 
 def draw(table: pd.DataFrame) -> Figure:

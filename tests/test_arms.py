@@ -80,17 +80,6 @@ def test_augmentation_with_a_distortion(digits: data.Dataset) -> None:
         Arm("stability", perturbation="jpeg-10", **ONE)
 
 
-def test_the_mixed_loss_is_the_mean_of_that_on_clean_and_that_on_noisy_images() -> None:
-    x = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    noisy, labels = x + 0.1, torch.arange(6)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
-    clean, augmented, mixed = (
-        Arm(objective, **ONE).loss(model, x, noisy, labels) for objective in ("control", "augmentation", "mixed")
-    )
-    assert not torch.allclose(clean, augmented)
-    torch.testing.assert_close(mixed, (clean + augmented) / 2)
-
-
 def test_standard_arms() -> None:
     parameters = {"alphas": [0.01, 1.0], "sigma": 0.1, "steps": 5, "learning_rate": 1e-3}
     chosen = comparison.standard({**parameters, "variants": True})
@@ -111,7 +100,6 @@ def test_rivals_are_augmentation_with_what_is_tested() -> None:
         "augmentation",
         "stability 0.1",
         "stability 1",
-        "clean and noisy",
         "augmentation blur-1",
     ]
     assert chosen["augmentation blur-1"] == Arm("augmentation", 5, 1e-3, sigma=0.1, perturbation="blur-1")
@@ -167,8 +155,7 @@ def test_claim_vi_leaves_noise_and_originals_out(gain: dict[str, float], expecte
     runs = runs_with(gain | {"noise-0.04": 0.3})
     stable = runs[runs["arm"] != "control"]
     weak = stable.assign(arm="stability 0.1", precision_at_1=stable["precision_at_1"] - 0.01)
-    mixed = stable.assign(arm="clean and noisy", precision_at_1=stable["precision_at_1"] - 0.02)
-    runs = pd.concat([runs, stable.assign(arm="augmentation"), weak, mixed], ignore_index=True)
+    runs = pd.concat([runs, stable.assign(arm="augmentation"), weak], ignore_index=True)
     claims = fig_generalisation.claims(runs, {"alphas": [0.1, 1.0], "sigma": 0.04})
     assert outcome("stability/fig_generalisation", "gaussian_training_generalises", claims) == expected
     assert claims["distortions_gained"] == pytest.approx(share)
@@ -176,8 +163,6 @@ def test_claim_vi_leaves_noise_and_originals_out(gain: dict[str, float], expecte
     assert isinstance(own, Estimate) and own.value == pytest.approx(0.3) and own == other
     mean = claims["gaussian_training_generalises"].value
     assert claims["gaussian_training_generalises_at_0.1"].value == pytest.approx(mean - 0.01)
-    assert claims["gaussian_training_generalises_mixed"].value == pytest.approx(mean - 0.02)
-    assert claims["stability_less_mixed"].value == pytest.approx(0.02)
     figure = fig_generalisation.draw(comparison.summary(runs_with(gain)))
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == list(gain)
 

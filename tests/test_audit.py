@@ -86,12 +86,14 @@ def _record(results: Path, row: dict[str, object]) -> None:
 
 
 def test_code_that_has_changed_is_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    row, named = manifest.read("cpu")[STEM], f"cpu: {STEM} was computed by other code than today's"
+    row, named = manifest.read("cpu")[STEM], "cpu: 1 of 1 artifacts were computed by other code than today's"
     today = cache.computing_hash(fig_label_noise.__name__, "compute")
     for code, expected in ((today, False), ("0" * 64, True)):
         _record(copy, row | {"computed": {"code": code, "inputs": {}}})
         assert cli.main(["check"]) == 0  # it is no fault
-        assert (named in capsys.readouterr().out) == expected
+        said = capsys.readouterr().out
+        assert (named in said and f": {STEM}\n" in said) == expected
+        assert ("cpu: every table was computed by today's code" in said) != expected
 
 
 def test_without_data_it_says_so(

@@ -25,12 +25,14 @@ def computed_by_other(row: Mapping[str, Any]) -> bool:
     return bool(row["computed"]["code"] != cache.computing_hash(module.compute.__module__, module.compute.__name__))
 
 
-def changed(profile: str) -> list[str]:
-    """A line for each published row whose computing code is not the one that computed it."""
+def changed(profile: str) -> str:
+    """A line that names the published rows whose computing code is not the one that computed them."""
     rows = manifest.read(profile)
-    return [
-        f"{profile}: {stem} was computed by other code than today's" for stem in rows if computed_by_other(rows[stem])
-    ]
+    found = [stem for stem in rows if computed_by_other(rows[stem])]
+    if not found:
+        return f"{profile}: every table was computed by today's code"
+    many = f"{len(found)} of {len(rows)} artifacts were computed by other code than today's"
+    return f"{profile}: {many}, which `check --recompute 20` holds against it: {', '.join(found)}"
 
 
 def audit(profile: str, count: int, *, seed: int, only: Sequence[str] = ()) -> Iterator[tuple[str, bool]]:

@@ -6,14 +6,14 @@
 
 The floor is what a gradient of all weights takes for each class but one: a forward and K - 1 backward passes of the
 batch, summed over it. To read is to make every entry of the Jacobian, for each example by itself, and to add up its
-square. CPU time of one thread; floor and function in turn, the least of some repeats, since what else a machine does
-only adds to it.
+square. CPU time of one thread: medians of some repeats, in each of which the floor comes before and after.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,7 +73,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def case(network: str, width: float, batch: int, repeats: int) -> dict[str, object]:
-    """CPU seconds of the floor, of reading and of the function for one example, and the last over 1.5 floor + read."""
+    """CPU seconds for one example of the floor, of reading and of the function, and the last over 1.5 floor + read."""
     model = build(f"channels_last:{network}", CLASSES, width, 32)
     random = torch.Generator().manual_seed(0)
     x = torch.randn(batch * CHUNKS, 3, 32, 32, generator=random).to(memory_format=torch.channels_last)
@@ -85,16 +85,19 @@ def case(network: str, width: float, batch: int, repeats: int) -> dict[str, obje
         influence.weight_influence(model, x, "predicted", chunk_size=batch)
 
     influence.weight_influence(model, x[:1], "predicted")  # finds out how the network is built
-    times: dict[str, list[float]] = {"floor": [], "read": [], "seconds": []}
+    times: dict[str, list[float]] = {"floor": [], "read": [], "seconds": [], "ratio": []}
     for _ in range(repeats):
-        times["floor"].append(seconds(lambda: floor(model, list(x.split(batch)))))
-        times["seconds"].append(seconds(ours))
+        before = seconds(lambda: floor(model, list(x.split(batch))))
+        taken = seconds(ours)
         with reading() as spent:
             ours()
-        times["read"].append(sum(spent))
-    least = {name: min(values) / len(x) for name, values in times.items()}
-    ratio = least["seconds"] / (1.5 * least["floor"] + least["read"])
-    return {"network": network, "width": width, "batch": batch, "examples": len(x), **least, "ratio": ratio}
+        after = seconds(lambda: floor(model, list(x.split(batch))))
+        least, read = (before + after) / 2, sum(spent)
+        found = {"floor": least / len(x), "read": read / len(x), "seconds": taken / len(x)}
+        for name, value in (found | {"ratio": taken / (1.5 * least + read)}).items():
+            times[name].append(value)
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    return {"network": network, "width": width, "batch": batch, "examples": len(x), **middle}
 
 
 def table(file: Path) -> str:
@@ -114,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--networks", nargs="+", default=NETWORKS)
     parser.add_argument("--widths", type=float, nargs="+", default=WIDTHS)
     parser.add_argument("--batch", type=int, default=BATCH)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "weights")
     options = parser.parse_args(arguments)

@@ -29,6 +29,8 @@ from ...zoo.finetuning import Arm
 from ..common import dataset, over_networks
 
 ORIGINAL = distortions.ORIGINAL
+
+
 CONTROL = "control"
 
 

@@ -21,8 +21,8 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Precision@1 on distorted test images, for control, augmentation and stability with Gaussian noise, and rivals.
 
     Parameters of the run: dataset, model, seeds (of the networks), images (of the test part, drawn at random; 0 for
-    all), trained (distortions that an arm of augmentation each is trained on), tested and corruptions (those that all
-    are tested on), and those of `comparison.standard`.
+    all), sigma, alpha, steps, learning_rate, trained (distortions that an arm of augmentation each is trained on),
+    tested and corruptions (those that all are tested on).
 
     Returns:
         "runs", one row per seed, arm and distortion ("original", those tested, and the noise that the arms are trained
@@ -34,26 +34,22 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
 
 
 def arms(parameters: Mapping[str, Any]) -> dict[str, Arm]:
-    """The standard arms, and augmentation with each of some distortions."""
-    chosen = standard(parameters)
+    """Control, Gaussian augmentation, stability at one alpha, and augmentation with each of some distortions."""
+    chosen = standard({**parameters, "alphas": [parameters["alpha"]]})
     for name in parameters["trained"]:
         chosen[f"augmentation {name}"] = replace(chosen["augmentation"], perturbation=name)
     return chosen
 
 
 def claims(runs: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, Estimate | float]:
-    """Claim (vi) for stability training at the last alpha.
-
-    With the suffix _at_ALPHA for the others, and _augmentation for the same noise as plain augmentation:
+    """Claim (vi) for stability training, and with the suffix _augmentation for the same noise as plain augmentation.
 
     * gaussian_training_generalises: gain over the control, the mean over all distortions other than Gaussian noise.
     * improves_under_its_own_noise: gain under the noise of the training, without which the loss did not take effect.
     * distortions_gained: on how many of those distortions the mean gain is above 0, as a share.
     """
     found: dict[str, Estimate | float] = {}
-    *others, last = parameters["alphas"]
-    suffixes = {stability(last): "", "augmentation": "_augmentation"}
-    for arm, suffix in (suffixes | {stability(alpha): f"_at_{alpha:g}" for alpha in others}).items():
+    for arm, suffix in ((stability(parameters["alpha"]), ""), ("augmentation", "_augmentation")):
         gain = comparison.gains(runs, arm)
         other = gain.loc[[name for name in gain.index if name != ORIGINAL and not str(name).startswith("noise-")]]
         found |= {

@@ -331,6 +331,7 @@ def _layout(site: Site, grads: Tensor, row: Tensor | None, weighting: Weighting)
         raise ValueError("PyTorch has no gradient there")
     if examples == 1 and weighting.holds(grads[:, None], row[None], 0):
         return Layout(1, 1)
+    grads, row = grads.reshape(len(grads), *site.shape), row.reshape(site.shape)
     places = [i for i, size in enumerate(site.shape) if size > 0 and size % examples == 0]
     for i in places if examples > 1 else []:
         if weighting.holds(grads, row, i):

@@ -59,8 +59,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
     monkeypatch.setattr(independence.Weighting, "holds", lambda *_, **__: True)
     monkeypatch.setattr(contraction, "root", lambda gram: gram)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 2**34)
-    row = torch.zeros(1)
-    monkeypatch.setattr(parameters, "_pytorch_gradients", lambda graph, seed: dict.fromkeys(graph.sites, row))
+    monkeypatch.setattr(
+        parameters,
+        "_pytorch_gradients",
+        lambda graph, seed: {node: torch.zeros(site.shape) for node, site in graph.sites.items()},
+    )
     monkeypatch.setattr(parameters.ParameterGrams, "_refuse_what_differs", lambda *_: False)
     monkeypatch.setattr(parameters.ParameterGrams, "_announce", lambda self: seen.refused.update(self.refused))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from influence.checks import require_count, require_deterministic, require_labels
 from influence.contrasts import ScoreSums, draw_seeds, random_signs
-from influence.grams.gradients import AnyGradient, ProductGradient, through
+from influence.grams.gradients import AnyGradient, ProductGradient, sum_of_squares, through
 from influence.grams.graph import read_graph
 from influence.grams.parameters import ParameterPasses, squared_lengths
 from influence.grams.rules import Operand, shape_of
@@ -224,15 +224,15 @@ def _summed(part: AnyGradient, score: _LossRows, most: int) -> Tensor:
     return total
 
 
-def _rounding(part: AnyGradient, chosen: slice, squares: Tensor, least: Tensor) -> Tensor | None:
+def _rounding(part: AnyGradient, chosen: slice, squares: Tensor) -> Tensor | None:
     """What some of the squares ``(n, p)`` of a few examples may have from rounding alone; None: nothing that counts."""
     limit = (_CANCELLED * torch.finfo(part.rows.dtype).eps) ** 2
-    if isinstance(part, ProductGradient) and not part.may_cancel(chosen, squares, least, limit):
+    if isinstance(part, ProductGradient) and not part.may_cancel(chosen, squares, limit):
         return None
     return part.terms(chosen, squares.dtype) * limit
 
 
-def _rounding_unseen(dtype: torch.dtype, squares: Tensor, least: Tensor) -> Tensor:
+def _rounding_unseen(dtype: torch.dtype, squares: Tensor) -> Tensor:
     """The same of a parameter whose terms nobody saw."""
     return squares.amax() * (_CANCELLED_ALONE * torch.finfo(dtype).eps) ** 2
 
@@ -330,15 +330,14 @@ class _LossRows(ScoreSums):
         self,
         jacobian: Tensor,
         chosen: slice,
-        rounding: Callable[[Tensor, Tensor], Tensor | None],
+        rounding: Callable[[Tensor], Tensor | None],
         unit: Tensor | None = None,
     ) -> tuple[list[Tensor], Tensor]:
         """FI, trace and gradient of some examples from their rows ``(n, m, p)``: their values and factors ``(3, n)``.
 
         Values are ``(n, p)``, in the precision of the network, since wider entries would take longer than their
         products, or where squares do not fit it in float64, each weight in its own ``unit``; factors are float64. Where
-        the squares of all rows are no more than their ``rounding``, made from them and the least of them, the weight
-        counts as one that moves nothing.
+        the squares of all rows are no more than their ``rounding`` the weight counts as one that moves nothing.
 
         Each line is a pass over memory, or two, and so as long as a row of the Jacobian; a mask, or a norm over the
         rows, would be ten times as long on a CPU.
@@ -346,17 +345,13 @@ class _LossRows(ScoreSums):
         wide = torch.promote_types(jacobian.dtype, torch.float32)
         jacobian = jacobian.to(wide)
         first, others = jacobian[:, 0], jacobian[:, 1:].unbind(dim=1)
-        squares = others[0].square() if others else torch.zeros_like(first)
-        for row in others[1:]:
-            squares.addcmul_(row, row)
+        squares = sum_of_squares(others) if others else torch.zeros_like(first)
         own = first.square()
         total = own + squares
-        least, most = total.aminmax()
-        if unit is None:
-            floor = rounding(total, least)
-        else:
-            floor = rounding(square := total * unit.square(), square.amin())
-            floor = floor if floor is None else floor / unit.square()
+        floor = rounding(total if unit is None else total * unit.square())
+        if floor is not None and unit is not None:
+            floor = floor / unit.square()
+        most = total.amax() if floor is None else total.amax().maximum(floor.amax())
         scale, of_label, of_rest = (part[chosen] for part in (self.scale, self.of_label, self.of_rest))
         if self.samples:
             whole = squares.div_(self.samples)
@@ -364,7 +359,7 @@ class _LossRows(ScoreSums):
         else:
             whole = squares.addcmul_(own, of_label.to(wide))
             factors = of_rest, of_rest, of_rest
-        if unit is None and not _fits(first, whole, most if floor is None else most.maximum(floor.amax()), of_label):
+        if unit is None and not _fits(first, whole, most, of_label):
             wider = jacobian.double()
             unit = wider.abs().amax(dim=1)
             unit = unit.masked_fill(unit == 0, 1.0)
@@ -373,7 +368,8 @@ class _LossRows(ScoreSums):
         if self.samples:
             ratio.clamp_(max=(of_rest / of_label).to(wide))
         if floor is not None:
-            live = (total - floor).sign_().clamp_(min=0)
+            # Not a floor that is NaN: below the square root of the least float64 units have no squares.
+            live = (total <= floor).logical_not_().to(wide)
             ratio, trace, gradient = ratio * live, trace * live, gradient * live
         if unit is not None:
             trace, gradient = trace * unit.square(), gradient * unit

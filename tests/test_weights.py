@@ -216,6 +216,28 @@ def test_squares_outside_single_precision(unit: float) -> None:
         assert torch.allclose(getattr(found, number)["first.weight"], truth, rtol=1e-3, atol=0.0), number
 
 
+def test_gradients_whose_squares_leave_double_precision() -> None:
+    class Scaled(nn.Module):
+        def __init__(self, unit: float) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            convolutions = nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+            self.net = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+            self.unit = unit
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) * self.unit
+
+    x = torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(0)).double()
+    # At either unit every class is as probable, and FI is free of the size of a gradient.
+    small, least = (
+        influence.weight_influence(Scaled(unit).double().eval(), x, [0, 1, 2, 0]).fi for unit in (1e-100, 1e-165)
+    )
+    for name, fi in small.items():
+        assert bool((fi > 0).all()), name
+        torch.testing.assert_close(least[name], fi, rtol=1e-6, atol=0.0)
+
+
 def test_a_label_less_probable_than_single_precision() -> None:
     torch.manual_seed(0)
     model, x, labels = nn.Linear(3, 2).double(), torch.randn(2, 3).double(), torch.tensor([1, 1])

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from influence.grams.gradients import Gradient
+from influence.grams.gradients import Gradient, sum_of_squares
 from influence.grams.rules import RULES, Grads, Layout, Node, Rule, Site, require_form
 
 
@@ -19,10 +19,7 @@ def _gradients(site: Site, grads: Tensor, normal: Tensor) -> Iterator[Gradient]:
 
     @remember
     def squares(dtype: torch.dtype) -> Tensor:
-        total = torch.zeros_like(grads[0], dtype=dtype)
-        for row in grads.to(dtype):
-            total.addcmul_(row, row)
-        return _sums(total[None], normal.to(dtype).square())
+        return _sums(sum_of_squares(grads.to(dtype).unbind())[None], normal.to(dtype).square())
 
     def lengths(place: int, dtype: torch.dtype) -> Tensor:
         return squares(dtype)[place - 1]

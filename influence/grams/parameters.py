@@ -329,13 +329,13 @@ def _layout(site: Site, grads: Tensor, row: Tensor | None, weighting: Weighting)
         raise ValueError("it meets complex numbers")
     if row is None:
         raise ValueError("PyTorch has no gradient there")
-    if examples == 1 and weighting.holds(grads[:, None], row[None], 0):
-        return Layout(1, 1)
-    grads, row = grads.reshape(len(grads), *site.shape), row.reshape(site.shape)
-    places = [i for i, size in enumerate(site.shape) if size > 0 and size % examples == 0]
-    for i in places if examples > 1 else []:
+    # One example is everything, which may have no dimension.
+    shape = site.shape if examples > 1 else (1, *site.shape)
+    places = [i for i, size in enumerate(shape) if size > 0 and size % examples == 0]
+    grads, row = grads.reshape(len(grads), *shape), row.reshape(shape)
+    for i in places:
         if weighting.holds(grads, row, i):
-            return Layout(math.prod(site.shape[:i]), examples)
-    if places or examples == 1:
+            return Layout(math.prod(shape[:i]), examples)
+    if places:
         raise ValueError("its gradient is changed on the way, or its examples cannot be told apart")
     raise ValueError("it has no batch dimension")

@@ -345,17 +345,21 @@ images = Images()
 model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 32), nn.Tanh(), nn.Linear(32, 5)).eval()
 loader = DataLoader(images, batch_size=32)
 influence.score(model, loader, sys.argv[1], batches_per_shard=4, progress=False)
-# Medians: what an allocator keeps for a while comes and goes, the data that somebody keeps only come.
 usual = [median(size for n, size in images.resident.items() if (n < 1024) == first) for first in (True, False)]
 print(int(usual[1] - usual[0]))
 """
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
-    """The second 1,024 images of 49 kB each, 50 MB, need no more than the first."""
-    done = subprocess.run([sys.executable, "-c", STREAM, str(tmp_path)], capture_output=True, text=True, check=True)
+    """The second 1,024 images of 49 kB each, 50 MB, need no more than the first.
+
+    The allocator gives every block above 64 kB back as it is freed. By itself it keeps 24 MB more in one run of three.
+    """
+    returned = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", STREAM, str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, **returned}, capture_output=True, text=True, check=True)
     assert len(influence.read_scores(tmp_path)) == 2048
-    assert int(done.stdout) < 20e6
+    assert int(done.stdout) < 5e6
 
 
 def test_a_data_set_without_indices(tmp_path: Path) -> None:

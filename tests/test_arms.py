@@ -80,6 +80,18 @@ def test_augmentation_with_a_distortion(digits: data.Dataset) -> None:
         Arm("stability", perturbation="jpeg-10", **ONE)
 
 
+def test_mixed_is_the_mean_of_control_and_augmentation() -> None:
+    torch.manual_seed(0)
+    model, labels = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.tensor([0, 2])
+    x, noisy = torch.rand(2, 2, 3, 1, 4)
+    control, augmentation, mixed = (
+        Arm(objective, **ONE).loss(model, x, noisy, labels)  # type: ignore[arg-type]
+        for objective in ("control", "augmentation", "mixed")
+    )
+    assert control != augmentation
+    torch.testing.assert_close(mixed, (control + augmentation) / 2)
+
+
 def test_standard_arms() -> None:
     parameters = {"alphas": [0.01, 1.0], "sigma": 0.1, "steps": 5, "learning_rate": 1e-3}
     chosen = comparison.standard({**parameters, "variants": True})

@@ -31,14 +31,14 @@ class Arm:
     The network stays in evaluation mode: batch-normalisation statistics fixed, no dropout, so that the two branches of
     the stability loss differ by the noise alone.
 
-    The objective is the task loss on clean images ("control") or noisy ones ("augmentation"), or that on clean images +
-    alpha * divergence between clean and noisy outputs ("stability").
+    The objective is the task loss on clean images ("control"), on noisy ones ("augmentation") or the mean of the two
+    ("mixed"), or that on clean images + alpha * divergence between clean and noisy outputs ("stability").
 
     Raises:
         ValueError: a distortion with any objective but augmentation.
     """
 
-    objective: Literal["control", "augmentation", "stability"]
+    objective: Literal["control", "augmentation", "mixed", "stability"]
     steps: int  # of SGD, with gradients clipped at a norm of 1
     learning_rate: float  # its peak: it rises for an eighth of the steps and falls to 0
     sigma: float = 0.04  # standard deviation of the Gaussian noise on pixels in [0, 1]
@@ -73,10 +73,12 @@ class Arm:
 
     def loss(self, model: nn.Module, x: Tensor, perturbed: Tensor, labels: Tensor) -> Tensor:
         """The objective on pixels 0..255, (N, C, H, W), and their perturbed copies."""
-        if self.objective != "stability":
+        if self.objective in ("control", "augmentation"):
             return self.task(model(x if self.objective == "control" else perturbed).float(), labels)
         # In evaluation mode one pass over both is two passes: no statistic is taken over the batch.
         clean, noisy = model(torch.cat([x, perturbed])).float().chunk(2)
+        if self.objective == "mixed":
+            return (self.task(clean, labels) + self.task(noisy, labels)) / 2
         return self.stable(clean, noisy, labels)
 
 

@@ -105,9 +105,10 @@ def test_standard_arms() -> None:
 
 
 def test_rivals_are_augmentation_with_what_is_tested() -> None:
-    parameters = {"alpha": 1.0, "sigma": 0.1, "steps": 5, "learning_rate": 1e-3, "trained": ["blur-1"]}
+    parameters = {"alphas": [1.0], "sigma": 0.1, "steps": 5, "learning_rate": 1e-3, "trained": ["blur-1"]}
     chosen = fig_generalisation.arms(parameters)
-    assert list(chosen) == ["control", "augmentation", "stability 1", "augmentation blur-1"]
+    assert list(chosen) == ["control", "augmentation", "stability 1", "mixed", "augmentation blur-1"]
+    assert chosen["mixed"] == Arm("mixed", 5, 1e-3, sigma=0.1)
     assert chosen["augmentation blur-1"] == Arm("augmentation", 5, 1e-3, sigma=0.1, perturbation="blur-1")
 
 
@@ -159,12 +160,16 @@ def runs_with(gain: dict[str, float], arm: str = "stability 1") -> pd.DataFrame:
 )
 def test_claim_vi_leaves_noise_and_originals_out(gain: dict[str, float], expected: str, share: float) -> None:
     runs = runs_with(gain | {"noise-0.04": 0.3})
-    runs = pd.concat([runs, runs[runs["arm"] != "control"].assign(arm="augmentation")], ignore_index=True)
-    claims = fig_generalisation.claims(runs, {"alpha": 1.0, "sigma": 0.04})
+    ours = runs[runs["arm"] != "control"]
+    mixed = ours.assign(arm="mixed", precision_at_1=ours["precision_at_1"] - 0.01)
+    runs = pd.concat([runs, ours.assign(arm="augmentation"), mixed], ignore_index=True)
+    claims = fig_generalisation.claims(runs, {"alphas": [1.0], "sigma": 0.04})
     assert outcome("stability/fig_generalisation", "gaussian_training_generalises", claims) == expected
     assert claims["distortions_gained"] == pytest.approx(share)
     own, other = (claims[f"improves_under_its_own_noise{arm}"] for arm in ("", "_augmentation"))
     assert isinstance(own, Estimate) and own.value == pytest.approx(0.3) and own == other
+    beyond = claims["strong_less_mixed"]
+    assert isinstance(beyond, Estimate) and beyond.value == pytest.approx(0.01)
     figure = fig_generalisation.draw(comparison.summary(runs_with(gain)))
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == list(gain)
 

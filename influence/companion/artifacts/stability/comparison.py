@@ -56,6 +56,11 @@ def stability(alpha: float) -> str:
     return f"stability {alpha:g}"
 
 
+def suffixes(alphas: Sequence[float]) -> dict[str, float]:
+    """What an item ends in for each alpha: nothing for the first, _strong for the last, _at_ALPHA between them."""
+    return {"": alphas[0], **{f"_at_{alpha:g}": alpha for alpha in alphas[1:-1]}, "_strong": alphas[-1]}
+
+
 def own_noise(parameters: Mapping[str, Any]) -> str:
     """The distortion that the arms are trained on: Gaussian noise of the parameter sigma."""
     return f"noise-{parameters['sigma']:g}"
@@ -177,6 +182,7 @@ def label(arm: str) -> str:
     known = {
         "control": r"control ($\alpha$ = 0)",
         "augmentation": "Gaussian augmentation",
+        "mixed": "clean + Gaussian augmentation",
         "stability": "stability",
     }
     if arm in known:

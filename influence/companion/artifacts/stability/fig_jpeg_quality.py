@@ -44,9 +44,7 @@ def claims(runs: pd.DataFrame, parameters: Mapping[str, Any], *, of: str = "") -
     * improves_under_its_own_noise: gain under the noise of the training, without which the loss did not take effect.
     """
     found: dict[str, Estimate] = {}
-    alphas = parameters["alphas"]
-    between = {f"_at_{alpha:g}": alpha for alpha in alphas[1:-1]}
-    for suffix, alpha in {"": alphas[0], **between, "_strong": alphas[-1]}.items():
+    for suffix, alpha in comparison.suffixes(parameters["alphas"]).items():
         gain = comparison.gains(runs, stability(alpha))
         lowest, clean = gain.loc[f"jpeg-{min(parameters['qualities'])}"], gain.loc[ORIGINAL]
         found |= {

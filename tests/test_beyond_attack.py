@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from influence.companion.artifacts.beyond import fig_attack
 from influence.companion.images.data import Split
+from influence.companion.images.pictures import unpacked
 from influence.companion.ledger import reference
 from influence.companion.scores import pixelwise, swarm
 from truth import input_jacobian
@@ -113,6 +116,28 @@ def test_attacked_moves_what_it_says(network: nn.Module, split: Split) -> None:
     assert not (frame["reached"] & ~frame["changed"]).any()
     still = fig_attack.attacked(network.float(), split, share=0.2, reach=0.0, particles=2, steps=1, seed=0, device=CPU)
     assert not still["changed"].any()  # nowhere to go
+
+
+def test_the_image_that_is_shown(network: nn.Module, split: Split) -> None:
+    split = Split(split.images.view(9, 1, 3, 6), split.labels, split.index)
+    options = {"share": 0.2, "reach": 0.15, "particles": 3, "steps": 2, "seed": 0, "device": CPU}
+    attacks = fig_attack.attacked(network.float(), split, **options)  # type: ignore[arg-type]
+    attacks["changed"] = attacks["image"] == 5
+    dataset = SimpleNamespace(classes=list("abcd"))
+    subject = SimpleNamespace(dataset=dataset, trained=SimpleNamespace(model=network))
+    tables = fig_attack.shown(subject, split, attacks, device=CPU)  # type: ignore[arg-type]
+    before, after = (row for _, row in tables["pictures"].iterrows())
+    assert before["image"] == 5 and (unpacked(before) == split.images[5].permute(1, 2, 0).numpy()).all()
+    change = unpacked(after).astype(int) - unpacked(before)
+    assert 0 < abs(change).max() <= 0.15 * 255 + 0.5
+    predicted, target, scores = fig_attack.ranked(network, split.images[5:6].float(), generator=seeded())
+    assert (before["predicted"], before["target"]) == ("abcd"[int(predicted)], "abcd"[int(target)])
+    torch.testing.assert_close(torch.tensor(tables["maps"]["fi"]), scores["fi"][0], rtol=1e-5, atol=0)
+    at = tables["maps"].iloc[7]
+    assert (at["channel"], at["row"], at["column"]) == (0, 1, 1)
+    about = {"dataset": "mnist", "model": "resnet50", "seed": 0}
+    figure = fig_attack.draw_maps({name: frame.assign(**about) for name, frame in tables.items()})
+    assert "test image 5" in figure.axes[0].get_ylabel()
 
 
 def made(changed: dict[str, int]) -> pd.DataFrame:

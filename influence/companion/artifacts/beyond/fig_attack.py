@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,6 +16,7 @@ import influence
 
 from ... import style
 from ...images.data import Split
+from ...images.pictures import packed, unpacked
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores import swarm
@@ -20,7 +24,7 @@ from ...scores.detection import bootstrap_interval, columns, share_interval
 from ...scores.imagewise import chunks, table
 from ...scores.pixelwise import top_entries
 from ...zoo import training
-from ..common import networks, scored
+from ..common import Subject, networks, scored
 
 PUBLISHED = "published"  # every value that passes the threshold
 CHOICES = {
@@ -43,19 +47,55 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
 
     Returns:
         "attacks", one row per network, image and choice: dataset, model, seed, image, passing (share of the image's
-        values with FI of .01 or more), values (how many were moved), p_target (before), changed (bool: the prediction
-        is another one) and reached (bool: it is the target).
+        values with FI of .01 or more), values (how many were moved), changed (bool: the prediction is another one)
+        and reached (bool: it is the target).
+        "pictures" and "maps", of the first image of each network whose prediction the published choice changes (the
+        first of all where it changes none): as `shown` gives them.
     """
-    chosen, frames = run.parameters, []
+    chosen = run.parameters
+    found: dict[str, list[pd.DataFrame]] = {"attacks": [], "pictures": [], "maps": []}
     options = {name: chosen[name] for name in ("share", "reach", "particles", "steps")}
     for network in networks(run):
         pool = network.dataset.test.sample(2 * chosen["images"], seed=network.seed)
         right = training.predict(network.trained.model, pool.images, device=run.device).argmax(1) == pool.labels
         split = pool.take(right.nonzero()[: chosen["images"], 0].tolist())
         name = f"mfi-pso/{network.name}"
-        found = scored(run, name, attacked, network.trained, split, seed=network.seed, **options)
-        frames.append(found.assign(**network.columns))
-    return {"attacks": pd.concat(frames, ignore_index=True)}
+        attacks = scored(run, name, attacked, network.trained, split, seed=network.seed, **options)
+        parts = {"attacks": attacks.drop(columns="bytes"), **shown(network, split, attacks, device=run.device)}
+        for part, frame in parts.items():
+            found[part].append(frame.assign(**network.columns))
+    return {name: pd.concat(frames, ignore_index=True) for name, frames in found.items()}
+
+
+def shown(subject: Subject, split: Split, attacks: pd.DataFrame, *, device: torch.device) -> dict[str, pd.DataFrame]:
+    """One image before and after its attack, and the FI of its values.
+
+    Returns:
+        "pictures", two rows, "before" and "after" (every value rounded to a grey level): when, image (0-based, standard
+        order), target and predicted (names of classes), p_target, p_predicted, and the image as `pictures.packed` has
+        it. "maps", one row per value of the image: channel, row, column, fi.
+    """
+    published = attacks[attacks["choice"] == PUBLISHED]
+    one = published.iloc[int(published["changed"].to_numpy().argmax())]
+    picture = split.take([int((split.index == one["image"]).nonzero()[0, 0])]).images
+    moved = torch.frombuffer(bytearray(one["bytes"]), dtype=torch.uint8).view(picture.permute(0, 2, 3, 1).shape)
+    both = torch.cat([picture, moved.permute(0, 3, 1, 2)])
+    model, classes = subject.trained.model, subject.dataset.classes
+    _, target, scores = ranked(model, training.pixels(picture, device), generator=torch.Generator(device))
+    p = training.predict(model, both, device=device).double().softmax(1)
+    top, predicted = p.max(1)
+    about = {
+        "when": ["before", "after"],
+        "image": int(one["image"]),
+        "target": classes[int(target)],
+        "predicted": [classes[int(k)] for k in predicted],
+        "p_target": p[:, int(target)],
+        "p_predicted": top,
+    }
+    axes = dict(zip(("channel", "row", "column"), map(range, picture.shape[1:]), strict=True))
+    places = pd.MultiIndex.from_product([*axes.values()], names=[*axes]).to_frame(index=False)
+    pictures = pd.concat([pd.DataFrame(about), packed(both)], axis=1)
+    return {"pictures": pictures, "maps": places.assign(fi=scores["fi"].flatten().cpu().numpy())}
 
 
 def attacked(
@@ -69,7 +109,10 @@ def attacked(
     seed: int,
     device: torch.device,
 ) -> pd.DataFrame:
-    """What the swarm finds for each choice and image; `compute` says what the columns are."""
+    """What the swarm finds for each choice and image; `compute` says what the columns are.
+
+    Besides, of the published choice: bytes, the moved image as `pictures.packed` has it; None for the others.
+    """
     frames = []
     for rows, x, _ in chunks(split, 8, device, "swarms"):
         flat = x.flatten(1)
@@ -91,11 +134,13 @@ def attacked(
             # The same draws for every choice.
             draws = torch.Generator(device).manual_seed(training.mixed_seed(seed, 70_000, int(rows[0])))
             moves, _ = swarm.minimise(margin, low, high, particles=particles, steps=steps, generator=draws)
+            moved = x + moves.view_as(x)
             with torch.no_grad():
-                after = model(x + moves.view_as(x)).argmax(1)
+                after = model(moved).argmax(1)
             found = {"image": split.index[rows], "passing": masks[PUBLISHED].double().mean(1)}
             found |= {"values": mask.sum(1), "changed": after != predicted, "reached": after == target}
-            frames.append(table(found).assign(choice=name))
+            images = packed(moved.round().to(torch.uint8).cpu())["bytes"] if name == PUBLISHED else None
+            frames.append(table(found).assign(choice=name, bytes=images))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -188,4 +233,33 @@ def draw(found: pd.DataFrame) -> Figure:
         row[0].set_title(f"{style.name(name)}, {style.name(model)}, n = {images} images", loc="left", fontsize=9)
     grid[-1, 0].set_xlabel("predictions changed (%)")
     grid[-1, 1].set_xlabel("FI's choice less this one (points)")
+    return figure
+
+
+def draw_maps(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """An image of each network, the FI of its values (mean over channels), and the image after the published attack."""
+    keys = ["dataset", "model", "seed"]
+    groups = list(tables["pictures"].groupby(keys, sort=False))
+    figure = Figure(figsize=(style.WIDTH, 0.4 + 2.4 * len(groups)))
+    grid = figure.subplots(len(groups), 3, squeeze=False)
+    for row, (key, pictures) in zip(grid, groups, strict=True):
+        values = tables["maps"][tables["maps"][keys].eq(key).all(axis=1)]
+        fi = values.pivot_table(index="row", columns="column", values="fi", aggfunc="mean").to_numpy()
+        least = min(_THRESHOLD, float(fi[fi > 0].min()))
+        drawn = row[1].imshow(fi, cmap="nipy_spectral", norm=LogNorm(least, float(fi.max())))
+        figure.colorbar(drawn, ax=row[1], label="FI")
+        passing = float((values["fi"] >= _THRESHOLD).mean())
+        row[1].set_title(
+            f"FI of the target; {100 * passing:.1f}% of\nthe values have {_THRESHOLD:g} or more", fontsize=8
+        )
+        for axes, (_, picture) in zip(row[::2], pictures.iterrows(), strict=True):
+            axes.imshow(unpacked(picture).squeeze(), cmap="gray", vmin=0, vmax=255)
+            said = f"predicted {picture['predicted']}, P = {picture['p_predicted']:.2f}"
+            axes.set_title(f"{said}\ntarget {picture['target']}, P = {picture['p_target']:.2g}", fontsize=8)
+        row[0].set_ylabel(
+            f"{style.name(key[0])}, {style.name(key[1])}\ntest image {pictures['image'].iloc[0]}", fontsize=8
+        )
+        for axes in row:
+            axes.set_xticks([])
+            axes.set_yticks([])
     return figure

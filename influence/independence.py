@@ -242,8 +242,13 @@ class Weighting:
         )
         others = [d for d in range(row.ndim) if d != dim]
         weights = self.weights.to(row.dtype).view(-1, *(1,) * (row.ndim - dim - 1))
-        wrong = mixed.mul_(weights).sub_(row).abs_().amax(dim=others)
-        return bool((wrong <= self.noise * row.abs().amax(dim=others)).all())
+        wrong = _largest(torch.addcmul(row, mixed, weights, value=-1), others)
+        return bool((wrong <= self.noise * _largest(row, others)).all())
+
+
+def _largest(values: Tensor, dims: list[int]) -> Tensor:
+    """Largest size over some dimensions; sizes of all would have to be written first."""
+    return values.amax(dim=dims).maximum(-values.amin(dim=dims))
 
 
 def gradients(output: Tensor | GradientEdge, leaves: Sequence[Tensor], seed: Tensor) -> list[Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from influence.checks import require_count, require_deterministic, require_labels
 from influence.contrasts import ScoreSums, draw_seeds, random_signs
-from influence.grams.gradients import AnyGradient, ProductGradient, sum_of_squares, through
+from influence.grams.gradients import AnyGradient, ProductGradient, below, sum_of_squares, through
 from influence.grams.graph import read_graph
 from influence.grams.parameters import ParameterPasses, squared_lengths
 from influence.grams.rules import Operand, shape_of
@@ -224,17 +224,20 @@ def _summed(part: AnyGradient, score: _LossRows, most: int) -> Tensor:
     return total
 
 
-def _rounding(part: AnyGradient, chosen: slice, squares: Tensor) -> Tensor | None:
-    """What some of the squares ``(n, p)`` of a few examples may have from rounding alone; None: nothing that counts."""
+def _rounding(part: AnyGradient, chosen: slice, squares: Tensor) -> Tensor:
+    """Which of the squares ``(n, p)`` of a few examples, flattened, are not 0 and may be rounding alone: ``(k,)``."""
     limit = (_CANCELLED * torch.finfo(part.rows.dtype).eps) ** 2
-    if isinstance(part, ProductGradient) and not part.may_cancel(chosen, squares, limit):
-        return None
-    return part.terms(chosen, squares.dtype) * limit
+    if isinstance(part, ProductGradient):
+        return part.cancelled(chosen, squares, limit)
+    terms = part.terms(chosen, squares.dtype)
+    if not bool(terms.amax() < math.inf):
+        terms = part.terms(chosen, torch.float64)
+    return below(squares, limit * terms)
 
 
 def _rounding_unseen(dtype: torch.dtype, squares: Tensor) -> Tensor:
     """The same of a parameter whose terms nobody saw."""
-    return squares.amax() * (_CANCELLED_ALONE * torch.finfo(dtype).eps) ** 2
+    return below(squares, (_CANCELLED_ALONE * torch.finfo(dtype).eps) ** 2 * squares.amax())
 
 
 def _combined(part: AnyGradient, n: int, probe: Tensor) -> Tensor:
@@ -327,17 +330,13 @@ class _LossRows(ScoreSums):
         return replace(self, **{name: getattr(self, name)[one] for name in names})
 
     def numbers(
-        self,
-        jacobian: Tensor,
-        chosen: slice,
-        rounding: Callable[[Tensor], Tensor | None],
-        unit: Tensor | None = None,
+        self, jacobian: Tensor, chosen: slice, rounding: Callable[[Tensor], Tensor], unit: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
         """FI, trace and gradient of some examples from their rows ``(n, m, p)``: their values and factors ``(3, n)``.
 
         Values are ``(n, p)``, in the precision of the network, since wider entries would take longer than their
-        products, or where squares do not fit it in float64, each weight in its own ``unit``; factors are float64. Where
-        the squares of all rows are no more than their ``rounding`` the weight counts as one that moves nothing.
+        products, or where squares do not fit it in float64, each weight in its own ``unit``; factors are float64.
+        ``rounding`` says, of squares of all rows, which of them are no more than that: such a weight moves nothing.
 
         Each line is a pass over memory, or two, and so as long as a row of the Jacobian; a mask, or a norm over the
         rows, would be ten times as long on a CPU.
@@ -347,38 +346,40 @@ class _LossRows(ScoreSums):
         first, others = jacobian[:, 0], jacobian[:, 1:].unbind(dim=1)
         squares = sum_of_squares(others) if others else torch.zeros_like(first)
         own = first.square()
-        total = own + squares
-        floor = rounding(total if unit is None else total * unit.square())
-        if floor is not None and unit is not None:
-            floor = floor / unit.square()
-        most = total.amax() if floor is None else total.amax().maximum(floor.amax())
         scale, of_label, of_rest = (part[chosen] for part in (self.scale, self.of_label, self.of_rest))
         if self.samples:
-            whole = squares.div_(self.samples)
+            whole = squares / self.samples
             factors = torch.ones_like(scale), scale.square(), scale
         else:
-            whole = squares.addcmul_(own, of_label.to(wide))
+            whole = squares.addcmul(own, of_label.to(wide))
             factors = of_rest, of_rest, of_rest
-        if unit is None and not _fits(first, whole, most, of_label):
+        if unit is None and not _fits(first, own, whole, of_label):
             wider = jacobian.double()
             unit = wider.abs().amax(dim=1)
             unit = unit.masked_fill(unit == 0, 1.0)
             return self.numbers(wider / unit[:, None], chosen, rounding, unit)
+        total = squares.add_(own)
+        lost = rounding(total if unit is None else total * unit.square())
         ratio, trace, gradient = own.div_(whole.clamp(min=torch.finfo(wide).tiny)), whole, first
         if self.samples:
             ratio.clamp_(max=(of_rest / of_label).to(wide))
-        if floor is not None:
-            # Not a floor that is NaN: below the square root of the least float64 units have no squares.
-            live = (total <= floor).logical_not_().to(wide)
-            ratio, trace, gradient = ratio * live, trace * live, gradient * live
         if unit is not None:
             trace, gradient = trace * unit.square(), gradient * unit
+        if len(lost):
+            ratio, trace, gradient = (
+                values.flatten().index_fill(0, lost, 0.0).view_as(values) for values in (ratio, trace, gradient)
+            )
         return [ratio, trace, gradient], torch.cat(factors, dim=1).T
 
 
-def _fits(first: Tensor, whole: Tensor, most: Tensor, of_label: Tensor) -> bool:
-    """Whether no square, of the ``first`` row, the ``whole`` or the largest ones, left its precision."""
+def _fits(first: Tensor, own: Tensor, whole: Tensor, of_label: Tensor) -> bool:
+    """Whether no square, of the ``first`` row, its ``own`` or the ``whole``, left its precision."""
     least = torch.finfo(whole.dtype).tiny / torch.finfo(whole.dtype).eps
-    if not bool((most <= 1 / least) & (of_label.amin() >= least)):
+    low, high = whole.aminmax()
+    if not bool((high.maximum(own.amax()) <= 1 / least) & (of_label.amin() >= least)):
         return False
-    return bool(whole.amin() >= least) or not bool((1 - whole / least).clamp_(min=0).mul_(first).abs_().amax() > 0)
+    if bool(low >= least):
+        return True
+    # Of the first row what has a smaller square than the least.
+    low, high = torch.rsub(whole, 1, alpha=1 / least).clamp_(min=0).mul_(first).aminmax()
+    return bool((low == 0) & (high == 0))

@@ -125,19 +125,35 @@ class ProductGradient:
         rows, inputs = (part[chosen].to(dtype).square() for part in (self.rows, self.inputs))
         return (rows.sum(dim=1) @ inputs.mT).flatten(1)
 
-    def may_cancel(self, chosen: slice, squares: Tensor, limit: float) -> bool:
-        """Whether squares ``(n, G P D)`` that are not 0 may be below ``limit`` of their terms, by a bound of these."""
+    def cancelled(self, chosen: slice, squares: Tensor, limit: float) -> Tensor:
+        """Which of squares ``(n, G P D)``, flattened, are not 0 and at most ``limit`` of their terms: ``(k,)``."""
+        none = squares.new_zeros(0, dtype=torch.int64)
         if self.rows.shape[-1] == 1:
-            return False
+            return none
+        shaped = squares.view(len(squares), *self.rows.shape[2:4], -1)
         rows, inputs = self._squares
-        if squares.dtype != rows.dtype:
-            return True
-        rows, inputs = limit * rows[chosen], inputs[chosen]
-        if bool(squares.amin() >= rows.amax() * inputs.amax()):
-            return False
-        above = torch.addcmul(squares.view(*rows.shape, -1), rows[..., None], inputs[:, :, None], value=-1)
-        # Masks are slow on a CPU, so that they come last.
-        return not bool(above.amin() >= 0) and bool(squares.view_as(above)[above < 0].any())
+        if squares.dtype == rows.dtype:
+            # The terms have the bound R_p A_d, of sums over positions. Masks are slow on a CPU, so that they come last.
+            rows, inputs = limit * rows[chosen], inputs[chosen]
+            if bool(shaped.amin() >= rows.amax() * inputs.amax()):
+                return none
+            above = torch.addcmul(shaped, rows[..., None], inputs[:, :, None], value=-1)
+            if bool(above.amin() >= 0):
+                return none
+            outputs = above.clamp_(max=0).mul_(shaped.sign()).amin(dim=-1) < 0
+        else:
+            outputs = torch.ones_like(shaped[..., 0], dtype=torch.bool)
+        found = [none]
+        for n in outputs.flatten(1).any(dim=1).nonzero()[:, 0].tolist():
+            group, output = outputs[n].nonzero().T
+            rows = self.rows[chosen][n][:, group, output].double().square().sum(dim=0)
+            inputs = self.inputs[chosen][n].double().square().mT
+            terms = rows @ inputs[0] if len(inputs) == 1 else (rows[:, None] @ inputs[group])[:, 0]
+            places = below(shaped[n, group, output], limit * terms)
+            row, width = places // terms.shape[1], terms.shape[1]
+            first = (n * outputs.shape[1] + group[row]) * outputs.shape[2] + output[row]
+            found.append(first * width + places % width)
+        return torch.cat(found)
 
     @cached_property
     def _squares(self) -> tuple[Tensor, Tensor]:
@@ -189,6 +205,11 @@ class TokenGradient(_Rows):
         """Sum values ``(n, L D)`` for the tokens of some examples with weights ``(n,)``: ``(V, D)``."""
         rows = (weights[:, None] * values).view(-1, self.rows.shape[3])
         return rows.new_zeros(self.shape).index_add_(0, self.tokens[chosen].flatten(), rows)
+
+
+def below(squares: Tensor, floor: Tensor) -> Tensor:
+    """Which of squares, flattened, are not 0 and at most a ``floor`` in float64, where that has left no precision."""
+    return ((squares <= floor) & (squares > 0) & (floor < math.inf)).flatten().nonzero()[:, 0]
 
 
 def sum_of_squares(rows: Sequence[Tensor]) -> Tensor:

@@ -246,7 +246,7 @@ def draw_maps(tables: Mapping[str, pd.DataFrame]) -> Figure:
         values = tables["maps"][tables["maps"][keys].eq(key).all(axis=1)]
         fi = values.pivot_table(index="row", columns="column", values="fi", aggfunc="mean").to_numpy()
         least = min(_THRESHOLD, float(fi[fi > 0].min()))
-        drawn = row[1].imshow(fi, cmap="nipy_spectral", norm=LogNorm(least, float(fi.max())))
+        drawn = row[1].imshow(fi, cmap="viridis", norm=LogNorm(least, float(fi.max())))
         figure.colorbar(drawn, ax=row[1], label="FI")
         passing = float((values["fi"] >= _THRESHOLD).mean())
         row[1].set_title(

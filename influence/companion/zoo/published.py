@@ -1,7 +1,7 @@
 """The published networks: `results/zoo` holds their weights, their histories and one ledger.
 
-The rounded network is the network: parameters are float16 on disk and used as float32. What is too large to publish has
-a row in the ledger all the same, with its checksum and the command that trains it.
+The rounded network is the network: parameters are float16 on disk and used as float32. What is too large to publish, or
+what no table uses, has a row in the ledger all the same, with its checksum and the command that trains it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def ledger() -> dict[str, Row]:
 def load(key: str, model: nn.Module) -> Trained | None:
     """Put the weights of the trained network with this key into `model`; None where there are none here."""
     for name, row in ledger().items():
-        # One too large to publish has its weights only where it was trained.
+        # One that is not published has its weights only where it was trained.
         if row["key"] == key and (row["published"] or _file(name, row["published"]).exists()):
             training.load_weights(_checked(name, row), model)
             history = pd.read_csv(paths.ZOO / f"{name}.csv").to_dict("records")
@@ -137,7 +137,7 @@ def _state(recipe: Recipe, row: Row | None) -> str:
         return "in training" if (paths.ZOO / f"{recipe.name}.resume.pt").exists() else "not trained"
     if missed(recipe, row):
         return "below its gate"
-    return "published" if row["published"] else "not published: too large"
+    return "published" if row["published"] else "not published"
 
 
 def check(

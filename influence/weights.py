@@ -25,14 +25,12 @@ from influence.independence import alone, require_reproducible
 from influence.inputs import Batch, Inputs
 from influence.kernels.tolerances import REVERSE
 from influence.measures import given_labels, log_ceiling
+from influence.memory import entries_at_once
 from influence.metric import in_parts, parameter_blocks
 
 # A ReLU at its kink may open in a batch and stay shut for the example alone, which moves a gradient in single precision
 # by this many tolerances and leaves its length; another gradient is further off by orders.
 _OTHER = 10.0
-# Entries of a node's Jacobian made at once: those of a CPU stay in its cache.
-_PIECE = {"cpu": 2**20}
-_PIECE_ELSEWHERE = 2**26
 # What leaves less than so many eps of the length of its terms is rounding; or of a parameter's largest row of entries,
 # where nobody saw terms: what cancels was there at most half an eps.
 _CANCELLED = 16.0
@@ -199,7 +197,7 @@ class _WeightPasses(ParameterPasses):
 
 def _reduced(part: AnyGradient, score: _LossRows) -> Tensor:
     """The three numbers ``(3, *shape)`` of the entries of a parameter, summed over the examples."""
-    most = _PIECE.get(part.rows.device.type, _PIECE_ELSEWHERE)
+    most = entries_at_once(part.rows.device)
     # All examples of a few outputs at once: a sum over them is then written once for each weight.
     pieces = part.pieces(most) if isinstance(part, ProductGradient) else [part]
     total = torch.cat([_summed(piece, score, most) for piece in pieces], dim=1)

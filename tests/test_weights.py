@@ -124,7 +124,7 @@ def test_labels_and_blocks() -> None:
 def test_chunks_and_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, labels = small()
     whole = influence.weight_influence(model, x, labels)
-    monkeypatch.setattr(influence.weights, "_PIECE", {"cpu": 1})
+    monkeypatch.setattr(influence.weights, "entries_at_once", lambda device: 1)
     made: list[int] = []
     entries = gradients.ProductGradient.entries
 
@@ -149,6 +149,23 @@ def test_what_cancels_has_no_influence(dtype: torch.dtype) -> None:
     found = influence.weight_influence(model, x, [1, 3, 0])
     assert float(found.fi["layers.0.key.bias"].max()) == float(found.trace["layers.0.key.bias"].max()) == 0.0
     assert float(found.fi["layers.0.query.bias"].min()) > 0.0
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("wide", [False, True])
+def test_what_may_be_rounding_alone_is_found(groups: int, wide: bool) -> None:
+    random = torch.Generator().manual_seed(0)
+    rows, inputs = torch.randn(4, 2, groups, 5, 2, generator=random), torch.randn(4, groups, 7, 2, generator=random)
+    inputs[:, :, :2, 1] = inputs[:, :, :2, 0]
+    rows[1, :, :, 3, 1] = -rows[1, :, :, 3, 0] * (1 + 2e-7)
+    rows[2, :, 0, :, 1] = -rows[2, :, 0, :, 0] * 1.1  # too much for rounding
+    rows[3, :, :, 2], inputs[:, :, 3] = 0.0, 0.0
+    part = gradients.ProductGradient(None, rows, inputs, (5 * groups, 7))  # type: ignore[arg-type]
+    chosen, limit = slice(1, 4), 1e-12
+    squares = part.entries(chosen).square().sum(dim=1)
+    squares = squares.double() if wide else squares
+    expected = ((squares <= limit * part.terms(chosen, torch.float64)) & (squares > 0)).flatten().nonzero()[:, 0]
+    assert len(expected) == 2 * groups and part.cancelled(chosen, squares, limit).tolist() == expected.tolist()
 
 
 class Attention(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from influence.grams.gradients import Gradient, sum_of_squares
 from influence.grams.rules import RULES, Grads, Layout, Node, Rule, Site, require_form
+from influence.memory import entries_at_once
 
 
 def _gradients(site: Site, grads: Tensor, normal: Tensor) -> Iterator[Gradient]:
@@ -39,8 +40,12 @@ def _sums(grads: Tensor, normal: Tensor) -> Tensor:
         return (factors @ grads.permute(1, 2, 3, 0)).permute(2, 0, 3, 1)
     # Where the channels come last in memory, a product of matrices would copy both.
     wide = torch.promote_types(grads.dtype, torch.float32)
-    sums = (grads.to(wide) * normal).sum(dim=-1), grads.sum(dim=-1)
-    return torch.stack([part.to(grads.dtype).transpose(0, 1) for part in sums])
+    step = max(1, entries_at_once(grads.device) // max(1, len(grads) * normal[0].numel()))
+    parts = [
+        torch.stack([(some.to(wide) * factors).sum(dim=-1), some.sum(dim=-1, dtype=wide)])
+        for some, factors in zip(grads.split(step, dim=1), normal.split(step), strict=True)
+    ]
+    return torch.cat(parts, dim=2).to(grads.dtype).transpose(1, 2)
 
 
 # -- batch ------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from influence.checks import require_count, require_deterministic, require_labels
 from influence.contrasts import ScoreSums, draw_seeds, random_signs
-from influence.grams.gradients import AnyGradient, ProductGradient, below, sum_of_squares, through
+from influence.grams.gradients import AnyGradient, ProductGradient, below, sum_of_squares, through, within
 from influence.grams.graph import read_graph
 from influence.grams.parameters import ParameterPasses, squared_lengths
 from influence.grams.rules import Operand, shape_of
@@ -379,5 +379,5 @@ def _fits(first: Tensor, own: Tensor, whole: Tensor, of_label: Tensor) -> bool:
     if bool(low >= least):
         return True
     # Of the first row what has a smaller square than the least.
-    low, high = torch.rsub(whole, 1, alpha=1 / least).clamp_(min=0).mul_(first).aminmax()
+    low, high = within(first, whole, -1.0, least).aminmax()
     return bool((low == 0) & (high == 0))

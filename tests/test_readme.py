@@ -79,6 +79,7 @@ def test_table_of_artifacts(readme: str) -> None:
 
 # Every number of "What we found" that was measured: the words around it, where it is published, and its unit there.
 _ACCURACY, _JPEG = "sensitivity/table_accuracy", "stability/fig_jpeg_quality"
+_OTHERS, _GENERALISES = "stability/fig_generalisation", "gaussian_training_generalises"
 MEASURED = {
     r"networks with (\S+)% \(no augmentation;": ((_ACCURACY, "cifar10_paper-densenet121-cifar10_test"), 100),
     r"to (\S+)% of CIFAR-10 right": ((_ACCURACY, "cifar10_resnet56_test"), 100),
@@ -86,12 +87,15 @@ MEASURED = {
     r"\(AUROC (\S+) out of sample;": (("sensitivity/fig_label_noise", "aggre_label_noisy-resnet20_auroc_loss"), 1),
     r"; (\S+) of the harder kind\)": (("sensitivity/fig_label_noise", "worse_label_noisy-resnet20_auroc_loss"), 1),
     r"\((\S+) points at quality 10\)": ((_JPEG, "jpeg-10", "stability 0.01"), 100),
-    r"at α = 1 it is (\S+) points": ((_JPEG, "jpeg-10", "stability 1"), 100),
-    r"for (\S+) point on clean images": ((_JPEG, "original", "stability 1"), -100),
-    r"Augmentation costs (\S+)\.": ((_JPEG, "original", "augmentation"), -100),
+    r"At α = 1 it is (\S+) and": ((_JPEG, "jpeg-10", "stability 1"), 100),
+    r"for (\S+) on clean images": ((_JPEG, "original", "stability 1"), -100),
+    r"from α = .1 on \((\S+) points in the mean": ((_OTHERS, f"{_GENERALISES}_at_0.1"), 100),
+    r"points in the mean; (\S+) at .01\)": ((_OTHERS, _GENERALISES), 100),
+    r"At α = 1 it is \S+ and (\S+) points": ((_OTHERS, f"{_GENERALISES}_strong"), 100),
+    r"clean and noisy images without the loss: (\S+)\.": ((_OTHERS, f"{_GENERALISES}_mixed"), 100),
     r"effects in reverse \((\S+)\)": (("beyond/fig_cross_sample", "cross_sample_fi_orders_changes"), 1),
 }
-_WORDS = {"one": "1", "five": "5"}
+_WORDS = {"one": "1"}
 
 
 def _published(stem: str, name: str, arm: str | None = None) -> float:
@@ -145,15 +149,8 @@ def test_pixels_of_fi_beat_random_ones_in_small_steps_only(readme: str) -> None:
         assert (surely < 0.1) if change == "farther" else (surely > 0.8 and (group["beyond_saliency"] < 0).all())
 
 
-# The weight at which each claim of stability training is scored, and how its rule, its notebook and the README say so.
-_PAPERS = ("0.01", "at the first alpha", r"$\alpha = .01$", "at its α = .01")
-_HUNDREDFOLD = (
-    "1",
-    "at alpha = 1 (the paper's is .01)",
-    r"$\alpha = 1$ here",
-    "a hundred times that weight (none between was tried): at α = 1",
-)
-SCORED_AT = {number: _PAPERS for number in ("i", "ii", "iii", "iv", "v")} | {"vi": _HUNDREDFOLD}
+# The weight at which the claims of stability training are scored, and how their rules, notebooks and the README say so.
+SCORED_AT = ("0.01", "at the first alpha", r"$\alpha = .01$", "at its α = .01")
 
 
 def _gains_of_arm(item: str, table: pd.DataFrame, arm: str) -> list[float]:
@@ -177,8 +174,12 @@ def _gains_of_arm(item: str, table: pd.DataFrame, arm: str) -> list[float]:
     ]
 
 
-def test_all_six_claims_of_stability_training_are_supported(readme: str) -> None:
+def test_five_of_six_claims_of_stability_training_are_supported(readme: str) -> None:
     assert "Stability training does what its paper says, in small" in readme
+    assert "against other distortions its noise surely helps from α = .1 on" in readme
+    found = manifest.read("cpu", root=ROOT / "results")[_OTHERS]["findings"]
+    surely = [found[f"{_GENERALISES}{suffix}"][0]["low"] > 0 for suffix in ("", "_at_0.1", "_strong")]
+    assert surely == [False, True, True]
     rows, claims = manifest.read("cpu", root=ROOT / "results"), {}
     for row in reference.load():
         number = re.search(r"claim \((i|ii|iii|iv|v|vi)\)", row.source)
@@ -186,19 +187,18 @@ def test_all_six_claims_of_stability_training_are_supported(readme: str) -> None
             ours = rows[row.artifact]
             judged = {judged["item"]: judged["outcome"] for judged in ours["reference"]}
             claims.setdefault(number[1], set()).add(judged[row.item])
-            alpha, rule, words, in_short = SCORED_AT[number[1]]
+            alpha, rule, words, in_short = SCORED_AT
             cells = notebook.discover()[row.artifact].content["cells"]
             text = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
             assert rule in row.source and words in text and in_short in " ".join(readme.split()), row.item
-            chosen = ours["parameters"]
-            assert float(alpha) == (chosen["alphas"][0] if "alphas" in chosen else chosen["alpha"])
+            assert float(alpha) == ours["parameters"]["alphas"][0]
             table = pd.read_csv(ROOT / "results" / "cpu" / "tables" / f"{row.artifact}.csv")
             found = [estimate["value"] for estimate in ours["findings"][row.item]]
             assert found == pytest.approx(_gains_of_arm(row.item, table, f"stability {alpha}"), rel=1e-9, abs=1e-12)
             others = {arm for arm in table["arm"] if arm.startswith("stability")} - {f"stability {alpha}"}
             for other in others:
                 assert found != pytest.approx(_gains_of_arm(row.item, table, other), rel=1e-3)
-    assert claims == {number: {"supported"} for number in SCORED_AT}
+    assert claims == {number: {"supported"} for number in ("i", "ii", "iii", "iv", "v")} | {"vi": {"undetermined"}}
 
 
 @pytest.mark.parametrize(("true", "false"), [("AUROC .96", "AUROC .97"), ("α = 1 it is 12", "α = 1 it is 11")])

@@ -203,4 +203,4 @@ def _draw_chosen(figure: Any, runs: pd.DataFrame, chosen: Mapping[str, str]) -> 
     axes.set_xticks(range(len(versions)), versions)
     axes.set_ylabel("gain, test (pp)")
     axes.set_title(f"paired gain over the control, {test['seed'].nunique()} networks, 95% interval", fontsize=9)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left")

@@ -19,11 +19,6 @@ _MOST_BYTES_CPU = 2**29
 _MOST_COPIES, _MOST_VALUES, _FEWEST_PASSES = 32, 2**18, 16
 
 
-def entries_at_once(device: torch.device) -> int:
-    """So many numbers of a Jacobian are made before they are added up: those of a CPU stay in its cache."""
-    return 2**20 if device.type == "cpu" else 2**26
-
-
 def examples_that_fit(bytes_per_example: int, device: torch.device) -> int:
     """Examples for which half of what is free is enough, between 1 and 64."""
     budget = free_bytes(device) // 2

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from influence.grams.gradients import Gradient
-from influence.grams.rules import RULES, Grads, Layout, Node, Rule, Site, require_form, shape_of
+from influence.grams.rules import RULES, Grads, Layout, Node, Rule, Site, in_order_of, require_form, shape_of
 
 
 def _sum_to_operand(site: Site, grad: Tensor, layout: Layout) -> Tensor:
@@ -51,10 +51,7 @@ def _add_vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
 
 
 def _relu_entries(node: Node, grad: Tensor, over: bool) -> Tensor:
-    mask, result = torch.ops.aten.threshold_backward, node._saved_result
-    if len(grad) > 1 and result.stride() != grad.stride()[1:]:
-        # One copy for all rows: from two memory orders the operator takes ten times as long.
-        result = torch.empty_like(grad[0], dtype=result.dtype).copy_(result)
+    mask, result = torch.ops.aten.threshold_backward, in_order_of(grad, node._saved_result)
     masked: Tensor = mask.grad_input(grad, result, 0, grad_input=grad) if over else mask(grad, result, 0)
     return masked
 

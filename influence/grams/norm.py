@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 from influence.grams.gradients import Gradient, sum_of_squares
-from influence.grams.rules import RULES, Grads, Layout, Node, Rule, Site, require_form
-from influence.memory import entries_at_once
+from influence.grams.rules import RULES, Grads, Layout, Node, Rule, Site, in_order_of, require_form
 
 
 def _gradients(site: Site, grads: Tensor, normal: Tensor) -> Iterator[Gradient]:
     """From gradients ``(m, N, C, T)`` and normalised input ``(N, C, T)`` to those of scale and shift."""
-    normal = normal.to(grads.dtype)
+    normal = in_order_of(grads, normal.to(grads.dtype))
 
     @remember
     def squares(dtype: torch.dtype) -> Tensor:
-        return _sums(sum_of_squares(grads.to(dtype).unbind())[None], normal.to(dtype).square())
+        return sum_of_squares(grads.to(dtype).unbind())
 
     def lengths(place: int, dtype: torch.dtype) -> Tensor:
-        return squares(dtype)[place - 1]
+        terms = squares(dtype)
+        return (terms * normal.to(dtype).square() if place == 1 else terms).sum(dim=-1)[:, None]
 
     sums = _sums(grads, normal)
     for place in (1, 2):
@@ -39,13 +39,9 @@ def _sums(grads: Tensor, normal: Tensor) -> Tensor:
         factors = torch.stack([normal, torch.ones_like(normal)], dim=2)
         return (factors @ grads.permute(1, 2, 3, 0)).permute(2, 0, 3, 1)
     # Where the channels come last in memory, a product of matrices would copy both.
-    wide = torch.promote_types(grads.dtype, torch.float32)
-    step = max(1, entries_at_once(grads.device) // max(1, len(grads) * normal[0].numel()))
-    parts = [
-        torch.stack([(some.to(wide) * factors).sum(dim=-1), some.sum(dim=-1, dtype=wide)])
-        for some, factors in zip(grads.split(step, dim=1), normal.split(step), strict=True)
-    ]
-    return torch.cat(parts, dim=2).to(grads.dtype).transpose(1, 2)
+    wide = grads.to(torch.promote_types(grads.dtype, torch.float32))
+    sums = (wide * normal).sum(dim=-1), wide.sum(dim=-1)
+    return torch.stack([part.to(grads.dtype).transpose(0, 1) for part in sums])
 
 
 # -- batch ------------------------------------------------------------------------------------------------------------

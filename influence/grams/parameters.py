@@ -22,7 +22,7 @@ from influence.contrasts import Classes, LogitRows
 from influence.grams.gradients import AnyGradient
 from influence.grams.graph import Graph, read_graph
 from influence.grams.reverse import reverse
-from influence.grams.rules import RULES, Layout, Node, Site
+from influence.grams.rules import RULES, Layout, Node, Site, in_order_of
 from influence.independence import (
     Weighting,
     alone,
@@ -332,7 +332,8 @@ def _layout(site: Site, grads: Tensor, row: Tensor | None, weighting: Weighting)
     # One example is everything, which may have no dimension.
     shape = site.shape if examples > 1 else (1, *site.shape)
     places = [i for i, size in enumerate(shape) if size > 0 and size % examples == 0]
-    grads, row = grads.reshape(len(grads), *shape), row.reshape(shape)
+    grads = grads.reshape(len(grads), *shape)
+    row = in_order_of(grads, row.reshape(shape))
     for i in places:
         if weighting.holds(grads, row, i):
             return Layout(math.prod(shape[:i]), examples)

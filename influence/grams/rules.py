@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -101,6 +102,16 @@ def require_form(condition: bool) -> None:
     """Refuse a node that a rule was not made for."""
     if not condition:
         raise ValueError("not of the form its rule was made for")
+
+
+def in_order_of(grads: Tensor, values: Tensor) -> Tensor:
+    """Values ``(...)`` in the memory order of gradients ``(m, ...)``, copied where theirs is another one.
+
+    From two memory orders an operator takes up to ten times as long; this is one copy for all m.
+    """
+    if values.stride() == grads.stride()[1:]:
+        return values
+    return torch.empty_like(grads[0], dtype=values.dtype).copy_(values)
 
 
 def shape_of(node: Node, output: int = 0) -> tuple[int, ...]:

@@ -25,7 +25,6 @@ from influence.independence import alone, require_reproducible
 from influence.inputs import Batch, Inputs
 from influence.kernels.tolerances import REVERSE
 from influence.measures import given_labels, log_ceiling
-from influence.memory import entries_at_once
 from influence.metric import in_parts, parameter_blocks
 
 # A ReLU at its kink may open in a batch and stay shut for the example alone, which moves a gradient in single precision
@@ -35,6 +34,9 @@ _OTHER = 10.0
 # where nobody saw terms: what cancels was there at most half an eps.
 _CANCELLED = 16.0
 _CANCELLED_ALONE = 4.0
+# Entries of a node's Jacobian made at once: those of a CPU stay in its cache.
+_PIECE = {"cpu": 2**20}
+_PIECE_ELSEWHERE = 2**26
 
 
 @dataclass(frozen=True)
@@ -165,12 +167,14 @@ class _WeightPasses(ParameterPasses):
 
         def take(parts: list[AnyGradient]) -> None:
             new = {part.operand.name: _reduced(part, score) for part in parts}
-            for n, probe in enumerate(probes):
-                largest = max(_length(part, n, probe) for part in parts)
+            if truth:
+                largest = torch.stack([_lengths(part, probes) for part in parts]).amax(dim=0)
                 for part in parts:
-                    gap = _combined(part, n, probe) - truth[n][part.operand.name]
-                    if not float(gap.double().norm()) <= _OTHER * REVERSE[dtype] * largest:
-                        differ.add(part.operand.name)
+                    name = part.operand.name
+                    pairs = zip(_combined(part, probes), truth, strict=True)
+                    gaps = torch.stack([(ours - theirs[name]).double().norm() for ours, theirs in pairs])
+                    if not bool((gaps <= _OTHER * REVERSE[dtype] * largest).all()):
+                        differ.add(name)
             found.update(new)
 
         self._collect_all(made.graph, made.seeds, dtype, take)
@@ -197,7 +201,7 @@ class _WeightPasses(ParameterPasses):
 
 def _reduced(part: AnyGradient, score: _LossRows) -> Tensor:
     """The three numbers ``(3, *shape)`` of the entries of a parameter, summed over the examples."""
-    most = entries_at_once(part.rows.device)
+    most = _PIECE.get(part.rows.device.type, _PIECE_ELSEWHERE)
     # All examples of a few outputs at once: a sum over them is then written once for each weight.
     pieces = part.pieces(most) if isinstance(part, ProductGradient) else [part]
     total = torch.cat([_summed(piece, score, most) for piece in pieces], dim=1)
@@ -238,22 +242,21 @@ def _rounding_unseen(dtype: torch.dtype, squares: Tensor) -> Tensor:
     return below(squares, (_CANCELLED_ALONE * torch.finfo(dtype).eps) ** 2 * squares.amax())
 
 
-def _combined(part: AnyGradient, n: int, probe: Tensor) -> Tensor:
-    """v^T J of one example, as the parameter lies."""
-    chosen = slice(n, n + 1)
-    jacobian = part.entries(chosen)
+def _combined(part: AnyGradient, probes: Tensor) -> list[Tensor]:
+    """v^T J of the first examples, as the parameter lies, for v ``(R, m)``."""
+    jacobian = part.entries(slice(len(probes)))
     jacobian = jacobian.to(torch.promote_types(jacobian.dtype, torch.float32))
-    one = jacobian.new_ones(1)
-    return _arranged(part.to_parameter(probe.to(jacobian.dtype) @ jacobian, one, chosen), part.operand)
+    sums, one = probes.to(jacobian.dtype)[:, None] @ jacobian, jacobian.new_ones(1)
+    return [_arranged(part.to_parameter(row, one, slice(n, n + 1)), part.operand) for n, row in enumerate(sums)]
 
 
-def _length(part: AnyGradient, n: int, probe: Tensor) -> float:
-    """A bound of what v^T J adds up: where it cancels, rounding has the size of that."""
-    wide = torch.promote_types(part.rows.dtype, torch.float32)
-    total = float(part.terms(slice(n, n + 1), wide).double().sum())
-    if not torch.finfo(wide).tiny < total < math.inf:
-        total = float(part.terms(slice(n, n + 1), torch.float64).sum())
-    return math.sqrt(total) * float(probe.norm())
+def _lengths(part: AnyGradient, probes: Tensor) -> Tensor:
+    """Bounds ``(R,)`` of what v^T J adds up: where it cancels, rounding has the size of that."""
+    wide, chosen = torch.promote_types(part.rows.dtype, torch.float32), slice(len(probes))
+    totals = part.terms(chosen, wide).double().sum(dim=1)
+    if not bool(((totals > torch.finfo(wide).tiny) & (totals < math.inf)).all()):
+        totals = part.terms(chosen, torch.float64).sum(dim=1)
+    return totals.sqrt() * probes.norm(dim=1)
 
 
 def _arranged(values: Tensor, operand: Operand) -> Tensor:
@@ -351,7 +354,7 @@ class _LossRows(ScoreSums):
         else:
             whole = squares.addcmul(own, of_label.to(wide))
             factors = of_rest, of_rest, of_rest
-        if unit is None and not _fits(first, own, whole, of_label):
+        if unit is None and not _fits(first, own if self.samples else None, whole, of_label):
             wider = jacobian.double()
             unit = wider.abs().amax(dim=1)
             unit = unit.masked_fill(unit == 0, 1.0)
@@ -370,11 +373,15 @@ class _LossRows(ScoreSums):
         return [ratio, trace, gradient], torch.cat(factors, dim=1).T
 
 
-def _fits(first: Tensor, own: Tensor, whole: Tensor, of_label: Tensor) -> bool:
-    """Whether no square, of the ``first`` row, its ``own`` or the ``whole``, left its precision."""
+def _fits(first: Tensor, own: Tensor | None, whole: Tensor, of_label: Tensor) -> bool:
+    """Whether no square, of the ``first`` row or the ``whole``, left its precision.
+
+    ``own`` are those of the first row; None: the whole holds P_y times them.
+    """
     least = torch.finfo(whole.dtype).tiny / torch.finfo(whole.dtype).eps
     low, high = whole.aminmax()
-    if not bool((high.maximum(own.amax()) <= 1 / least) & (of_label.amin() >= least)):
+    most = high / of_label.amin() if own is None else high.maximum(own.amax())
+    if not bool((most <= 1 / least) & (of_label.amin() >= least)):
         return False
     if bool(low >= least):
         return True

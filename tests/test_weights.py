@@ -124,7 +124,7 @@ def test_labels_and_blocks() -> None:
 def test_chunks_and_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, labels = small()
     whole = influence.weight_influence(model, x, labels)
-    monkeypatch.setattr(influence.weights, "entries_at_once", lambda device: 1)
+    monkeypatch.setitem(influence.weights._PIECE, "cpu", 1)
     made: list[int] = []
     entries = gradients.ProductGradient.entries
 

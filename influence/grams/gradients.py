@@ -135,8 +135,6 @@ class ProductGradient:
         if squares.dtype == rows.dtype:
             # The terms have the bound R_p A_d, of sums over positions. Masks are slow on a CPU, so that they come last.
             rows, inputs = limit * rows[chosen], inputs[chosen]
-            if bool(shaped.amin() >= rows.amax() * inputs.amax()):
-                return none
             above = torch.addcmul(shaped, rows[..., None], inputs[:, :, None], value=-1)
             if bool(above.amin() >= 0):
                 return none

@@ -154,7 +154,7 @@ def draw(runs: pd.DataFrame) -> Figure:
     """
     gained = gains(runs)
     chosen = best(gained)
-    figure = Figure(figsize=(style.WIDTH, 5.8))
+    figure = Figure(figsize=(style.WIDTH, 6.0))
     halves = figure.add_gridspec(2, 1)
     above, below = (figure.add_subfigure(halves[place]) for place in range(2))
     last = gained[(gained["layers"] == "last") & (gained["part"] == "valid")]
@@ -203,4 +203,4 @@ def _draw_chosen(figure: Any, runs: pd.DataFrame, chosen: Mapping[str, str]) -> 
     axes.set_xticks(range(len(versions)), versions)
     axes.set_ylabel("gain, test (pp)")
     axes.set_title(f"paired gain over the control, {test['seed'].nunique()} networks, 95% interval", fontsize=9)
-    axes.legend(fontsize=7, loc="upper left")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)

@@ -31,7 +31,7 @@ from influence.grams.gradients import ProductGradient, _Rows, sum_of_squares
 NETWORKS = ("resnet50", "densenet121")
 WIDTHS = (1.0, 0.25)
 CLASSES = 10
-BATCH, CHUNKS = 16, 2
+BATCH, CHUNKS = 16, 8
 
 
 def floor(model: nn.Module, batches: list[Tensor]) -> None:

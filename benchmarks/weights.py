@@ -70,11 +70,11 @@ def seconds(function: Callable[[], object]) -> float:
     return time.thread_time() - start
 
 
-def case(network: str, width: float, batch: int, repeats: int) -> dict[str, object]:
+def case(network: str, width: float, batch: int, chunks: int, repeats: int) -> dict[str, object]:
     """CPU seconds for one example of the floor, of reading and of the function, and the last over 1.5 floor + read."""
     model = build(f"channels_last:{network}", CLASSES, width, 32)
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(batch * CHUNKS, 3, 32, 32, generator=random).to(memory_format=torch.channels_last)
+    x = torch.randn(batch * chunks, 3, 32, 32, generator=random).to(memory_format=torch.channels_last)
     with torch.no_grad():
         model.train()(x)  # statistics under which activations keep their size
     model.eval()
@@ -115,6 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--networks", nargs="+", default=NETWORKS)
     parser.add_argument("--widths", type=float, nargs="+", default=WIDTHS)
     parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--chunks", type=int, default=CHUNKS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "weights")
@@ -125,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows = []
         for network in options.networks:
             for width in options.widths:
-                rows.append(case(network, width, options.batch, options.repeats))
+                rows.append(case(network, width, options.batch, options.chunks, options.repeats))
                 print(rows[-1], flush=True)
         options.out.mkdir(parents=True, exist_ok=True)
         result = {"rows": rows, "environment": environment(torch.device("cpu"))}

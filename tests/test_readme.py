@@ -179,6 +179,8 @@ def test_the_six_claims_of_stability_training_are_supported(readme: str) -> None
     assert "Stability training does what its paper says, in small" in readme
     assert "clean accuracy stays and JPEG costs less" in readme and "so do other distortions" in readme
     found = manifest.read("cpu", root=ROOT / "results")[_OTHERS]["findings"]
+    clean = manifest.read("cpu", root=ROOT / "results")[_JPEG]["findings"]["clean_accuracy_does_not_fall_at_0.1"]
+    assert "clean accuracy staying" in readme and clean[0]["low"] > -0.01
     surely = [found[f"{_GENERALISES}{suffix}"][0]["low"] > 0 for suffix in ("", "_at_0.1", "_strong")]
     assert surely == [True, True, True]
     rows, claims = manifest.read("cpu", root=ROOT / "results"), {}

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pandas.testing import assert_frame_equal
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
@@ -213,8 +214,11 @@ def test_masks_of_the_intervention() -> None:
     score[0, 0, 0, 0] = 5
     entries = pixelwise.top_entries(score, 10)
     assert int(entries.sum()) == 10 and bool(entries[0, 0, 0, 0]) and bool(entries[0, 1, 2:5, 1:4].all())
-    patch = pixelwise._top_patch(score, 3)
+    pooled = torch.nn.functional.avg_pool2d(score, 3, stride=1)
+    patch = pixelwise._top_patch(pooled, 3)
     assert int(patch.sum()) == 9 and bool(patch[0, 1, 2:5, 1:4].all())
+    # The first is alone, the second one of nine.
+    assert pixelwise._near_cut(score, 1).tolist() == [False] and pixelwise._near_cut(score, 2).tolist() == [True]
 
 
 def test_intervention_favours_what_moves_the_output(digits: data.Split) -> None:
@@ -224,6 +228,8 @@ def test_intervention_favours_what_moves_the_output(digits: data.Split) -> None:
         model[1].weight[0, 5] = 0.05
         model[1].bias.copy_(5.0 * (torch.arange(10) == 1))
     frame = pixelwise.intervene(model, digits, (1,), 3, 1e-3, 0, torch.device("cpu"))
+    some = pixelwise.intervene(model, digits, (1,), 3, 1e-3, 0, torch.device("cpu"), only=[1, 4])
+    assert_frame_equal(some, frame[frame["image"].isin(some["image"])].reset_index(drop=True))
     table = fig_vulnerable_areas.intervention_table(frame.assign(dataset="digits", model="resnet50", seed=0))
     rows = table[(table["target"] == "entries") & (table["change"] == "farther")].set_index("ranking")
     assert rows.loc["saliency", "drop"] == rows.loc["trace", "drop"] > rows.loc["random", "drop"]

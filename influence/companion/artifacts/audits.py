@@ -17,16 +17,25 @@ from ..images.data import Split
 from ..ledger import paths
 from ..ledger.audit import Audit
 from ..ledger.results import Run
-from ..scores import imagewise
+from ..scores import imagewise, pixelwise
 from ..scores.layerwise import score_layers, with_all
-from ..zoo import pretrained, published, recipes, training
-from .beyond import table_stability_family
-from .common import Subject, classifier, dataset, named, networks
+from ..zoo import finetuning, pretrained, published, recipes, training
+from .beyond import table_one_metric, table_stability_family
+from .bridge import fig_trace
+from .common import Network, Subject, classifier, dataset, named, networks
+from .sensitivity import fig_vulnerable_areas
 from .sensitivity.common import ceiling_check
 from .sensitivity.fig_layers import by_definition
 from .sensitivity.fig_outlier_ranking import score_images
+from .sensitivity.fig_what_fi_measures import unit_factors
 from .sensitivity.table_accuracy import quality
-from .stability import table_certified
+from .stability import (
+    comparison,
+    fig_alpha_sigma,
+    fig_generalisation,
+    fig_jpeg_quality,
+    table_certified,
+)
 
 
 def _require(recipe: recipes.Recipe) -> None:
@@ -40,8 +49,17 @@ def _having(split: Split, images: pd.Series) -> Split:
     return split.take(np.flatnonzero(np.isin(split.index.numpy(), images)))
 
 
-def _by_network(run: Run, examples: pd.DataFrame) -> Iterator[tuple[Subject, Split, dict[str, Any]]]:
-    """For each network (and part) that examples name: the network, their images, the columns that name it."""
+def _named(run: Run, name: str) -> Network:
+    """The network of `common.named`, which is not trained for it."""
+    if name not in pretrained.NAMES:
+        _require(recipes.named(name))
+    return named(run, name)
+
+
+def _by_network(
+    run: Run, examples: pd.DataFrame, *, part: str = "train"
+) -> Iterator[tuple[Subject, Split, dict[str, Any]]]:
+    """For each network (and part, else this one) that examples name: it, their images, the columns that name it."""
     names = [name for name in ("dataset", "model", "seed", "part") if name in examples]
     for _, group in examples.groupby(names, sort=False):
         about = {name: group[name].iloc[0] for name in names}
@@ -49,7 +67,7 @@ def _by_network(run: Run, examples: pd.DataFrame) -> Iterator[tuple[Subject, Spl
         if f"{model}-{data}" not in pretrained.NAMES:
             _require(recipes.recipe(run.profile, data, model, seed=seed))
         subject = Subject(classifier(run, data, model, seed=seed), dataset(run, data), model, seed)
-        yield subject, _having(getattr(subject.dataset, about.get("part", "train")), group["image"]), about
+        yield subject, _having(getattr(subject.dataset, about.get("part", part)), group["image"]), about
 
 
 def _near_cut(metric: influence.MetricTensor, labels: Tensor | None, epsilons: Sequence[float]) -> np.ndarray:
@@ -134,8 +152,7 @@ def _accuracies(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
         name = str(about["network"])
         if name not in pretrained.NAMES:
             name = f"{name}-{about['seed']}"
-            _require(recipes.named(name))
-        network, part = named(run, name), str(about["part"])
+        network, part = _named(run, name), str(about["part"])
         split = network.parts[part]
         sample = split if part == "test" else split.sample(run.parameters["images"] or None)
         frame = quality(network.model, sample, run.device)
@@ -143,12 +160,147 @@ def _accuracies(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(frames)
 
 
+def _one_network(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
+    """Examples of an artifact with one network, with the columns that name it."""
+    p = run.parameters
+    return examples.assign(dataset=p["dataset"], model=p["model"], seed=p["seeds"][0])
+
+
+def _units(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
+    (subject, split, _), *_ = _by_network(run, _one_network(run, examples))
+    whole, epsilons = subject.dataset.train, run.parameters["epsilons"]
+    factors = unit_factors(whole)
+    frame = imagewise.unit_scores(subject.trained.model, split, factors, epsilons, run.device)
+    metric, labels = _of_image(run, subject.trained.model, split), split.labels.to(run.device)
+    near = {unit: _near_cut(imagewise.in_unit(metric, factor), labels, epsilons) for unit, factor in factors.items()}
+    of_image = pd.DataFrame({"image": split.index} | near).melt("image", var_name="unit", value_name="near_cut")
+    return frame.merge(of_image, on=["image", "unit"])
+
+
+def _definition_of_one(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
+    return _definitions(run, _one_network(run, examples))
+
+
+def _shown(run: Run, subject: Subject) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The images that Setup 4 shows of a network, and the scores of their patches."""
+    shown = fig_vulnerable_areas.chosen_images(run, subject, images=run.parameters["images"] or None)
+    split = subject.dataset.test.take(shown["row"].tolist())
+    frame = pixelwise.patch_maps(subject.trained.model, split, run.parameters["epsilon"], run.device)
+    return shown, fig_vulnerable_areas.of_kinds(frame, shown)
+
+
+def _maps(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
+    found = _by_network(run, examples.assign(image=-1))
+    return pd.concat(_shown(run, subject)[1].assign(**about) for subject, _, about in found)
+
+
+def _pictures(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
+    found = _by_network(run, examples.assign(image=-1))
+    return pd.concat(
+        fig_vulnerable_areas.pictures(run, subject, *_shown(run, subject)).assign(**about)
+        for subject, _, about in found
+    )
+
+
+def _changes(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
+    frames, p = [], run.parameters
+    for subject, split, about in _by_network(run, examples, part="test"):
+        whole = subject.dataset.test.sample(p["changed"], seed=subject.seed)
+        places = np.flatnonzero(np.isin(whole.index.numpy(), split.index.numpy())).tolist()
+        options = {"seed": subject.seed, "device": run.device, "only": places, "counts": p["counts"]}
+        options |= {"patch": fig_vulnerable_areas.PATCH, "epsilon": p["epsilon"]}
+        frames.append(pixelwise.intervene(subject.trained.model, whole, **options).assign(**about))
+    return pd.concat(frames)
+
+
+def _arms_of(module: Any) -> Callable[[Run, pd.DataFrame], pd.DataFrame]:
+    """How rows of a table of `comparison.measure` are measured anew, for the arms that this module compares."""
+
+    def again(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
+        chosen = getattr(module, "arms", comparison.standard)(run.parameters)
+        return comparison.measured_again(run, run.parameters["dataset"], chosen, examples)
+
+    return again
+
+
+def _several_data_sets(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
+    chosen = comparison.standard(run.parameters)
+    groups = examples.groupby("dataset", sort=False)
+    return pd.concat(
+        comparison.measured_again(run, str(name), chosen, group).assign(dataset=name) for name, group in groups
+    )
+
+
+def _all_layers(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
+    chosen, name = fig_alpha_sigma.of_all_layers(run.parameters), run.parameters["dataset"]
+    return pd.concat(
+        comparison.measured_again(run, name, chosen, group, part=str(part)).assign(part=part)
+        for part, group in examples.groupby("part", sort=False)
+    )
+
+
+def _traces(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
+    """Rows of images of the arms of fig_trace, or of its other networks."""
+    p, frames = run.parameters, []
+    split = dataset(run, p["dataset"]).test.sample(p["images"])
+    where = ["network"] if "network" in examples else ["seed", "arm"]
+    for _, group in examples.groupby(where, sort=False):
+        about: dict[str, Any] = {name: group[name].iloc[0] for name in where}
+        if "network" in about:
+            found = _named(run, about["network"])
+            model, seed = found.model, found.seed
+        else:
+            [(seed, _, trained)] = comparison.published(run, p["dataset"], comparison.standard(p), group)
+            model = trained.model
+        places = np.flatnonzero(np.isin(split.index.numpy(), group["image"])).tolist()
+        rows = fig_trace.measures_of(model, split, p["sigmas"], p["draws"], run.device, seed, only=places)
+        frames.append(rows.assign(**about))
+    return pd.concat(frames)
+
+
+def _flips(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
+    frames = []
+    for name, group in examples.groupby("network", sort=False):
+        of, _, arm = str(name).partition("+")
+        network = _named(run, of)
+        if arm:
+            recipe = recipes.named(of)
+            if not finetuning.is_published(recipe, table_stability_family.arms(run.parameters)[arm], recipe.dataset()):
+                raise training.TrainingError(f"the network {name} is not published")
+            network = table_one_metric.network(run, str(name))
+        split = _having(network.parts["test"], group["image"])
+        frames.append(_one_metric(run, network.model, split).assign(network=name, kind=network.family))
+    return pd.concat(frames)
+
+
+def _wrong_by_one_metric(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
+    frames = []
+    for name, group in examples.groupby("network", sort=False):
+        recipe = recipes.named(str(name))
+        _require(recipe)
+        model = training.fit(recipe, recipe.dataset(), device=run.device).model
+        split = _having(recipe.dataset().valid, group["image"])
+        verified = outliers.human_labels(str(recipe.labels), paths.data_dir())[1]
+        about = {"wrong": (split.labels != verified[split.index]).numpy(), "network": name}
+        frames.append(_one_metric(run, model, split).assign(**about, kind=str(name).rpartition("-")[0]))
+    return pd.concat(frames)
+
+
+def _one_metric(run: Run, model: nn.Module, split: Split) -> pd.DataFrame:
+    frame = table_one_metric.scores(model, split, radius=run.parameters["radii"][0], device=run.device)
+    return frame.assign(near_cut=_near_cut(_of_image(run, model, split), split.labels.to(run.device), []))
+
+
 _IMAGE = ("dataset", "model", "seed", "image")
 _JUMPS = ("exact", "rank", "released", "kept", "departs")
 # Where a network is sure, released FI is the squared component of a unit vector, which rounding moves by 1e-8 of its
 # length: a component of 2e-5 was seen to move by 2e-9, its square by 6e-14.
-_SMALL = {name: 1e-12 for name in ("released", "released_1e-8", "released_1e-3")}
+_RELEASED = ("released_1e-8", "released_1e-3")
+_SMALL = dict.fromkeys(("released", *_RELEASED), 1e-12)
 _SETUP3 = {"scores": Audit((*_IMAGE, "part"), _both_parts, others=("position",), jumps=_JUMPS, atol=_SMALL)}
+# Of ten thousand images one may change sides.
+_RUNS = {name: 1.1e-4 for name in ("precision_at_1", "precision_at_5")}
+_CELL = ("seed", "arm", "distortion")
 AUDITS: dict[str, dict[str, Audit]] = {
     "sensitivity/fig_outlier_ranking": {
         "scores": Audit(_IMAGE, _rankings, others=("position",), jumps=_JUMPS, atol=_SMALL),
@@ -161,7 +313,7 @@ AUDITS: dict[str, dict[str, Audit]] = {
             ("kind", "image"),
             _wrong_labels,
             others=("confident", "aum", "early_el2n"),
-            jumps=(*_JUMPS, "released_1e-8", "released_1e-3"),
+            jumps=(*_JUMPS, *_RELEASED),
             atol=_SMALL,
         )
     },
@@ -170,9 +322,65 @@ AUDITS: dict[str, dict[str, Audit]] = {
         "definition": Audit(_IMAGE, _definitions_of_layers, within=("layer",)),
         "released": Audit(_IMAGE, _layers, within=("number", "layer"), jumps=_JUMPS, atol=_SMALL),
     },
+    "sensitivity/fig_vulnerable_areas": {
+        "maps": Audit(
+            ("dataset", "model", "seed", "kind"),
+            _maps,
+            within=("size", "channel", "row", "column"),
+            jumps=("exact", "released", "alignment", "rank"),
+            atol=_SMALL,
+        ),
+        "pictures": Audit(("dataset", "model", "seed", "kind"), _pictures),
+        # Probabilities of float32 outputs; what a change moves is their difference.
+        "changes": Audit(
+            _IMAGE,
+            _changes,
+            within=("ranking", "target", "count", "change"),
+            jumps=("p_after", "drop", "flipped"),
+            atol=dict.fromkeys(("p_before", "p_after", "drop"), 1e-5),
+        ),
+    },
+    "sensitivity/fig_what_fi_measures": {
+        "scores": Audit(
+            ("image",), _units, within=("unit", "score", "epsilon"), jumps=("value", "rank"), atol={"value": 1e-12}
+        ),
+        "definition": Audit(("image",), _definition_of_one),
+        "labels": Audit(
+            ("kind", "image"), _wrong_labels, others=("confident",), jumps=(*_JUMPS, *_RELEASED), atol=_SMALL
+        ),
+        "parts": _SETUP3["scores"],
+    },
+    "stability/fig_jpeg_quality": {"runs": Audit(_CELL, _arms_of(fig_jpeg_quality), atol=_RUNS)},
+    "stability/fig_generalisation": {"runs": Audit(_CELL, _arms_of(fig_generalisation), atol=_RUNS)},
+    "stability/table_classification": {"runs": Audit(("dataset", *_CELL), _several_data_sets, atol=_RUNS)},
+    # Last layers are trained for it, and not published.
+    "stability/fig_alpha_sigma": {"runs": Audit(("part", *_CELL), _all_layers, where=("arm", "all "), atol=_RUNS)},
     # Accuracies of a hundred and of a thousand images, of which one may change sides.
     "stability/table_certified": {
-        "attacks": Audit(("seed", "arm", "attack", "epsilon"), table_certified.attacked_again, atol={"accuracy": 0.011})
+        "certificates": Audit(
+            ("seed", "arm"),
+            table_certified.certified_again,
+            within=("radius",),
+            atol={"certified": 0.011, "abstained": 0.011, "mean_radius": 1e-3},
+        ),
+        "attacks": Audit(
+            ("seed", "arm", "attack", "epsilon"), table_certified.attacked_again, atol={"accuracy": 0.011}
+        ),
+    },
+    # In float64, with the noise of all images.
+    "bridge/fig_trace": {
+        "measures": Audit(("seed", "arm", "image"), _traces, within=("sigma",)),
+        "networks": Audit(("network", "image"), _traces, within=("sigma",)),
+    },
+    # The noise and the starts of PGD are drawn for all images at once.
+    "beyond/table_one_metric": {
+        "flips": Audit(
+            ("network", "image"),
+            _flips,
+            others=("noise", "PGD 0.5/255", "PGD 2/255"),
+            jumps=("exact", "worst_direction"),
+        ),
+        "labels": Audit(("network", "image"), _wrong_by_one_metric, jumps=("exact", "worst_direction")),
     },
     "beyond/table_stability_family": {
         "precision": Audit(("seed", "arm", "kind", "measure"), table_stability_family.again, atol={"value": 1.1e-3}),
@@ -190,6 +398,5 @@ NOT_AUDITED = {
     "00_overview": "its table is an aggregate",
     "sensitivity/fig_outlier_simulation": "its networks are fine-tuned for it, and not published",
     "stability": "its networks are fine-tuned for it, and not published",
-    "bridge": "its networks are fine-tuned for it, and its noise is drawn for all images at once",
     "beyond": "its other tables are aggregates over changed networks, changed images or retrained layers",
 }

@@ -65,15 +65,24 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
 
 def _cached(run: Run, model: nn.Module, key: str, split: Split, seed: int) -> pd.DataFrame:
     chosen = {name: run.parameters[name] for name in ("images", "sigmas", "draws")}
-    make = bound(_measures, model, split, chosen["sigmas"], chosen["draws"], run.device, seed)
+    make = bound(measures_of, model, split, chosen["sigmas"], chosen["draws"], run.device, seed)
     known = {"model": key, "seed": seed, "device": run.device.type, **chosen}
     return cache.table(f"trace/{run.parameters['dataset']}", known, make)
 
 
-def _measures(
-    model: nn.Module, split: Split, sigmas: Sequence[float], draws: int, device: torch.device, seed: int
+def measures_of(
+    model: nn.Module,
+    split: Split,
+    sigmas: Sequence[float],
+    draws: int,
+    device: torch.device,
+    seed: int,
+    only: Sequence[int] | None = None,
 ) -> pd.DataFrame:
-    network = copy.deepcopy(model).double()
+    """The rows of one network, with `only` for the images at these places of the split alone, with the same noise."""
+    network, shape = copy.deepcopy(model).double(), split.images.shape
+    places = list(range(len(split)) if only is None else only)
+    split = split.take(places)
     x, labels = training.pixels(split.images, device).double(), split.labels.to(device)
     metric = influence.metric_tensor(network, x, wrt="input")
     result = influence.first_order_influence(metric, labels)
@@ -89,7 +98,7 @@ def _measures(
     generator = torch.Generator(device).manual_seed(training.mixed_seed(seed, 50_000))
     losses, forms = [], []
     for _ in range(draws):
-        noise = 255 * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        noise = 255 * torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)[places]
         forms.append(_quadratic(network, x, noise))
         with torch.no_grad():
             noisy = (F.log_softmax(network(x + sigma * noise), dim=1) for sigma in sigmas)

@@ -40,7 +40,8 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     them have to classify an image correctly for it to give a label), seeds (of networks, outliers and choice of
     images), per_class (made outliers, a tenth of them held out as in the released code), shift (the largest, in
     pixels), epochs and rates (of the phases of learning training images and outliers together), images and made
-    (training images and outliers to score, drawn at random; 0 for all).
+    (training images and outliers to score, drawn at random; 0 for all), without (scores of `imagewise.NAMES` that are
+    left out).
 
     Returns:
         "scores", of `simulation`, and "pictures", of `examples`, both with the column seed.
@@ -88,7 +89,7 @@ def simulation(run: Run, learnt: Split, *, seed: int) -> pd.DataFrame:
         for state, trained in zip(STATES, [before, *later], strict=True):
             for outlier, split in splits.items():
                 name = f"setup0/{whole.name}-{model}-{state}-{'made' if outlier else 'train'}"
-                frame = scored(run, name, imagewise.all_scores, trained, split)
+                frame = scored(run, name, imagewise.all_scores, trained, split, without=chosen["without"])
                 weight = _PAPER[outlier] / len(split)
                 frames.append(frame.assign(model=model, state=state, outlier=outlier, weight=weight))
     return pd.concat(frames, ignore_index=True)
@@ -108,11 +109,15 @@ def detection_table(frame: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for (seed, model, state), group in frame.groupby(["seed", "model", "state"], sort=False):
-        for score in imagewise.NAMES:
+        for score in _computed(group):
             found = detection(group[score], group["outlier"], weight=group["weight"])
             counts = {"images": int((~group["outlier"]).sum()), "outliers": int(group["outlier"].sum())}
             rows.append({"seed": seed, "model": model, "state": state, "score": score, **counts, **found})
     return pd.DataFrame(rows)
+
+
+def _computed(frame: pd.DataFrame) -> list[str]:
+    return [score for score in imagewise.NAMES if score in frame]
 
 
 def curves(frame: pd.DataFrame) -> pd.DataFrame:
@@ -123,7 +128,7 @@ def curves(frame: pd.DataFrame) -> pd.DataFrame:
     """
     frames = []
     for (model, state), group in _first_seed(frame).groupby(["model", "state"], sort=False):
-        for score in imagewise.NAMES:
+        for score in _computed(group):
             ranks = group[score].rank(method="dense")
             false, true, _ = roc_curve(group["outlier"], ranks)
             precision, recall, _ = precision_recall_curve(group["outlier"], ranks, sample_weight=group["weight"])

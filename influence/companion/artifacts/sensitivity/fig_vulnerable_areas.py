@@ -22,7 +22,7 @@ from ...scores.pixelwise import intervene, patch_maps
 from ...zoo import training
 from ..common import Subject, networks, over_seeds, scored
 
-_PATCH = 3  # side of the patch that is changed
+PATCH = 3  # side of the patch that is changed
 
 RANKINGS = ("exact", "released", "saliency", "trace", "random")  # of pixels, by `pixelwise.rankings`
 
@@ -100,6 +100,11 @@ def maps(run: Run, network: Subject, chosen: pd.DataFrame, *, epsilon: float) ->
     """
     split = network.dataset.test.take(chosen["row"].tolist())
     frame = scored(run, f"setup4/maps-{network.name}", patch_maps, network.trained, split, epsilon=epsilon)
+    return of_kinds(frame, chosen).drop(columns="near_cut")
+
+
+def of_kinds(frame: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
+    """What `patch_maps` returns, with the kind of each chosen image in the place of its place."""
     return frame.assign(kind=frame["place"].map(dict(enumerate(chosen["kind"])))).drop(columns="place")
 
 
@@ -183,9 +188,9 @@ def intervention(run: Run, network: Subject, *, images: int, counts: Sequence[in
         p_after), flipped.
     """
     split = network.dataset.test.sample(images, seed=network.seed)
-    options: dict[str, Any] = {"counts": counts, "patch": _PATCH, "epsilon": epsilon, "seed": network.seed}
+    options: dict[str, Any] = {"counts": counts, "patch": PATCH, "epsilon": epsilon, "seed": network.seed}
     found = scored(run, f"setup4/intervention-{network.name}", intervene, network.trained, split, **options)
-    return found.assign(**network.columns)
+    return found.drop(columns="near_cut").assign(**network.columns)
 
 
 def intervention_table(frame: pd.DataFrame) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 import influence
 
 from ... import style
+from ...images.data import Split
 from ...ledger import reference
 from ...ledger.results import Run
 from ...scores import imagewise
@@ -102,9 +103,13 @@ def sensitivity(run: Run, network: Subject, *, images: int | None, epsilons: Seq
     """
     train = network.dataset.train
     split = train.sample(images, seed=network.seed)
-    factors = {"0-255": 1.0, "0-1": 255.0, "standardised": float(train.images.double().std())}
-    options: dict[str, Any] = {"factors": factors, "epsilons": epsilons}
+    options: dict[str, Any] = {"factors": unit_factors(train), "epsilons": epsilons}
     return scored(run, f"meaning/{network.name}", imagewise.unit_scores, network.trained, split, **options)
+
+
+def unit_factors(train: Split) -> dict[str, float]:
+    """The factor of each unit."""
+    return {"0-255": 1.0, "0-1": 255.0, "standardised": float(train.images.double().std())}
 
 
 def sensitivity_table(frame: pd.DataFrame) -> pd.DataFrame:

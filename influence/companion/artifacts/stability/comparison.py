@@ -136,6 +136,24 @@ def measure(
     return pd.DataFrame(rows)[["seed", "arm", "distortion", "n", "precision_at_1", "precision_at_5"]]
 
 
+def measured_again(
+    run: Run, dataset_name: str, chosen: Mapping[str, Arm], examples: pd.DataFrame, *, part: str = "test"
+) -> pd.DataFrame:
+    """The rows of `measure` that rows with the columns seed, arm and distortion name, on published networks alone.
+
+    Raises:
+        TrainingError: one of them is not published.
+    """
+    everything = dataset(run, dataset_name)
+    split = (everything.test if part == "test" else everything.valid).sample(run.parameters["images"] or None)
+    found = []
+    for seed, name, trained in published(run, dataset_name, chosen, examples):
+        for version in examples.loc[(examples["seed"] == seed) & (examples["arm"] == name), "distortion"]:
+            rows = _precision(trained, distortions.apply(version, split.images), split, run.device)
+            found.append(rows.assign(seed=seed, arm=name, distortion=version, n=len(split)))
+    return pd.concat(found)
+
+
 def _precision(trained: training.Trained, images: torch.Tensor, split: Split, device: torch.device) -> pd.DataFrame:
     logits = training.predict(trained.model, images, device=device)
     hits = logits.topk(5, dim=1).indices == split.labels[:, None]

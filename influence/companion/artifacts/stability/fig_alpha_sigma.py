@@ -17,6 +17,7 @@ from ...images.data import Dataset
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...zoo import last_layer, training
+from ...zoo.finetuning import Arm
 from ..common import classifier, dataset, scored
 from . import comparison
 from .comparison import CONTROL, ORIGINAL, paired
@@ -47,12 +48,16 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
         images = dataset(run, name)
         found = scored(run, f"last-layer/{name}-{model}", _last, trained, images, seed=seed, setting=setting)
         frames.append(found.assign(seed=seed))
-    whole = [arm for arm in comparison.standard(chosen).values() if arm.objective != "augmentation"]
-    arms = {f"all {_cell(arm.alpha, arm.sigma)}": arm for arm in whole}
     versions = [ORIGINAL, *chosen["versions"]]
     for part in ("valid", "test"):
-        frames.append(comparison.measure(run, name, arms, versions, part=part).assign(part=part))
+        frames.append(comparison.measure(run, name, of_all_layers(chosen), versions, part=part).assign(part=part))
     return {"runs": pd.concat(frames, ignore_index=True)[["seed", "arm", "part", "distortion", "precision_at_1"]]}
+
+
+def of_all_layers(parameters: Mapping[str, Any]) -> dict[str, Arm]:
+    """The arms of fig_jpeg_quality but augmentation, by the names that they have here."""
+    whole = [arm for arm in comparison.standard(parameters).values() if arm.objective != "augmentation"]
+    return {f"all {_cell(arm.alpha, arm.sigma)}": arm for arm in whole}
 
 
 def _cell(alpha: float, sigma: float) -> str:

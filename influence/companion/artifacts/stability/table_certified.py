@@ -69,15 +69,36 @@ def attacked_again(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(found)
 
 
+def certified_again(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
+    """The same of "certificates".
+
+    Raises:
+        TrainingError: one of the networks is not published.
+    """
+    chosen, found = run.parameters, []
+    split = dataset(run, chosen["dataset"]).test.sample(chosen["images"])
+    for seed, arm, trained in comparison.published(run, chosen["dataset"], comparison.standard(chosen), examples):
+        of_image = _certified(trained.model, split, device=run.device, seed=seed, **_setting(chosen))
+        found.append(_shares(of_image, split, chosen["radii"]).assign(seed=seed, arm=arm, n=len(split)))
+    return pd.concat(found)
+
+
 def _certificates(run: Run, trained: training.Trained, split: Split, seed: int) -> pd.DataFrame:
     """One row per radius: radius, certified, abstained, mean_radius."""
     chosen = run.parameters
-    setting = {"sigma": chosen["smoothing_sigma"], **{name: chosen[name] for name in ("select", "estimate", "level")}}
     name = f"certified/{chosen['dataset']}-{chosen['model']}"
-    found = scored(run, name, _certified, trained, split, seed=seed, **setting)
+    return _shares(scored(run, name, _certified, trained, split, seed=seed, **_setting(chosen)), split, chosen["radii"])
+
+
+def _setting(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    named = {name: parameters[name] for name in ("select", "estimate", "level")}
+    return {"sigma": parameters["smoothing_sigma"], **named}
+
+
+def _shares(found: pd.DataFrame, split: Split, radii: Sequence[float]) -> pd.DataFrame:
     right, radius = found["predicted"].to_numpy() == split.labels.numpy(), found["radius"].to_numpy()
-    shares = [float((right & (radius >= r)).mean()) for r in chosen["radii"]]
-    return pd.DataFrame({"radius": chosen["radii"], "certified": shares}).assign(
+    shares = [float((right & (radius >= r)).mean()) for r in radii]
+    return pd.DataFrame({"radius": radii, "certified": shares}).assign(
         abstained=float((found["predicted"] == smoothing.ABSTAIN).mean()),
         mean_radius=float(np.where(right, radius, 0.0).mean()),
     )

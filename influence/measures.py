@@ -84,7 +84,8 @@ class Influence:
         rank: ``(N, B)`` int64, the directions used: the rank of G; for ``Released`` the singular values above its cut.
         near_cut: ``(N, B)`` bool, whether rounding (of the Jacobian, each row by a few hundred eps of its precision, or
             of the float64 Gram) may have moved a direction across the cut, or made all that separates FI from its
-            ceiling; compute these examples in float64 where it matters.
+            ceiling; compute these examples in float64 where it matters. Not seen is a ReLU that rounding puts on the
+            other side of its kink, which changes PyTorch's gradients as well: FI of a single pixel may move by half.
         labels: ``(N,)`` int64, y.
         blocks: B names.
     """

@@ -61,6 +61,12 @@ def test_examples_are_drawn_by_seed() -> None:
     assert len(first) == 9 and first == again != other and len(AUDIT.choose(table, 99, seed=0)) == 50
 
 
+def test_rows_that_cannot_be_computed_anew_are_no_examples() -> None:
+    table = pd.DataFrame({"image": range(50), "arm": ["all 1", "last 1"] * 25})
+    chosen = Audit(("image", "arm"), AUDIT.again, where="arm.str.startswith('all ')").choose(table, 99, seed=0)
+    assert sorted(chosen["image"]) == list(range(0, 50, 2))
+
+
 def test_notebooks_with_an_audit_exist() -> None:
     stems = set(discover())
     folders = {stem.partition("/")[0] for stem in stems}

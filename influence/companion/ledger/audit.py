@@ -26,8 +26,7 @@ class Audit:
         example: columns that together name an example.
         again: from the run and examples, one row each with the columns `example`, to their rows of the table; it never
             trains a network.
-        where: (column, beginning): which rows of the table can be computed anew, those whose text in this column
-            begins so; None for all.
+        where: which rows of the table can be computed anew, a pandas query; all where it is empty.
         within: further columns that tell apart the rows of one example, such as its layers.
         others: columns that depend on other examples too, such as a place among all; they are not compared.
         jumps: columns that rounding may move by any amount, in those rows whose column "near_cut" in what `again`
@@ -38,7 +37,7 @@ class Audit:
 
     example: tuple[str, ...]
     again: Callable[[Run, pd.DataFrame], pd.DataFrame]
-    where: tuple[str, str] | None = None
+    where: str = ""
     within: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
     jumps: tuple[str, ...] = ()
@@ -47,8 +46,7 @@ class Audit:
     def choose(self, published: pd.DataFrame, count: int, *, seed: int) -> pd.DataFrame:
         """At most `count` random examples of a table, a row each."""
         if self.where:
-            column, beginning = self.where
-            published = published[published[column].str.startswith(beginning)]
+            published = published.query(self.where)
         examples = published[list(self.example)].drop_duplicates(ignore_index=True)
         return examples.sample(min(count, len(examples)), random_state=seed)
 

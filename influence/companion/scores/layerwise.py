@@ -26,7 +26,7 @@ _DEPARTS = 0.01  # released FI departs from the exact one when it differs by mor
 
 def score_layers(model: nn.Module, split: Split, *, epsilon: float, device: torch.device | str = "cpu") -> pd.DataFrame:
     """FI of all parameters and of each layer for every image of a split."""
-    places = torch.from_numpy(positions(split.labels.numpy()))
+    places = torch.tensor(positions(split.labels.numpy()))
     frames = []
     for rows, x, y in chunks(split, _CHUNK, device, "FI of the layers"):
         metric = with_all(influence.metric_tensor(model, x, wrt="layers"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -20,10 +22,14 @@ _ROUNDING = 1e-3  # of a score, relative; ten times what an audit allows a value
 
 
 def patch_maps(model: nn.Module, split: Split, epsilon: float, device: torch.device) -> pd.DataFrame:
-    """Exact and released FI, alignment, rank and near_cut of every k x k patch of each image, f = -log P(y_pred)."""
+    """Exact and released FI, alignment, rank and near_cut of every k x k patch of each image, f = -log P(y_pred).
+
+    In float64: in float32 another processor puts a ReLU here and there on the other side of its kink, which moves FI of
+    a single pixel by up to a factor of two.
+    """
     channels, height, width = split.images.shape[1:]
-    x = training.pixels(split.images, device)
-    metric = influence.metric_tensor(model, x, wrt=influence.Patches(size=SIZES))
+    x = training.pixels(split.images, device).double()
+    metric = influence.metric_tensor(copy.deepcopy(model).double(), x, wrt=influence.Patches(size=SIZES))
     exact = influence.first_order_influence(metric)
     released = influence.first_order_influence(metric, estimator=influence.Released(epsilon=epsilon))
     axes = {"place": range(len(x)), "size": SIZES, "channel": range(channels), "row": range(height)}

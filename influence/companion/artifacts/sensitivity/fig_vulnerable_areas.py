@@ -24,6 +24,13 @@ from ..common import Subject, networks, over_seeds, scored
 
 PATCH = 3  # side of the patch that is changed
 
+# Test images of which the paper shows maps, or the released code logged FI, of each of its networks.
+_OF_PAPER = {
+    ("mnist", "resnet50"): (1878,),
+    ("mnist", "densenet121"): (3073,),
+    ("cifar10", "resnet50"): (7908,),
+    ("cifar10", "densenet121"): (1105, 2172),
+}
 RANKINGS = ("exact", "released", "saliency", "trace", "random")  # of pixels, by `pixelwise.rankings`
 
 
@@ -57,39 +64,39 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
 
 
 def chosen_images(run: Run, subject: Subject, *, images: int | None) -> pd.DataFrame:
-    """The images the paper shows: correct with P_pred > .5 and the largest FI, and wrong with the largest FI.
+    """The images the paper would show of a network, and those that it did show of this kind of network.
 
-    Whole image, f = -log P(y_pred), among `images` test images drawn at random (None for all).
+    "correct" and "wrong": correct with P_pred > .5 and the largest FI, and wrong with the largest FI, of the whole
+    image for f = -log P(y_pred), among `images` test images drawn at random (None for all).
 
     Returns:
-        One row per kind ("correct", "wrong"; without a row where there is no such image): row (position in the test
-        set), image (0-based, standard order), label, predicted, p_predicted, fi.
+        One row per kind ("correct", "wrong", without a row where there is no such image, and "imageI" for the paper's
+        test image I): row (position in the test set), image (0-based, standard order), label, predicted, p_predicted,
+        fi.
     """
     test, network = subject.dataset.test, subject.trained.model
     split = test.sample(images, seed=subject.seed)
-    log_p = training.predict(network, split.images, device=run.device).double().log_softmax(1)
-    top, predicted = log_p.max(1)
-    # FI of the whole image is (1 - P) / P at full rank; the two that are shown are computed in full below.
-    ceiling = (-top).expm1()
-    right = predicted == split.labels
-    rows = []
+    top, predicted = training.predict(network, split.images, device=run.device).double().log_softmax(1).max(1)
+    # FI of the whole image is (1 - P) / P at full rank; of those that are shown it is computed in full below.
+    ceiling, right = (-top).expm1(), predicted == split.labels
+    shown = {}
     for kind, eligible in (("correct", right & (top.exp() > 0.5)), ("wrong", ~right)):
-        if not bool(eligible.any()):
-            continue
-        i = int(torch.where(eligible, ceiling, -1).argmax())
-        metric = influence.metric_tensor(network, training.pixels(split.images[i : i + 1], run.device), wrt="input")
-        rows.append(
-            {
-                "kind": kind,
-                "row": int((test.index == split.index[i]).nonzero()[0, 0]),
-                "image": int(split.index[i]),
-                "label": int(split.labels[i]),
-                "predicted": int(predicted[i]),
-                "p_predicted": float(top[i].exp()),
-                "fi": float(influence.first_order_influence(metric).fi[0, 0]),
-            }
-        )
-    return pd.DataFrame(rows)
+        if bool(eligible.any()):
+            shown[kind] = int(split.index[torch.where(eligible, ceiling, -1).argmax()])
+    shown |= {f"image{image}": image for image in _OF_PAPER.get((subject.dataset.name, subject.model), ())}
+    rows = [int((test.index == image).nonzero()[0, 0]) for image in shown.values()]
+    metric = influence.metric_tensor(network, training.pixels(test.images[rows], run.device), wrt="input")
+    found = influence.first_order_influence(metric)
+    columns = {
+        "kind": list(shown),
+        "row": rows,
+        "image": list(shown.values()),
+        "label": test.labels[rows],
+        "predicted": found.labels.cpu(),
+        "p_predicted": metric.log_probs.amax(1).exp().cpu(),
+        "fi": found.fi[:, 0].cpu(),
+    }
+    return pd.DataFrame(columns)
 
 
 def maps(run: Run, network: Subject, chosen: pd.DataFrame, *, epsilon: float) -> pd.DataFrame:

@@ -25,7 +25,7 @@ from ..common import Subject, classifier, dataset, scored
 from . import fig_label_noise, fig_vulnerable_areas
 from .common import CHECKED, both_parts, ceiling_check, detection_table, gap
 
-_EPSILON, _SHARE = 1e-3, 0.2  # e of the four tasks; flipped labels
+EPSILON, _SHARE = 1e-3, 0.2  # e of the four tasks; flipped labels
 _LAYER_IMAGES, _CLASSES = 64, 10
 _UNIT = 255.0  # of pixels in [0, 1], in which the check of the unit is made
 
@@ -78,14 +78,14 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     name, model = p["dataset"], p["model"]
     network = Subject(classifier(run, name, model, seed=seed), dataset(run, name), model, seed)
     labels: dict[str, Any] = {"images": p["label_images"] or None, "share": _SHARE, "without": p["without"]}
-    pixels = fig_vulnerable_areas.intervention(run, network, images=p["changed"], counts=p["counts"], epsilon=_EPSILON)
+    pixels = fig_vulnerable_areas.intervention(run, network, images=p["changed"], counts=p["counts"], epsilon=EPSILON)
     return {
         "scores": sensitivity(run, network, images=p["images"] or None, epsilons=p["epsilons"]),
         "definition": ceiling_check(network, device=run.device),
         "units": pd.DataFrame({"change": [unit_check(network, device=run.device)]}),
         "layers": layer_noise(run, network, sigma=p["sigma"], draws=p["draws"]),
         "labels": fig_label_noise.of_kind(run, p["labels"][0], name, p["detectors"][:1], seed=seed, **labels),
-        "parts": both_parts(run, network, images=p["part_images"] or None, epsilon=_EPSILON),
+        "parts": both_parts(run, network, images=p["part_images"] or None, epsilon=EPSILON),
         "pixels": fig_vulnerable_areas.intervention_table(pixels),
     }
 
@@ -163,7 +163,7 @@ def layer_noise(run: Run, network: Subject, *, sigma: float, draws: int) -> pd.D
         the same images of exact, released, alignment, trace.
     """
     split = network.dataset.train.sample(_LAYER_IMAGES, seed=network.seed)
-    options: dict[str, Any] = {"sigma": sigma, "draws": draws, "seed": network.seed, "epsilon": _EPSILON}
+    options: dict[str, Any] = {"sigma": sigma, "draws": draws, "seed": network.seed, "epsilon": EPSILON}
     return scored(run, f"meaning/layers-{network.name}", layer_noise_scores, network.trained, split, **options)
 
 

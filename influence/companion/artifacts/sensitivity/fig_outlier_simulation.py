@@ -43,13 +43,16 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     (training images and outliers to score, drawn at random; 0 for all), without (scores of `imagewise.NAMES` that are
     left out).
 
+    The networks of the first seed alone learn the outliers: what is judged is the state before.
+
     Returns:
         "scores", of `simulation`, and "pictures", of `examples`, both with the column seed.
     """
     scores, shown = [], []
     for seed in run.parameters["seeds"]:
         made = made_outliers(run, seed=seed)
-        scores.append(simulation(run, made, seed=seed).assign(seed=seed))
+        states = STATES if seed == run.parameters["seeds"][0] else STATES[:1]
+        scores.append(simulation(run, made, seed=seed, states=states).assign(seed=seed))
         shown.append(examples(made, dataset(run, run.parameters["dataset"]).classes, count=10).assign(seed=seed))
     return {"scores": pd.concat(scores, ignore_index=True), "pictures": pd.concat(shown, ignore_index=True)}
 
@@ -65,16 +68,17 @@ def made_outliers(run: Run, *, seed: int) -> Split:
     return outliers.overlay(train, right, per_class=chosen["per_class"], shift=chosen["shift"], seed=seed)
 
 
-def simulation(run: Run, learnt: Split, *, seed: int) -> pd.DataFrame:
+def simulation(run: Run, learnt: Split, *, seed: int, states: Sequence[str] = STATES) -> pd.DataFrame:
     """Every score of training images and made outliers, for each network before, during and after learning the latter.
 
     Args:
         run: the artifact.
         learnt: of `made_outliers`.
         seed: of networks and choice of images.
+        states: of `STATES`; nothing is learnt for the first alone.
 
     Returns:
-        One row per model, state (`STATES`) and image: outlier (bool), weight (of the example, so that outliers have the
+        One row per model, state and image: outlier (bool), weight (of the example, so that outliers have the
         paper's share of 1 in 21) and the columns of `scores.all_scores`.
     """
     chosen = run.parameters
@@ -83,10 +87,11 @@ def simulation(run: Run, learnt: Split, *, seed: int) -> pd.DataFrame:
     phases = tuple((int(epochs), float(rate)) for epochs, rate in zip(chosen["epochs"], chosen["rates"], strict=True))
     frames = []
     for model in chosen["models"]:
-        before = classifier(run, whole.name, model, seed=seed)
-        recipe = recipes.recipe(run.profile, whole.name, model, seed=seed)
-        later = training.learn(recipe, whole, learnt, phases=phases, device=run.device)
-        for state, trained in zip(STATES, [before, *later], strict=True):
+        networks = [classifier(run, whole.name, model, seed=seed)]
+        if states[1:]:
+            recipe = recipes.recipe(run.profile, whole.name, model, seed=seed)
+            networks += training.learn(recipe, whole, learnt, phases=phases, device=run.device)
+        for state, trained in zip(states, networks, strict=True):
             for outlier, split in splits.items():
                 name = f"setup0/{whole.name}-{model}-{state}-{'made' if outlier else 'train'}"
                 frame = scored(run, name, imagewise.all_scores, trained, split, without=chosen["without"])

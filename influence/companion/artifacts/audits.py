@@ -421,6 +421,6 @@ AUDITS: dict[str, dict[str, Audit]] = {
 # By stem or folder.
 NOT_AUDITED = {
     "00_overview": "its table is an aggregate",
-    "stability": "its networks are fine-tuned for it, and not published",
+    "stability": "its embeddings are trained for it, and not published",
     "beyond": "its other tables are aggregates over changed networks, changed images or retrained layers",
 }

@@ -196,7 +196,14 @@ def test_outlier_figures_draw_every_image() -> None:
     assert summary["released_zero_share"] == pytest.approx((loss <= 0.1).mean())
     assert summary["full_rank_share"] == 1 and summary["top100_exact_in_loss"] == 100
     rankings = fig_outlier_ranking.rankings(scores)
-    claims = fig_outlier_ranking.claims(table, rankings)
+    assert "fi_finds_disputed_images" not in fig_outlier_ranking.claims(table, rankings, pd.DataFrame())
+    people = np.where(loss > 2, 3, np.where(loss > 1, 0, 1))  # who was asked agrees on what the network is sure of
+    disputed = fig_outlier_ranking.disputed(scores.assign(answers=people))
+    assert (
+        disputed["disputed"].tolist() == [(people > 1).sum()] * 2 and (disputed["images"] == (people > 0).sum()).all()
+    )
+    claims = fig_outlier_ranking.claims(table, rankings, disputed)
+    assert [e.value for e in claims["fi_finds_disputed_images"] + claims["the_loss_finds_disputed_images"]] == [1, 1]
     assert claims["digits_resnet50_largest_released"] == scores["released"].max()
     assert not claims["exact_fi_is_the_ceiling"]
     tau = claims["digits_resnet50_kendall_released_loss"]
@@ -209,9 +216,10 @@ def test_the_images_of_largest_fi() -> None:
     score = np.arange(len(whole.train), dtype=float)
     scores = pd.DataFrame({"image": whole.train.index, "label": whole.train.labels, "predicted": 0, "seed": 0})
     scores = scores.assign(dataset="digits", model="resnet50", released=score, exact=-score)
-    found = fig_outlier_ranking.largest(network, scores, count=3)
+    people = pd.DataFrame({"first": "a cat", "second": "a dog"}, index=whole.train.index.numpy())
+    found = fig_outlier_ranking.largest(network, scores, people, count=3)
     assert found["place"].tolist() == [1, 2, 3] * 2
     assert found["image"].tolist() == whole.train.index[[-1, -2, -3, 0, 1, 2]].tolist()
     np.testing.assert_array_equal(unpacked(found.iloc[0]), whole.train.images[-1].permute(1, 2, 0))
     figure = fig_outlier_ranking.draw_images(found)
-    assert len(figure.axes) == 6 and figure.axes[0].get_title().endswith(f"FI {score[-1]:.3g}")
+    assert len(figure.axes) == 6 and figure.axes[0].get_title().endswith(f"FI {score[-1]:.3g}\na cat, a dog")

@@ -27,7 +27,7 @@ from .common import Network, Subject, classifier, dataset, named, networks
 from .sensitivity import fig_vulnerable_areas
 from .sensitivity.common import ceiling_check
 from .sensitivity.fig_layers import by_definition
-from .sensitivity.fig_outlier_ranking import score_images
+from .sensitivity.fig_outlier_ranking import called, score_images
 from .sensitivity.fig_what_fi_measures import EPSILON, unit_factors
 from .sensitivity.table_accuracy import quality
 from .stability import (
@@ -107,7 +107,14 @@ def _anew(
     return pd.concat(frames)
 
 
-_rankings = partial(_anew, score_images)
+def _rankings(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
+    frame = _anew(score_images, run, examples)
+    answers = {
+        name: called(dataset(run, name), run.parameters["labels"]).nunique(axis=1) for name in set(frame["dataset"])
+    }
+    return frame.assign(answers=[answers[name][i] for name, i in zip(frame["dataset"], frame["image"], strict=True)])
+
+
 _both_parts = partial(_anew, imagewise.predicted_class_scores, predicted=True)
 _layers = partial(_anew, score_layers, of=_of_layers)
 

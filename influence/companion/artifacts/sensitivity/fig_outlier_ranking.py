@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,11 +13,13 @@ from matplotlib.figure import Figure
 import influence
 
 from ... import style
-from ...images.data import Split
+from ...images import outliers
+from ...images.data import Dataset, Split
 from ...images.pictures import packed, unpacked
+from ...ledger import paths
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
-from ...scores.detection import agreement, spearman
+from ...scores.detection import agreement, detection, spearman
 from ...scores.imagewise import chunks, positions, table
 from ..common import Subject, networks, over_seeds, scored
 from .common import ceiling_check, manhattan
@@ -29,25 +31,37 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Setup 1: FI of the whole image, f = -log P(y_true), for the training images of each network.
 
     Parameters of the run: datasets (of `data.NAMES`), models (of `models.NAMES`), seeds (of the networks and of the
-    choice of images), images (training images, drawn at random; 0 for all), epsilon (e of the released code).
+    choice of images), images (training images, drawn at random; 0 for all), epsilon (e of the released code), labels
+    (those that people gave to the images of CIFAR-10, of `outliers.HUMAN_LABELS`; none where nobody was asked).
 
     Returns:
         "scores", one row per data set, model, seed and image: image (position in the set's published order), label,
         predicted, p_label, loss (nats), position (the x of a Manhattan plot: images of class i spread over [i, i+1)),
-        ceiling (1 - P_y) / P_y, exact and released (FI), rank (of the metric tensor), classes (K); "check", of
-        `ceiling_check` for 16 images of each network; "pictures", of `largest` for each network.
+        ceiling (1 - P_y) / P_y, exact and released (FI), rank (of the metric tensor), classes (K), answers (how many
+        different labels people gave; 0 where nobody was asked); "check", of `ceiling_check` for 16 images of each
+        network; "pictures", of `largest` for each network.
     """
     images, epsilon = run.parameters["images"] or None, run.parameters["epsilon"]
     found: dict[str, list[pd.DataFrame]] = {"scores": [], "check": [], "pictures": []}
     for network in networks(run):
         split = network.dataset.train.sample(images, seed=network.seed)
         scores = scored(run, f"setup1/{network.name}", score_images, network.trained, split, epsilon=epsilon)
-        scores = scores.assign(**network.columns)
+        people = called(network.dataset, run.parameters["labels"])
+        answers = people.loc[scores["image"]].nunique(axis=1).to_numpy()
+        scores = scores.assign(answers=answers, **network.columns)
         check = ceiling_check(network, device=run.device).assign(seed=network.seed)
-        parts = {"scores": scores, "check": check, "pictures": largest(network, scores)}
+        parts = {"scores": scores, "check": check, "pictures": largest(network, scores, people)}
         for name, frame in parts.items():
             found[name].append(frame)
     return {name: pd.concat(frames, ignore_index=True) for name, frames in found.items()}
+
+
+def called(dataset: Dataset, labels: Sequence[str]) -> pd.DataFrame:
+    """What people call each training image, one column a label of CIFAR-10N; no columns for other data sets."""
+    asked = labels if dataset.name == "cifar10" else []
+    index, names = dataset.train.index.numpy(), np.array(dataset.classes)
+    given = {kind: names[outliers.human_labels(kind, paths.data_dir())[0][index]] for kind in asked}
+    return pd.DataFrame(given, index=index)
 
 
 def score_images(
@@ -115,14 +129,35 @@ def rankings(scores: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def claims(summary: pd.DataFrame, rankings: pd.DataFrame) -> dict[str, bool | float | Estimate]:
-    """What is set beside the paper, which states no rule for Setup 1.
+def disputed(scores: pd.DataFrame) -> pd.DataFrame:
+    """How well FI and the loss find the training images about which people do not agree, of those that they labelled.
 
+    Returns:
+        One row per data set, model, seed and score: images, disputed (how many), AUROC and average precision with 95%
+        bootstrap intervals over the images.
+    """
+    rows = []
+    asked = scores[scores["answers"] > 0]
+    for (name, model, seed), group in asked.groupby(["dataset", "model", "seed"], sort=False):
+        several = group["answers"] > 1
+        about = {"dataset": name, "model": model, "seed": seed, "images": len(group), "disputed": int(several.sum())}
+        rows += [{**about, "score": score, **detection(group[score], several)} for score in ("released", "loss")]
+    return pd.DataFrame(rows)
+
+
+def claims(
+    summary: pd.DataFrame, rankings: pd.DataFrame, disputed: pd.DataFrame
+) -> dict[str, bool | float | Estimate | list[Estimate]]:
+    """Setup 1, for which the paper states no rule.
+
+    * fi_finds_disputed_images (the paper's claim, by a rule fixed before the run): the AUROC of released FI for the
+      images about which people do not agree, the mean over seeds, beside 1/2, for every network.
+    * the_loss_finds_disputed_images: the same of the loss.
     * DATASET_MODEL_largest_released: the largest released FI of any seed, beside the paper's printed axes.
     * DATASET_MODEL_kendall_released_exact, _loss: Kendall's tau of released FI with these, the mean over seeds.
     * exact_fi_is_the_ceiling: FI from its definition agrees with (1 - P_y) / P_y to 1e-6, for every network.
     """
-    found: dict[str, bool | float | Estimate] = {
+    found: dict[str, bool | float | Estimate | list[Estimate]] = {
         f"{name}_{model}_largest_released": float(group["largest_released"].max())
         for (name, model), group in summary.groupby(["dataset", "model"], sort=False)
     }
@@ -131,15 +166,25 @@ def claims(summary: pd.DataFrame, rankings: pd.DataFrame) -> dict[str, bool | fl
     for (name, model, second), g in released:
         tau = over_seeds(g["kendall"], g["kendall_low"], g["kendall_high"], n=int(g["images"].iloc[0]))
         found[f"{name}_{model}_kendall_released_{second}"] = tau
+    for score, who in (("released", "fi"), ("loss", "the_loss")) if len(disputed) else ():
+        of_network = disputed[disputed["score"] == score].groupby(["dataset", "model"], sort=False)
+        found[f"{who}_finds_disputed_images"] = [
+            over_seeds(
+                *(g[f"auroc{end}"] for end in ("", "_low", "_high")),
+                n=int(g["images"].iloc[0]),
+                of=f"{name} {model}",
+            )
+            for (name, model), g in of_network
+        ]
     return found
 
 
-def largest(network: Subject, scores: pd.DataFrame, *, count: int = 5) -> pd.DataFrame:
+def largest(network: Subject, scores: pd.DataFrame, people: pd.DataFrame, *, count: int = 5) -> pd.DataFrame:
     """The `count` training images of largest FI of one network, released and exact.
 
     Returns:
-        The rows of `scores` with estimator ("released" or "exact"), place (1 = largest), fi, class names and the image
-        as `pictures.packed` has it.
+        The rows of `scores` with estimator ("released" or "exact"), place (1 = largest), fi, class names, what people
+        call the image, and the image as `pictures.packed` has it.
     """
     train, names = network.dataset.train, network.dataset.classes
     where = {int(image): row for row, image in enumerate(train.index)}
@@ -149,6 +194,7 @@ def largest(network: Subject, scores: pd.DataFrame, *, count: int = 5) -> pd.Dat
         top = top.assign(estimator=estimator, place=top.index + 1, fi=top[estimator])
         for column in ("label", "predicted"):
             top[f"{column}_name"] = [names[k] for k in top[column]]
+        top["people"] = [", ".join(people.loc[image]) for image in top["image"]]
         images = train.images[[where[int(i)] for i in top["image"]]]
         frames.append(pd.concat([top, packed(images)], axis=1))
     return pd.concat(frames, ignore_index=True)
@@ -214,9 +260,10 @@ def draw_images(images: pd.DataFrame) -> Figure:
     for row, ((name, model, estimator), group) in zip(grid, groups, strict=True):
         for axes, (_, image) in zip(row, group.iterrows(), strict=True):
             axes.imshow(unpacked(image).squeeze(), cmap="gray", vmin=0, vmax=255)
-            axes.set_title(
-                f"true {image['label_name']}\npredicted {image['predicted_name']}\nFI {image['fi']:.3g}", fontsize=7
-            )
+            lines = [f"true {image['label_name']}", f"predicted {image['predicted_name']}", f"FI {image['fi']:.3g}"]
+            if image["people"]:
+                lines.append(image["people"])
+            axes.set_title("\n".join(lines), fontsize=7)
             axes.set_xticks([])
             axes.set_yticks([])
         row[0].set_ylabel(f"{style.name(name)}\n{style.name(model)}\n{style.name(estimator)}", fontsize=7)

@@ -155,10 +155,10 @@ def _wrong_labels(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
 
 
 def _before_fine_tuning(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
-    frames, without = [], run.parameters["without"]
+    frames = []
     for subject, split, about in _by_network(run, examples.assign(dataset=run.parameters["dataset"])):
         model = subject.trained.model
-        frame = imagewise.all_scores(model, split, device=run.device, without=without)
+        frame = imagewise.all_scores(model, split, device=run.device)
         near = _near_cut(_of_image(run, model, split), split.labels.to(run.device), [1e-8, 1e-3])
         frames.append(frame.assign(state="before", outlier=False, near_cut=near, **about))
     return pd.concat(frames)

@@ -40,10 +40,7 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     them have to classify an image correctly for it to give a label), seeds (of networks, outliers and choice of
     images), per_class (made outliers, a tenth of them held out as in the released code), shift (the largest, in
     pixels), epochs and rates (of the phases of learning training images and outliers together), images and made
-    (training images and outliers to score, drawn at random; 0 for all), without (scores of `imagewise.NAMES` that are
-    left out).
-
-    The networks of the first seed alone learn the outliers: what is judged is the state before.
+    (training images and outliers to score, drawn at random; 0 for all).
 
     Returns:
         "scores", of `simulation`, and "pictures", of `examples`, both with the column seed.
@@ -51,8 +48,7 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     scores, shown = [], []
     for seed in run.parameters["seeds"]:
         made = made_outliers(run, seed=seed)
-        states = STATES if seed == run.parameters["seeds"][0] else STATES[:1]
-        scores.append(simulation(run, made, seed=seed, states=states).assign(seed=seed))
+        scores.append(simulation(run, made, seed=seed).assign(seed=seed))
         shown.append(examples(made, dataset(run, run.parameters["dataset"]).classes, count=10).assign(seed=seed))
     return {"scores": pd.concat(scores, ignore_index=True), "pictures": pd.concat(shown, ignore_index=True)}
 
@@ -68,17 +64,16 @@ def made_outliers(run: Run, *, seed: int) -> Split:
     return outliers.overlay(train, right, per_class=chosen["per_class"], shift=chosen["shift"], seed=seed)
 
 
-def simulation(run: Run, learnt: Split, *, seed: int, states: Sequence[str] = STATES) -> pd.DataFrame:
+def simulation(run: Run, learnt: Split, *, seed: int) -> pd.DataFrame:
     """Every score of training images and made outliers, for each network before, during and after learning the latter.
 
     Args:
         run: the artifact.
         learnt: of `made_outliers`.
         seed: of networks and choice of images.
-        states: of `STATES`; nothing is learnt for the first alone.
 
     Returns:
-        One row per model, state and image: outlier (bool), weight (of the example, so that outliers have the
+        One row per model, state (`STATES`) and image: outlier (bool), weight (of the example, so that outliers have the
         paper's share of 1 in 21) and the columns of `scores.all_scores`.
     """
     chosen = run.parameters
@@ -87,14 +82,13 @@ def simulation(run: Run, learnt: Split, *, seed: int, states: Sequence[str] = ST
     phases = tuple((int(epochs), float(rate)) for epochs, rate in zip(chosen["epochs"], chosen["rates"], strict=True))
     frames = []
     for model in chosen["models"]:
-        networks = [classifier(run, whole.name, model, seed=seed)]
-        if states[1:]:
-            recipe = recipes.recipe(run.profile, whole.name, model, seed=seed)
-            networks += training.learn(recipe, whole, learnt, phases=phases, device=run.device)
-        for state, trained in zip(states, networks, strict=True):
+        before = classifier(run, whole.name, model, seed=seed)
+        recipe = recipes.recipe(run.profile, whole.name, model, seed=seed)
+        later = training.learn(recipe, whole, learnt, phases=phases, device=run.device)
+        for state, trained in zip(STATES, [before, *later], strict=True):
             for outlier, split in splits.items():
                 name = f"setup0/{whole.name}-{model}-{state}-{'made' if outlier else 'train'}"
-                frame = scored(run, name, imagewise.all_scores, trained, split, without=chosen["without"])
+                frame = scored(run, name, imagewise.all_scores, trained, split)
                 weight = _PAPER[outlier] / len(split)
                 frames.append(frame.assign(model=model, state=state, outlier=outlier, weight=weight))
     return pd.concat(frames, ignore_index=True)
@@ -114,15 +108,11 @@ def detection_table(frame: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for (seed, model, state), group in frame.groupby(["seed", "model", "state"], sort=False):
-        for score in _computed(group):
+        for score in imagewise.NAMES:
             found = detection(group[score], group["outlier"], weight=group["weight"])
             counts = {"images": int((~group["outlier"]).sum()), "outliers": int(group["outlier"].sum())}
             rows.append({"seed": seed, "model": model, "state": state, "score": score, **counts, **found})
     return pd.DataFrame(rows)
-
-
-def _computed(frame: pd.DataFrame) -> list[str]:
-    return [score for score in imagewise.NAMES if score in frame]
 
 
 def curves(frame: pd.DataFrame) -> pd.DataFrame:
@@ -133,7 +123,7 @@ def curves(frame: pd.DataFrame) -> pd.DataFrame:
     """
     frames = []
     for (model, state), group in _first_seed(frame).groupby(["model", "state"], sort=False):
-        for score in _computed(group):
+        for score in imagewise.NAMES:
             ranks = group[score].rank(method="dense")
             false, true, _ = roc_curve(group["outlier"], ranks)
             precision, recall, _ = precision_recall_curve(group["outlier"], ranks, sample_weight=group["weight"])

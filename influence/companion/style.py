@@ -177,6 +177,18 @@ def dots(
         axes.plot(x[mine], y[mine], "o", color=colour, markersize=size, markeredgewidth=0, rasterized=True)
 
 
+def error_bars(frame: pd.DataFrame, name: str, ends: str | None = None) -> np.ndarray:
+    """How far the interval of a column reaches below and above it, (2, N); `ends` as in `detection.columns`."""
+    ends = f"{name}_" if ends is None else ends
+    return np.clip([frame[name] - frame[f"{ends}low"], frame[f"{ends}high"] - frame[name]], 0, None)
+
+
+def picture(axes: Axes, pixels: np.ndarray, *, largest: float = 255) -> None:
+    """An image (H, W, C) without ticks, grey where it has one channel."""
+    axes.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=largest)
+    axes.set(xticks=[], yticks=[])
+
+
 def network(key: str) -> str:
     """How readers know a network of the zoo, "family-model-dataset", or one that others trained."""
     family, _, rest = key.partition("-")

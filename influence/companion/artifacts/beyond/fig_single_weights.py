@@ -152,8 +152,7 @@ def _lines(axes: Axes, part: pd.DataFrame) -> None:
         name, colour, dashes = style.RANKINGS[str(ranking)]
         # Side by side, so that the bars of one share can be told apart.
         x = 100 * line["share"] * 1.05 ** (place - 3)
-        low, high = line["lost"] - line["lost_low"], line["lost_high"] - line["lost"]
-        bars = [100 * low, 100 * high] if (line["networks"] > 1).all() else None
+        bars = 100 * style.error_bars(line, "lost") if (line["networks"] > 1).all() else None
         look: Any = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": 2.5, "elinewidth": 0.8}
         axes.errorbar(x, 100 * line["lost"], yerr=bars, label=name, linewidth=1.2, **look)
     axes.set_xscale("log")

@@ -356,18 +356,16 @@ def draw(table: pd.DataFrame) -> Figure:
     for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks), sharey=True)), tasks, strict=True):
         part = table[table["task"] == task].set_index("score").loc[list(SCORES)]
         for place, score in enumerate(SCORES):
-            row = part.loc[score]
-            errors = np.clip([[row["auroc"] - row["low"]], [row["high"] - row["auroc"]]], 0, None)
-            colour = style.SCORES.get(score, ("#D55E00", ""))[0]
-            axes.errorbar(row["auroc"], place, xerr=errors, fmt="o", color=colour, markersize=4, capsize=2)
+            row, colour = part.loc[[score]], style.SCORES.get(score, ("#D55E00", ""))[0]
+            look = {"fmt": "o", "color": colour, "markersize": 4, "capsize": 2}
+            axes.errorbar(row["auroc"], [place], xerr=style.error_bars(row, "auroc", ""), **look)
         axes.axvline(part.loc["loss" if task == LABELS else "margin", "auroc"], color="0.5", linestyle=":", linewidth=1)
         title = task if task == LABELS else f"flips by {task}"
         several, kinds = int(part["networks"].iloc[0]), int(part["kinds"].iloc[0])
         count = f"{several} networks" + (f" of {kinds} kinds" if several > kinds else "")
         axes.set_title(f"{title}\n{count},\n{part['images'].iloc[0]:.0f} images each")
         axes.set_yticks(range(len(SCORES)), list(SCORES.values()))
-        axes.set_ylim(len(SCORES) - 0.5, -0.5)
-        axes.set_xlabel("AUROC")
+        axes.set(ylim=(len(SCORES) - 0.5, -0.5), xlabel="AUROC")
         axes.grid(axis="x", alpha=0.3)
     words = "means over kinds of network with 95% t intervals, each score by itself; dotted: what a score has to beat"
     paired = "claims are of differences from it, paired by kind, with intervals of their own"
@@ -398,8 +396,7 @@ def draw_ranks(table: pd.DataFrame, ranked: pd.DataFrame) -> Figure:
         axes.set_title(f"{name}: Spearman {value:.2f} [{low:.2f}, {high:.2f}], n = {int(n)} kinds", fontsize=8)
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel(r"median $\lambda_{max}$(G), per squared pixel range")
-        axes.set_ylabel("accuracy lost (points)")
+        axes.set(xlabel=r"median $\lambda_{max}$(G), per squared pixel range", ylabel="accuracy lost (points)")
     images = int(table["images"].iloc[0])
     figure.suptitle(f"{images} test images of each network; 95% bootstrap intervals over kinds", fontsize=8)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)

@@ -261,8 +261,7 @@ def draw_outputs(found: pd.DataFrame) -> Figure:
             bars[:] = 0
         axes.errorbar(mean, range(len(group)), xerr=bars, fmt="o", color="#0072B2", markersize=4, capsize=2)
         axes.axvline(1, color=style.COLOURS[CONTROL], linewidth=1)
-        axes.set_xscale("log")
-        axes.set_xlabel(f"{words}, over the control's")
+        axes.set(xscale="log", xlabel=f"{words}, over the control's")
     panels[0].set_yticks(range(part["arm"].nunique()), [NAMES[arm] for arm in part["arm"].unique()], fontsize=8)
     panels[0].invert_yaxis()
     seeds, images = int(part["seeds"].iloc[0]), int(part["n"].iloc[0])

@@ -33,6 +33,7 @@ CONFIDENCE = ("least sure third", "middle third", "surest third")
 
 _RESAMPLES = 500
 _OPEN = 99.0  # the logarithm of a ratio of one network
+_SIGMA = r"$\sigma$ (pixels in [0, 1])"
 
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
@@ -271,11 +272,10 @@ def draw_law(reached: pd.DataFrame) -> Figure:
         axes.fill_between(whole["sigma"], whole["q10"], whole["q90"], color="0.88", linewidth=0, label="80% of images")
         for third, colour in zip(CONFIDENCE, colours, strict=True):
             part = group[group["third"] == third]
-            errors = np.abs(part[["low", "high"]].to_numpy().T - part["median"].to_numpy())
+            errors = style.error_bars(part, "median", "")
             axes.errorbar(part["sigma"], part["median"], errors, fmt="o-", color=colour, markersize=3, label=third)
         axes.axhline(1, color="black", linewidth=1)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        axes.set(xscale="log", yscale="log")
         arm = name in ("control", "augmentation") or name.startswith("stability")
         title = label(name) if arm else style.network(name)
         images, seeds = (int(whole[count].iloc[0]) for count in ("images", "seeds"))
@@ -287,7 +287,7 @@ def draw_law(reached: pd.DataFrame) -> Figure:
         axes.set_ylabel(r"KL / $\frac{1}{2}\varepsilon^\top G\,\varepsilon$")
     for column in range(columns):
         last = max(row for row in range(rows) if row * columns + column < len(names))
-        grid[last, column].set_xlabel(r"$\sigma$ (pixels in [0, 1])")
+        grid[last, column].set_xlabel(_SIGMA)
         grid[last, column].tick_params(labelbottom=True)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return figure
@@ -301,14 +301,11 @@ def draw(table: pd.DataFrame, changes: pd.DataFrame) -> Figure:
     for arm, group in table.groupby("arm", sort=False):
         colour = tint[str(arm)]
         left.plot(group["sigma"], group["limit"], "--", color=colour, linewidth=1)
-        errors = np.abs(group[["low", "high"]].to_numpy().T - group["loss"].to_numpy())
+        errors = style.error_bars(group, "loss", "")
         errors[0] = np.minimum(errors[0], 0.95 * group["loss"].to_numpy())  # the axis is logarithmic
         left.errorbar(group["sigma"], group["loss"], errors, fmt="o", color=colour, capsize=2, label=label(str(arm)))
     left.plot([], [], "k--", linewidth=1, label=r"$(\sigma^2/2)\,\mathrm{tr}\,G$")
-    left.set_xscale("log")
-    left.set_yscale("log")
-    left.set_xlabel(r"$\sigma$ (pixels in [0, 1])")
-    left.set_ylabel("mean KL (nats)")
+    left.set(xscale="log", yscale="log", xlabel=_SIGMA, ylabel="mean KL (nats)")
     left.set_title(f"{int(table['images'].iloc[0])} images, {int(table['seeds'].iloc[0])} seeds, 95% interval")
     left.legend(fontsize=7)
     measures = list(changes["measure"].unique())
@@ -317,10 +314,9 @@ def draw(table: pd.DataFrame, changes: pd.DataFrame) -> Figure:
     for i, arm in enumerate(arms):
         ours = changes[changes["arm"] == arm].set_index("measure").loc[measures]
         x = np.arange(len(measures)) + 0.15 * (i - (len(arms) - 1) / 2)
-        errors = np.abs(ours[["low", "high"]].to_numpy().T - ours["ratio"].to_numpy())
+        errors = style.error_bars(ours, "ratio", "")
         right.errorbar(x, ours["ratio"], errors, fmt="o", color=tint[arm], capsize=2, label=label(arm))
     right.axhline(1, color=style.COLOURS["control"], linewidth=1)
-    right.set_yscale("log")
+    right.set(yscale="log", ylabel="ratio to control (geometric mean)")
     right.set_xticks(range(len(measures)), [names[m] for m in measures])
-    right.set_ylabel("ratio to control (geometric mean)")
     return figure

@@ -116,6 +116,12 @@ def detection_table(frame: pd.DataFrame, *, also: Sequence[str] = ()) -> pd.Data
     return pd.DataFrame(rows)
 
 
+def first_seed(frame: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
+    """What a figure of single networks shows: data set and model, as readers know them, with the rows of one seed."""
+    groups = frame[frame["seed"] == frame["seed"].min()].groupby(["dataset", "model"], sort=False)
+    return [(style.name(name), style.name(model), group) for (name, model), group in groups]
+
+
 def manhattan(axes: Axes, position: pd.Series, score: pd.Series, label: pd.Series) -> None:
     """The paper's own form: x = class, images of class i spread over [i, i+1), y = score, one colour per class."""
     n_classes = int(label.max()) + 1
@@ -172,15 +178,6 @@ def _intervals(axes: Axes, table: pd.DataFrame, measure: str, models: list[str],
         marker, colour = _MODELS.get(model, ("o", None))
         part = table[table["model"] == model].set_index("score").loc[scores]
         y = [i + step * (place - (len(models) - 1) / 2) for i in range(len(scores))]
-        bars = [part[measure] - part[f"{measure}_low"], part[f"{measure}_high"] - part[measure]]
-        axes.errorbar(
-            part[measure],
-            y,
-            xerr=[bar.clip(lower=0) for bar in bars],
-            fmt=marker,
-            color=colour,
-            markersize=3,
-            elinewidth=0.8,
-            label=style.name(model),
-        )
+        look = {"fmt": marker, "color": colour, "markersize": 3, "elinewidth": 0.8, "label": style.name(model)}
+        axes.errorbar(part[measure], y, xerr=style.error_bars(part, measure), **look)
     axes.grid(axis="y", linewidth=0.3)

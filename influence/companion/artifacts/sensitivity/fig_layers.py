@@ -24,7 +24,7 @@ from ...scores.detection import spearman
 from ...scores.layerwise import rounding_scores, score_layers
 from ...zoo import training
 from ..common import Subject, networks, scored
-from .common import manhattan
+from .common import first_seed, manhattan
 
 _KINDS = {nn.Conv2d: "convolution", nn.BatchNorm2d: "batch normalisation", nn.Linear: "dense"}
 _BITS = 4
@@ -237,17 +237,16 @@ def _largest(table: pd.DataFrame, of: str) -> dict[str, float]:
 
 def draw_by_class(whole: pd.DataFrame) -> Figure:
     """Manhattan plots by class for all parameters: released FI in full, zoomed, and exact FI; first seed."""
-    whole = whole[whole["seed"] == whole["seed"].min()]
-    groups = list(whole.groupby(["dataset", "model"], sort=False))
+    groups = first_seed(whole)
     figure = Figure(figsize=(style.WIDTH, 1.8 * len(groups)))
-    for row, ((name, model), group) in zip(figure.subplots(len(groups), 3, squeeze=False), groups, strict=True):
+    for row, (name, model, group) in zip(figure.subplots(len(groups), 3, squeeze=False), groups, strict=True):
         for axes, column in zip(row, ("released", "released", "exact"), strict=True):
             manhattan(axes, group["position"], group[column], group["label"])
         row[0].set_ylim(0)
         zoom = float(np.quantile(group["released"], 0.9)) or float(group["released"].max())
         row[1].set_ylim(0, zoom if zoom > 0 else 1)
         row[2].set_yscale("log")
-        row[0].set_ylabel(f"{style.name(name)}\n{style.name(model)}\nFI of all parameters")
+        row[0].set_ylabel(f"{name}\n{model}\nFI of all parameters")
         for axes, title in zip(row, ("as released", "as released, lower 90%", "exact (log scale)"), strict=True):
             axes.set_title(f"{title}, {len(group)} images", fontsize=8)
             axes.set_xlabel("class")
@@ -256,74 +255,60 @@ def draw_by_class(whole: pd.DataFrame) -> Figure:
 
 def draw_by_layer(released: pd.DataFrame) -> Figure:
     """The paper's figure: every image in each layer's column, in full and zoomed, blocks on the axis; first seed."""
-    first = released[released["seed"] == released["seed"].min()]
-    groups = list(first.groupby(["dataset", "model"], sort=False))
+    groups = first_seed(released)
     figure = Figure(figsize=(style.WIDTH, 2.6 * len(groups)))
     grid = figure.subplots(2 * len(groups), 1, squeeze=False)[:, 0]
-    for row, ((name, model), group) in enumerate(groups):
+    for row, (name, model, group) in enumerate(groups):
         zoom = float(np.quantile(group["released"], 0.9)) or float(group["released"].max())
         for axes, top in zip(grid[2 * row : 2 * row + 2], (None, zoom), strict=True):
             shade(axes, group)
             colours = style.class_colours(10)
             blocks = pd.factorize(_block(group["layer"]))[0]
             style.dots(axes, group["number"], group["released"], blocks % 10, colours, size=1.7)
-            axes.set_ylim(0, top)
-            axes.set_ylabel("released FI" if top is None else "lower 90%")
-        count = group["number"].nunique()
-        title = f"{style.name(name)}, {style.name(model)}: {count} trainable layers, {group['image'].nunique()} images"
-        grid[2 * row].set_title(title, fontsize=9)
+            axes.set(ylim=(0, top), ylabel="released FI" if top is None else "lower 90%")
+        counts = f"{group['number'].nunique()} trainable layers, {group['image'].nunique()} images"
+        grid[2 * row].set_title(f"{name}, {model}: {counts}", fontsize=9)
         grid[2 * row + 1].set_xlabel("trainable layer number")
     return figure
 
 
 def draw_per_layer(table: pd.DataFrame) -> Figure:
     """What does differ between layers: trace, effective rank; where released FI departs from exact FI; first seed."""
-    layers = table[(table["number"] > 0) & (table["seed"] == table["seed"].min())]
-    groups = list(layers.groupby(["dataset", "model"], sort=False))
+    groups = first_seed(table[table["number"] > 0])
     figure = Figure(figsize=(style.WIDTH * 1.1, 3.6 * len(groups)))
     grid = figure.subplots(3 * len(groups), 1, squeeze=False)[:, 0]
-    for row, ((name, model), group) in enumerate(groups):
+    for row, (name, model, group) in enumerate(groups):
         trace, rank, departs = grid[3 * row : 3 * row + 3]
         x = group["number"]
         for kind, part in group.groupby("type", sort=False):
             colour, marker = _MARKERS.get(str(kind), ("#999999", "v"))
-            ends = np.abs(part[["trace_low", "trace_high"]].to_numpy().T - part["trace"].to_numpy())
             look = {"color": colour, "fmt": marker, "markersize": 2.5, "elinewidth": 0.8, "linewidth": 0}
-            trace.errorbar(part["number"], part["trace"], ends, label=str(kind), **look)
-        trace.set_yscale("log")
-        trace.set_ylabel("trace of G")
-        trace.set_title(
-            f"{style.name(name)}, {style.name(model)}: means over {group['images'].iloc[0]} images, 95% intervals",
-            fontsize=9,
-        )
+            trace.errorbar(part["number"], part["trace"], style.error_bars(part, "trace"), label=str(kind), **look)
+        trace.set(yscale="log", ylabel="trace of G")
+        trace.set_title(f"{name}, {model}: means over {group['images'].iloc[0]} images, 95% intervals", fontsize=9)
         dots = {"linewidth": 0, "marker": ".", "markersize": 3}
         rank.plot(x, group["rank"], color=style.COLOURS["exact"], label="rank", **dots)
         rank.plot(x, group["kept"], color=style.COLOURS["released"], label="above the released cut", **dots)
         rank.plot(x, group["effective_rank"], color=style.COLOURS["ceiling"], label="effective rank", **dots)
-        rank.set_ylabel("directions")
-        rank.set_ylim(0, group["rank"].max() + 0.5)
+        rank.set(ylabel="directions", ylim=(0, group["rank"].max() + 0.5))
         departs.plot(x, group["cut"], color=style.COLOURS["released"], label="lost a direction to the cut", **dots)
         departs.plot(x, group["zero"], color=style.COLOURS["ceiling"], label="released FI = 0", **dots)
         departs.plot(x, group["constant"], color=style.STABILITY[0], label="moved over 1% by e alone", **dots)
         departs.plot(x, group["alignment"], color=style.COLOURS["exact"], label="exact FI / ceiling", **dots)
-        departs.set_ylabel("share of images")
-        departs.set_ylim(-0.03, 1.03)
-        departs.set_xlabel("trainable layer number")
+        departs.set(ylabel="share of images", ylim=(-0.03, 1.03), xlabel="trainable layer number")
         for axes in (trace, rank, departs):
             axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        for axes in (trace, rank, departs):
             shade(axes, group)
     return figure
 
 
 def draw_rounded(rounded: pd.DataFrame) -> Figure:
     """The divergence after a layer's weights were rounded to 4 bits, against three scores of the layer; first seed."""
-    rounded = rounded[rounded["seed"] == rounded["seed"].min()]
-    groups = list(rounded.groupby(["dataset", "model"], sort=False))
+    groups = first_seed(rounded)
     columns = {"predicted": r"error$^2$ tr $G$ / 2 (nats)", **_RIVALS, "released_share": "released FI / that of all"}
     figure = Figure(figsize=(style.WIDTH, 1.9 * len(groups)))
     grid = figure.subplots(len(groups), len(columns), squeeze=False, sharex="col", sharey="row")
-    for row, ((name, model), group) in zip(grid, groups, strict=True):
+    for row, (name, model, group) in zip(grid, groups, strict=True):
         for axes, column in zip(row, columns, strict=True):
             for kind, part in group.groupby("type", sort=False):
                 colour, marker = _MARKERS.get(str(kind), ("#999999", "v"))
@@ -337,7 +322,7 @@ def draw_rounded(rounded: pd.DataFrame) -> Figure:
             if column == "predicted":
                 ends = [min(group[column]), max(group[column])]
                 axes.plot(ends, ends, color="0.5", linewidth=0.8, linestyle="--")
-        row[0].set_ylabel(f"{style.name(name)}\n{style.name(model)}\nKL after rounding (nats)")
+        row[0].set_ylabel(f"{name}\n{model}\nKL after rounding (nats)")
     for axes, label in zip(grid[-1], columns.values(), strict=True):
         axes.set_xlabel(label, fontsize=8)
     grid[0, -1].legend(fontsize=7)

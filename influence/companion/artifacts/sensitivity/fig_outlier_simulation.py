@@ -184,14 +184,9 @@ def draw_curves(points: pd.DataFrame, table: pd.DataFrame, state: str) -> Figure
                 x, y = lines.loc[score, "x"], lines.loc[score, "y"]
                 front = 3 if score == "loss" else 2  # dots on the line of exact FI
                 axes.plot(x, y, color=colour, linestyle=dashes, label=style.name(score), zorder=front)
-        row[0].set_xlim(-0.005, _FALSE)
-        row[0].set_ylim(0.5, 1.01)
-        row[1].set_xlim(0.5, 1.01)
-        row[1].set_ylim(-0.01, 1.02)
-        row[0].set_ylabel(f"{style.name(model)}\ntrue positive rate")
-        row[0].set_xlabel("false positive rate")
-        row[1].set_ylabel("precision (1 outlier in 21)")
-        row[1].set_xlabel("recall")
+        row[0].set(xlim=(-0.005, _FALSE), ylim=(0.5, 1.01))
+        row[0].set(xlabel="false positive rate", ylabel=f"{style.name(model)}\ntrue positive rate")
+        row[1].set(xlim=(0.5, 1.01), ylim=(-0.01, 1.02), xlabel="recall", ylabel="precision (1 outlier in 21)")
         counts = f"{first['outliers']} outliers, {first['images']} training images"
         row[0].set_title(f"ROC, {state} fine-tuning: {counts}", fontsize=8)
         row[1].set_title(f"precision-recall, {state} fine-tuning", fontsize=8)
@@ -209,8 +204,6 @@ def draw_examples(images: pd.DataFrame) -> Figure:
     images = _first_seed(images)
     figure = Figure(figsize=(style.WIDTH, 1.0))
     for axes, (_, image) in zip(figure.subplots(1, len(images)), images.iterrows(), strict=True):
-        axes.imshow(unpacked(image).squeeze(), cmap="gray", vmin=0, vmax=255)
+        style.picture(axes, unpacked(image))
         axes.set_title(f"label {image['label']}", fontsize=7)
-        axes.set_xticks([])
-        axes.set_yticks([])
     return figure

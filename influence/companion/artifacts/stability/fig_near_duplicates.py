@@ -119,8 +119,7 @@ def draw(curves: pd.DataFrame, table: pd.DataFrame) -> Figure:
             wide = group.pivot(index="recall", columns="seed", values="precision")
             above.plot(wide.index, wide.mean(axis=1), color=tint[str(arm)], label=label(str(arm)))
             above.fill_between(wide.index, wide.min(axis=1), wide.max(axis=1), color=tint[str(arm)], alpha=0.15, lw=0)
-        above.set_title(name)
-        above.set_xlabel("recall")
+        above.set(title=name, xlabel="recall")
         ours = table[(table["distortion"] == name) & (table["metric"] != AVERAGE)]
         words = ours["metric"].str.replace("@p", "\nat precision ").str.replace("@r", "\nat recall ")
         comparison.gain_bars(below, ours.assign(metric=words), across="metric")

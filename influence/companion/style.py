@@ -164,13 +164,7 @@ def dots(
 ) -> None:
     """Points (x, y) in the colour of their class, as pixels; five times as fast as `scatter`, which draws each anew.
 
-    Args:
-        axes: where.
-        x: (N,).
-        y: (N,).
-        label: (N,) class, a place in `colours`.
-        colours: one for each class.
-        size: diameter, points.
+    All are (N,); `label` is a place in `colours`, `size` a diameter in points.
     """
     for place, colour in enumerate(colours):
         mine = np.asarray(label) == place

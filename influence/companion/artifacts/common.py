@@ -100,10 +100,7 @@ def over_seeds(values: pd.Series, low: pd.Series, high: pd.Series, *, n: int, of
 def over_networks(values: ArrayLike, of: str = "", *, within: float = np.inf) -> Estimate:
     """An estimate from one value for each network: their mean with its 95% t interval.
 
-    Args:
-        values: (networks,).
-        of: what it is of.
-        within: the largest size the mean can have. One network leaves all of it open, and no infinity in a ledger.
+    `within` is the largest size the mean can have: one network leaves all of it open, and no infinity in a ledger.
     """
     networks = int(np.size(values))
     return Estimate(*mean_interval(values, within=(-within, within)), networks, of, df=networks - 1 or None)

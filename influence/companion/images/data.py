@@ -237,10 +237,7 @@ def _digits() -> Dataset:
 
 
 def _photos(size: int) -> Dataset:
-    """Crops of scikit-learn's two sample photographs on a grid without overlap; the label is the photograph.
-
-    Columns of the grid go to train, validation and test in the proportion 4:1:1, so that no pixel is in two parts.
-    """
+    """Crops of scikit-learn's two photographs, the label; columns of a grid go 4:1:1 to train, validation and test."""
     from sklearn.datasets import load_sample_images
 
     bunch = load_sample_images()

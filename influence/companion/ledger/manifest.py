@@ -45,11 +45,7 @@ def key(notebook: Notebook, parameters: Mapping[str, Any]) -> str:
 
 
 def read(profile: str, *, root: Path | None = None) -> dict[str, dict[str, Any]]:
-    """The rows by stem; none where nothing has run.
-
-    Args:
-        profile: name of the profile.
-        root: folder of all results; None is where this run writes them.
+    """The rows by stem, in the folder `root` of all results, or where this run writes; none where nothing has run.
 
     Raises:
         ManifestError: the file is damaged.
@@ -87,11 +83,10 @@ def up_to_date(profile: str, row: Mapping[str, Any] | None, expected: str) -> bo
 
 
 def problems(profile: str, stems: set[str]) -> list[str]:
-    """What is wrong with a profile's results: files and rows without a notebook, files missing or changed.
+    """What is wrong with a profile's results: files and rows without one of these notebooks, files missing or changed.
 
-    Args:
-        profile: the profile.
-        stems: the notebooks there are.
+    Returns:
+        A line for each.
     """
     root, rows = folder(profile), read(profile)
     found = [f"{profile}: row {stem} has no notebook" for stem in rows if stem not in stems]

@@ -102,11 +102,7 @@ class Reference:
     source: str
 
     def __post_init__(self) -> None:
-        """Refuse a row that could not be compared.
-
-        Raises:
-            ValueError: unknown kind, or no value and tolerance where the kind needs them.
-        """
+        """Refuse, by a ValueError, an unknown kind, or a row without a value or tolerance that its kind needs."""
         name = f"reference {self.artifact} {self.item}"
         if self.kind not in KINDS:
             raise ValueError(f"{name}: kind {self.kind!r} is none of {', '.join(KINDS)}")

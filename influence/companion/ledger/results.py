@@ -82,9 +82,6 @@ class Run:
 
         Either way they are returned as a file of them is read, so that a figure redraws bit for bit.
 
-        Args:
-            compute: from the run (its parameters, device and profile) to tables by name.
-
         Raises:
             NotebookError: nothing is published for this profile, or with other parameters.
             ValueError: a table has an index that would be lost.

@@ -91,9 +91,10 @@ def load_model(
         architecture: for a checkpoint, what its weights belong to, named in one of the other ways.
         profile: for the companion's own networks, whose size it decides.
         device: where the model goes.
-        scale: of `prepare`; the companion's own networks take bytes as they are.
-        mean: of `prepare`.
-        std: of `prepare`.
+        scale: factor for the data; 0 chooses: 1 / 255 for bytes, 1 for floats and token numbers. The companion's own
+            networks take bytes as they are.
+        mean: of each scaled channel, as in training; empty for no normalisation.
+        std: of each scaled channel.
 
     Raises:
         AdaptError: with one line that says what is wrong and what to do.
@@ -175,15 +176,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def prepare(
     model: nn.Module, examples: Examples, *, scale: float = 0, mean: Sequence[float] = (), std: Sequence[float] = ()
 ) -> nn.Module:
-    """A model that takes the examples as they are stored (bytes as 0..255).
-
-    Args:
-        model: the model.
-        examples: what it is to take.
-        scale: factor for the data; 0 chooses: 1 / 255 for bytes, 1 for floats and token numbers.
-        mean: of each scaled channel, as in training; empty for no normalisation.
-        std: of each scaled channel.
-    """
+    """A model that takes the examples as they are stored (bytes as 0..255); `load_model` says what the numbers are."""
     first = examples[0][0]
     scale = scale or (1 / 255 if first.dtype == torch.uint8 else 1.0)
     if len(mean) not in (0, 1, len(first)):

@@ -66,14 +66,9 @@ class Subject:
 
 
 def load(run: Run, model: str, dataset: str, *, size: int = 0, **options: Any) -> Subject:
-    """The model and the data that two words name, checked with two examples.
+    """The model and the data that two words name, checked with two examples; the run notes the labels as an input.
 
-    Args:
-        run: gives profile and device, and notes the labels as an input.
-        model: as `loading.load_model` takes it.
-        dataset: as `material.load_data` takes it, with `size`.
-        size: height and width of a folder's images; 0 for 224.
-        **options: architecture, scale, mean and std of `loading.load_model`.
+    The words are those of `loading.load_model`, with its `options`, and of `material.load_data`, with `size`.
 
     Raises:
         AdaptError: one of them cannot be used; the message is one line for the reader.

@@ -242,11 +242,7 @@ def _environment(data: str | None, device: str | None, *, retrain: bool = False)
 
 
 def check_device(name: str) -> None:
-    """Refuse a device that is not there.
-
-    Raises:
-        UsageError: naming it.
-    """
+    """Refuse a device that is not there, by a UsageError."""
     import torch
 
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
@@ -257,11 +253,7 @@ def check_device(name: str) -> None:
 
 
 def _lacking(jobs: Sequence[Job], environment: Mapping[str, str], *, asked: int) -> dict[str, str]:
-    """Say what the jobs read from the folder of the data sets; by stem, what cannot be made without.
-
-    Raises:
-        UsageError: none of all that is asked for can be made.
-    """
+    """Say what the jobs read from the folder of the data sets; by stem, what cannot be made without (not all of it)."""
     wanted = {job.notebook.stem: needs.of(job.parameters) for job in jobs}
     named = environment.get("INFLUENCE_DATA")
     folder = Path(named) if named else paths.data_dir()

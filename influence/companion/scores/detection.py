@@ -21,11 +21,7 @@ def vector(values: ArrayLike) -> np.ndarray:
 
 
 def bootstrap_interval(values: ArrayLike) -> Interval:
-    """Mean with its percentile bootstrap interval: (mean, low, high).
-
-    Raises:
-        ValueError: no values.
-    """
+    """Mean with its percentile bootstrap interval: (mean, low, high); a ValueError without values."""
     x = vector(values)
     if len(x) == 1:
         return float(x[0]), float(x[0]), float(x[0])
@@ -89,19 +85,9 @@ def detection(
 
 
 def auroc_difference(first: ArrayLike, second: ArrayLike, positive: ArrayLike, *, repeats: int = 200) -> Interval:
-    """AUROC of one score less that of another, with a percentile bootstrap interval paired by example.
+    """AUROC of one score, (N,), less that of another, with a percentile bootstrap interval paired by example.
 
-    Args:
-        first: (N,) larger for what is to be found.
-        second: (N,) likewise.
-        positive: (N,) bool.
-        repeats: bootstrap samples, which keep the numbers of positives and negatives.
-
-    Returns:
-        The difference, low, high.
-
-    Raises:
-        ValueError: there are no positives or no negatives.
+    The rest is as in `detection`.
     """
     hit = np.asarray(positive, dtype=bool)
     counts = _resampled(hit.tobytes(), repeats)

@@ -85,12 +85,7 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def divergence(penalty: Penalty, log_probs: Tensor) -> Tensor:
-    """The scaled penalty "symmetric", "consistency" or "jsd" of each image, (N,).
-
-    Args:
-        penalty: which.
-        log_probs: (1 + m, N, K) of the image and its m noisy copies.
-    """
+    """The scaled penalty "symmetric", "consistency" or "jsd" of each image, (N,), from (1 + m, N, K), m noisy."""
     clean, noisy, m = log_probs[0], log_probs[1:], len(log_probs) - 1
     if penalty == "symmetric":
         return (kl(clean, noisy[0]) + kl(noisy[0], clean)) / 2
@@ -126,12 +121,8 @@ def ascended(
 ) -> Tensor:
     """Images of the l_inf ball with a large KL(p(x) || p(x')), by steps of epsilon / 2 along the gradient's sign.
 
-    Args:
-        model: pixels 0..255 to logits, in evaluation mode.
-        x: (N, C, H, W), pixels 0..255.
-        epsilon: radius of the ball, pixels in [0, 1].
-        steps: how many.
-        generator: of the start, x with noise of .001, as in the released code of TRADES: at x itself the gradient is 0.
+    x is (N, C, H, W), pixels 0..255, as the model takes them; epsilon, the ball's radius, of pixels in [0, 1]. The
+    start is x with noise of .001, as in the released code of TRADES: at x itself the gradient is 0.
     """
     radius = 255 * epsilon
     low, high = (x - radius).clamp(min=0), (x + radius).clamp(max=255)

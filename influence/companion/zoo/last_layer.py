@@ -61,14 +61,7 @@ def tune(
     """The layer, continued on cross-entropy + alpha * KL between the outputs on an image and on a noisy copy of it.
 
     Adam, batches of 128, a copy of each image drawn anew at every step; alpha = 0 is the control, which draws the same.
-
-    Args:
-        start: the trained layer, left as it is.
-        copies: features of `with_noisy_copies`.
-        labels: (N,).
-        alpha: weight of the stability loss.
-        steps: of Adam.
-        seed: of batches and copies.
+    The copies are those of `with_noisy_copies`; the layer `start` is left as it is.
     """
     tuned = nn.Linear(start.in_features, start.out_features)
     tuned.load_state_dict({name: value.detach().clone() for name, value in start.state_dict().items()})

@@ -110,13 +110,8 @@ def _features(model: nn.Module, part: Split, device: torch.device) -> Tensor:
 def measures(values: Mapping[str, np.ndarray], train: np.ndarray, test: np.ndarray) -> pd.DataFrame:
     """Rank correlations with the change within each test image, and totals of each training image.
 
-    Args:
-        values: "change" and what predicts it, each ``(m, t)``: the removal of m training images, t test images.
-        train: ``(m,)``, positions of the training images in their data set.
-        test: ``(t,)``, those of the test images.
-
-    Returns:
-        The rows of "measures" of `compute`, without seed and l2.
+    Of "change" and what predicts it, each ``(m, t)``, and the positions of m training and t test images in their data
+    set; the rows of "measures" of `compute`, without seed and l2.
     """
     frames, truth = [], values["change"]
     for name, value in values.items():

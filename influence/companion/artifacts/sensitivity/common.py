@@ -132,14 +132,9 @@ def manhattan(axes: Axes, position: pd.Series, score: pd.Series, label: pd.Serie
 
 
 def draw_auroc(table: pd.DataFrame, by: str, *, share: float | None = None) -> Figure:
-    """AUROC and average precision of each score with 95% bootstrap intervals; a column for each value of `by`.
+    """AUROC and average precision of each score with 95% bootstrap intervals; a panel for each "state" or "kind".
 
-    Dashed lines are chance: one half, and the share of what is to be found.
-
-    Args:
-        table: model, score, auroc, ap, each with _low and _high, and the column `by`.
-        by: "state" or "kind".
-        share: of what is to be found, after weighting; None for that of the columns `wrong` and `images`.
+    Dashed lines are chance: one half, and the share of what is to be found, that of `wrong` in `images` where None.
     """
     columns = list(table[by].unique())
     models = list(table["model"].unique())

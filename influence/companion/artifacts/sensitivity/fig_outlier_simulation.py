@@ -67,11 +67,6 @@ def made_outliers(run: Run, *, seed: int) -> Split:
 def simulation(run: Run, learnt: Split, *, seed: int) -> pd.DataFrame:
     """Every score of training images and made outliers, for each network before, during and after learning the latter.
 
-    Args:
-        run: the artifact.
-        learnt: of `made_outliers`.
-        seed: of networks and choice of images.
-
     Returns:
         One row per model, state (`STATES`) and image: outlier (bool), weight (of the example, so that outliers have the
         paper's share of 1 in 21) and the columns of `scores.all_scores`.

@@ -40,10 +40,6 @@ _COLOURS = {"fi": "exact", "saliency": "saliency", "trace": "trace", "random": "
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Every choice of values moved by the same swarm, on test images that each network classifies rightly.
 
-    Parameters of the run: datasets, models and seeds (as of `common.networks`), images (rightly classified test images,
-    drawn at random), share (of the values of an image that each choice but the published one moves), reach (largest
-    change, share of the pixel range), particles and steps (of the swarm).
-
     Returns:
         "attacks", one row per network, image and choice: dataset, model, seed, image, passing (share of the image's
         values with FI of .01 or more), values (how many were moved), changed (bool: the prediction is another one)

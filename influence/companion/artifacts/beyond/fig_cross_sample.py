@@ -41,9 +41,7 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
 
     Float64. The features are those that the last layer takes, of images drawn at random for each network, and a 1.
 
-    Parameters of the run: dataset, model, seeds (of the networks and their images), images (training images that the
-    regression is fitted on), removed (of these, each alone), tested (test images), penalties (of l2 / 2 |w|^2 beside
-    the mean loss; the removal leaves n times it as it is).
+    The penalty l2 / 2 |w|^2 stands beside the mean loss; the removal leaves n times it as it is.
 
     Returns:
         "fits", one row per seed and l2: images, classes, validation_loss (nats, all validation images), accuracy (of

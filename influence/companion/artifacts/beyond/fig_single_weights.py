@@ -25,10 +25,6 @@ _JUDGED = 0.01
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Accuracy and loss after the first weights of each ranking, or the first pixels, are taken away.
 
-    Parameters of the run: datasets, models, seeds (of the networks, the images and the rankings at random), scored
-    (training images from which weights are ranked), tested (test images for the networks without some weights; 0 for
-    all), covered (test images whose pixels are covered), shares (of the weights, and of an image's pixels).
-
     Returns:
         "weights" of `weightwise.ablations` and "pixels" of `weightwise.occlusions`, both with the columns dataset,
         model, seed and images (tested).

@@ -61,12 +61,9 @@ def attack(radius: float) -> str:
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Every score of test images beside what noise and PGD do to them, and of labelled images beside what is wrong.
 
-    Parameters of the run: networks (names that `network` knows, with seed) on `images` test images, drawn at random;
-    detectors (names of recipes) on `label_images` of the images held out of their training, with the labels that
-    people gave (CIFAR-10N) where they were trained on such, else with a fifth of the labels flipped; seeds (the first
-    is that of the choice), sigma (of the noise, pixels in [0, 1]), copies (noisy ones of each image), radii (of the
-    l_inf balls of PGD, in grey levels of 255, from the smallest; what a smaller ball flips counts for a larger); for
-    networks that are continued also alpha, steps and learning_rate of the arm, whose noise is of the same sigma.
+    Images are drawn at random. Detectors look at images held out of their training, with the labels that people gave
+    (CIFAR-10N) where they were trained on such, else with a fifth of the labels flipped. What a smaller ball of PGD
+    flips counts for a larger. The noise of an arm that continues a network is of the same sigma.
 
     Returns:
         "flips", one row per network and test image: network, kind (its name without the seed), image, label,

@@ -60,10 +60,6 @@ def arms(parameters: Mapping[str, Any]) -> dict[str, Arm]:
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Every arm on distorted and corrupted images, under attack, under noise, and the trace of its metric tensor.
 
-    Parameters of the run: dataset, model, seeds (of the networks), sigma, alpha, steps, learning_rate, tested (names of
-    `distortions.apply`), corruptions (names of `corruptions.NAMES`), severities (1 to 5), images (of the test part,
-    drawn at random), attacked (of these, under PGD) and traced (of these, for KL and trace), draws (noisy copies).
-
     Returns:
         One row per seed, arm and measure, with n images, each:
         "precision": precision@1 by kind (distortion, corruption, attack) and measure; a corruption's is the mean over

@@ -41,10 +41,6 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
 
     Arithmetic is float64; the noise is not clipped, since the limit is about the function, not about pictures.
 
-    Parameters of the run: dataset, model, seeds (of the networks), images (of the test part, drawn at random), sigmas
-    (of the noise, pixels in [0, 1]), draws (noisy copies of each image and sigma), those of `comparison.standard`, and
-    networks (others with the same data, measured as they are: names of `common.named`).
-
     Returns:
         "measures", one row per seed, arm, image and sigma: trace and lambda_max (of G, per squared unit of the pixel
         range), p_top (the largest probability), ceiling and fi (of the true label), loss (mean KL over draws),

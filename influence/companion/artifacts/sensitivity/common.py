@@ -58,9 +58,6 @@ MEASURES = {
 def predicted_influence(run: Run) -> dict[str, pd.DataFrame]:
     """Setup 3: FI of the whole image, f = -log P(y_pred), for training and test images of each network.
 
-    Parameters of the run: datasets (of `data.NAMES`), models (of `models.NAMES`), seeds (of the networks and of the
-    choice of images), images (of each part, drawn at random; 0 for all), epsilon (e of the released code).
-
     Returns:
         "scores", one row per data set, model, seed, part ("train", "test") and image: image, label, predicted,
         p_predicted, loss (nats, true class), margin (nats, predicted class), ceiling, exact, released, rank, position

@@ -38,10 +38,6 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     labels (`dynamics.recorded`). Flipped labels, for the data sets that come with a dependency, are
     judged by networks that were trained on the right ones.
 
-    Parameters of the run: kinds ("flipped", or labels of CIFAR-10N), images (of each quarter, or of those held out of
-    training; drawn at random, 0 for all), seeds (the first is that of the choice), without (scores to leave out); for
-    flipped labels also dataset, models, share.
-
     Returns:
         "scores", one row per model, kind and image: wrong (bool: the given label is not the verified one), the columns
         of `imagewise.all_scores` and, for CIFAR-10N, confident, aum and early_el2n, of which more is more suspicious.

@@ -34,9 +34,7 @@ _MARKERS = {"convolution": ("#0072B2", "o"), "batch normalisation": ("#D55E00", 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Setup 2: FI of all parameters and of each layer, f = -log P(y_true), for training images of each network.
 
-    Parameters of the run: datasets (of `data.NAMES`), models (of `models.NAMES`), seeds (of the networks and of the
-    choice of images), images (training images, drawn at random; 0 for all; as many test images for the layers that
-    are rounded), epsilon (e of the released code).
+    There are as many test images, for the layers that are rounded.
 
     Returns:
         "whole", one row per data set, model, seed and image, for all parameters: image, label, position (of a Manhattan

@@ -28,9 +28,6 @@ _CHUNK = 64
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Setup 1: FI of the whole image, f = -log P(y_true), for the training images of each network.
 
-    Parameters of the run: datasets (of `data.NAMES`), models (of `models.NAMES`), seeds (of the networks and of the
-    choice of images), images (training images, drawn at random; 0 for all), epsilon (e of the released code).
-
     Returns:
         "scores", one row per data set, model, seed and image: image (position in the set's published order), label,
         predicted, p_label, loss (nats), position (the x of a Manhattan plot: images of class i spread over [i, i+1)),

@@ -36,12 +36,6 @@ _FALSE = 0.2  # the largest false positive rate there
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Setup 0: every score of training images and made outliers, for each network in each state.
 
-    Parameters of the run: dataset (images on a background of 0: "digits" or "mnist"), models (of `models.NAMES`; all of
-    them have to classify an image correctly for it to give a label), seeds (of networks, outliers and choice of
-    images), per_class (made outliers, a tenth of them held out as in the released code), shift (the largest, in
-    pixels), epochs and rates (of the phases of learning training images and outliers together), images and made
-    (training images and outliers to score, drawn at random; 0 for all).
-
     Returns:
         "scores", of `simulation`, and "pictures", of `examples`, both with the column seed.
     """

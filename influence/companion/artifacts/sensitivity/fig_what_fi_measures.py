@@ -63,11 +63,6 @@ def peak(epsilon: float, *, classes: int) -> tuple[float, float]:
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """What the constants, the cut and the unit do, and every score on each of the paper's four tasks.
 
-    Parameters of the run: dataset, model, seeds (the first), images (training images to score, 0 for all), epsilons;
-    sigma and draws (of the noise on a layer's parameters); labels (the first), detectors (the first, for flipped
-    labels), label_images, without (wrong labels, as in `fig_label_noise`); part_images (as in Setup 3); changed, counts
-    (as in Setup 4).
-
     Returns:
         "scores" (of `sensitivity`), "definition" (of `ceiling_check`), "units" (`change`: one number, of `unit_check`),
         "layers" (of `layer_noise`), "labels" (of `fig_label_noise.of_kind`), "parts" (of

@@ -26,10 +26,8 @@ from ..common import named, scored
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Accuracy, mean loss and calibration error of each network on its training, validation and test images.
 
-    Parameters of the run: networks (names of `recipes.yaml`, with a seed or without, such as "paper-resnet50-mnist-0",
-    and of `pretrained.NAMES`; the latter were trained on all training images of their set and have no validation part),
-    seeds (of networks that are named without one), images (of the training and of the validation part, drawn at random,
-    0 for all; every test image is taken).
+    Networks that others trained saw all training images of their set and have no validation part; every test image is
+    taken.
 
     Returns:
         "networks", one row per network and part: network, dataset, seed, part, n (images), accuracy, loss

@@ -23,8 +23,6 @@ _DISTANCE = np.linspace(0, 2, 101)  # in median distances of the negatives
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """The distribution of distances of near-duplicates and of negatives, in units of the negatives' median.
 
-    Parameters of the run: those of `embeddings.distances`, threshold (a distance in that unit).
-
     Returns:
         "cumulative", one row per seed, arm, distortion, kind ("near-duplicate", "negative") and distance: share (of
         pairs at this distance or below it); "shares", one row per seed, arm, distortion and kind: pairs (how many),

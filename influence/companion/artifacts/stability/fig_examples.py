@@ -30,8 +30,6 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     Chosen by the control of each seed. The dissimilar pair, an image and the distorted copy of another one of its
     class, is the one whose distance is the median of such pairs.
 
-    Parameters of the run: those of `embeddings.distances`, count (pairs of the smallest, and of the largest distance).
-
     Returns:
         "pairs", one row per seed, distortion, place ("smallest D", "largest D", "dissimilar") and rank: first, second
         (positions of the images in the set's published order), class, and one column for each arm: distance over the

@@ -24,8 +24,6 @@ _PRINTED = (("98_jpeg", "jpeg", 0.98), ("99.5_thumbnail", "thumb", 0.995))
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """How well a threshold on the distance of two embeddings tells near-duplicates from negatives.
 
-    Parameters of the run: those of `embeddings.distances`, precisions and recalls (the fixed ones).
-
     Returns:
         "curves", one row per seed, arm, distortion and recall: precision; "levels", one row per seed, arm, distortion
         and metric ("recall@p0.98", "precision@r0.5", ..., "average precision"): value, positives and negatives (how

@@ -23,8 +23,6 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
 
     Query and candidates are both distorted; the candidates are all other test images.
 
-    Parameters of the run: those of `embeddings.vectors`, queries (drawn at random; 0 for all), top (K of the score).
-
     Returns:
         "runs", one row per seed, arm and distortion: queries (how many), and what `ordered` returns.
     """

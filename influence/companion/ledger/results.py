@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from . import cache, manifest, paths, reference
 from .notebook import Notebook, NotebookError, discover
 from .notebook import profile as read_profile
 
 if TYPE_CHECKING:
-    import pandas as pd
     import torch
     from matplotlib.figure import Figure
 
@@ -86,8 +86,6 @@ class Run:
             NotebookError: nothing is published for this profile, or with other parameters.
             ValueError: a table has an index that would be lost.
         """
-        import pandas as pd
-
         if self.recompute:
             began = time.perf_counter()
             self._content = {name: _parquet(frame) for name, frame in compute(self).items()}
@@ -304,8 +302,6 @@ def _deterministic_device(seeds: object) -> torch.device:
 
 
 def _require_plain_index(frame: pd.DataFrame) -> None:
-    import pandas as pd
-
     if not isinstance(frame.index, pd.RangeIndex):
         raise ValueError(f"the index {frame.index.names} would be lost: use reset_index()")
 
@@ -326,8 +322,6 @@ def _csv(frame: pd.DataFrame) -> bytes:
 
 def _markdown(table: pd.DataFrame, comparisons: Sequence[reference.Comparison], outcome: str) -> str:
     """The table for readers, then each finding against the paper."""
-    import pandas as pd
-
     blocks = [table.to_markdown(index=False, floatfmt=".4g")]
     rows = []
     for c in comparisons:

@@ -183,6 +183,24 @@ def picture(axes: Axes, pixels: np.ndarray, *, largest: float = 255) -> None:
     axes.set(xticks=[], yticks=[])
 
 
+def by_share(axes: Axes, table: pd.DataFrame, name: str, ends: str | None = None, *, apart: float, middle: int) -> None:
+    """A column (%) against the share taken away (%), a line for each ranking, with its intervals where they are finite.
+
+    So that the bars of one share can be told apart, places beside that of the ranking `middle` are moved by a factor.
+    """
+    for place, (ranking, line) in enumerate(table.groupby("ranking", sort=False)):
+        label, colour, dashes = RANKINGS[str(ranking)]
+        x, bars = 100 * line["share"] * apart ** (place - middle), 100 * error_bars(line, name, ends)
+        look = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": 2.5, "elinewidth": 0.8}
+        axes.errorbar(
+            x, 100 * line[name], bars if np.isfinite(bars).all() else None, label=label, linewidth=1.2, **look
+        )
+    shares = sorted(100 * table["share"].unique())
+    axes.set_xscale("log")
+    axes.set_xticks(shares, [f"{share:g}" for share in shares])
+    axes.minorticks_off()
+
+
 def network(key: str) -> str:
     """How readers know a network of the zoo, "family-model-dataset", or one that others trained."""
     family, _, rest = key.partition("-")

@@ -59,19 +59,9 @@ def weights(table: pd.DataFrame, places: pd.DataFrame, *, count: int = 12) -> Fi
         return Figure(figsize=(style.WIDTH, 0.5))
     figure = Figure(figsize=(style.WIDTH, 4.2))
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
-    changed = table[table["ranking"] != "none"]
-    shares = sorted(100 * changed["share"].unique())
-    for place, (ranking, line) in enumerate(changed.groupby("ranking", sort=False)):
-        name, colour, dashes = style.RANKINGS[str(ranking)]
-        # Side by side, so that the bars of one share can be told apart.
-        x = 100 * line["share"] * 1.06 ** (place - 2)
-        bars = 100 * style.error_bars(line, "accuracy", "")
-        look: Any = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": 2.5, "elinewidth": 0.8}
-        left.errorbar(x, 100 * line["accuracy"], bars, label=name, linewidth=1.2, **look)
+    style.by_share(left, table[table["ranking"] != "none"], "accuracy", "", apart=1.06, middle=2)
     left.axhline(100 * table["accuracy"].iloc[0], color="black", linewidth=0.5, label="as it is")
-    left.set(xscale="log", xlabel="share of the weights set to 0 (%)", ylabel="accuracy (%)")
-    left.set_xticks(shares, [f"{share:g}" for share in shares])
-    left.minorticks_off()
+    left.set(xlabel="share of the weights set to 0 (%)", ylabel="accuracy (%)")
     left.set_ylim(bottom=-2)  # so that lines at 0 are seen
     how = f"{table['samples'].iloc[0]} random sums each" if table["samples"].iloc[0] else "exact"
     left.set_title(f"ranked from {table['examples'].iloc[0]} examples ({how}),\ntested on {table['n'].iloc[0]}")
@@ -104,8 +94,8 @@ def train_against_test(table: pd.DataFrame, parts: pd.DataFrame) -> Figure:
         positive = table.loc[table[row["score"]] > 0, row["score"]]
         if positive.max() > 10 * positive.min():
             axes.set_xscale("log")
-        axes.set_xlabel(labels[row["score"]])
-        axes.set_title(f"AUROC {row['auroc']:.3f} (95%: {row['low']:.3f} to {row['high']:.3f})")
+        interval = f"{row['low']:.3f} to {row['high']:.3f}"
+        axes.set(xlabel=labels[row["score"]], title=f"AUROC {row['auroc']:.3f} (95%: {interval})")
         axes.legend(loc="upper left")
     figure.axes[0].set_ylabel("share of the examples below")
     return figure

@@ -46,19 +46,12 @@ def classifier(run: Run, dataset_name: str, model: str, *, seed: int) -> trainin
 
 @dataclass(frozen=True)
 class Subject:
-    """One of the networks that an artifact goes through.
-
-    Attributes:
-        trained: the network.
-        dataset: what it was trained and tested on.
-        model: a name of `models.NAMES`, or that of a network that others trained without its data set.
-        seed: of its training.
-    """
+    """One of the networks that an artifact goes through."""
 
     trained: training.Trained
-    dataset: data.Dataset
-    model: str
-    seed: int
+    dataset: data.Dataset  # what it was trained and tested on
+    model: str  # a name of `models.NAMES`, or that of a network that others trained without its data set
+    seed: int  # of its training
 
     @property
     def name(self) -> str:
@@ -108,25 +101,15 @@ def over_networks(values: ArrayLike, of: str = "", *, within: float = np.inf) ->
 
 @dataclass(frozen=True)
 class Network:
-    """A network by its name, and what it was trained and tested on.
+    """A network by its name, and what it was trained and tested on."""
 
-    Attributes:
-        model: in evaluation mode.
-        key: sha256 that it is known by.
-        family: its name without the seed.
-        seed: of its training; 0 for one that others trained.
-        dataset: a name of `data.NAMES`.
-        parts: "train", "validation" (where something was held out) and "test".
-        gate: accuracies by part below which no verdict rests on it.
-    """
-
-    model: nn.Module
-    key: str
-    family: str
-    seed: int
-    dataset: str
-    parts: dict[str, data.Split]
-    gate: dict[str, float]
+    model: nn.Module  # in evaluation mode
+    key: str  # sha256 that it is known by
+    family: str  # its name without the seed
+    seed: int  # of its training; 0 for one that others trained
+    dataset: str  # a name of `data.NAMES`
+    parts: dict[str, data.Split]  # "train", "validation" (where something was held out) and "test"
+    gate: dict[str, float]  # accuracies by part below which no verdict rests on it
 
 
 def named(run: Run, name: str) -> Network:

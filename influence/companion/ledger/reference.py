@@ -35,25 +35,15 @@ _SIDES, _POWER = 0.975, 0.8  # of a 95% interval; of the smallest effect
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimate with its 95% interval.
-
-    Attributes:
-        value: the estimate.
-        low: lower end of the interval.
-        high: its upper end.
-        n: how many networks, or images, it rests on.
-        of: what it is of, where a claim is made of several.
-        df: degrees of freedom where the interval is a t interval; None for one that is nearly normal.
-        ratio: whether it is a ratio, whose interval is even on a logarithmic scale.
-    """
+    """An estimate with its 95% interval."""
 
     value: float
     low: float
     high: float
-    n: int
-    of: str = ""
-    df: int | None = None
-    ratio: bool = False
+    n: int  # how many networks, or images, it rests on
+    of: str = ""  # what it is of, where a claim is made of several
+    df: int | None = None  # degrees of freedom where the interval is a t interval; None for one that is nearly normal
+    ratio: bool = False  # whether it is a ratio, whose interval is even on a logarithmic scale
 
     @property
     def smallest_effect(self) -> float:

@@ -44,23 +44,14 @@ _PACKAGES = ("numpy", "scipy", "pandas", "torch", "torchvision", "scikit-learn",
 
 @dataclass
 class Run:
-    """An artifact in the making.
+    """An artifact in the making."""
 
-    Attributes:
-        stem: names notebook, files and reference rows.
-        profile: `smoke`, `cpu`, `paper` or one of the reader's own.
-        parameters: every parameter of the notebook, `profile` and `seeds` among them.
-        device: where to compute.
-        inputs: name -> hash of the data that were read.
-        recompute: whether tables are computed, not read from the published results.
-    """
-
-    stem: str
-    profile: str
-    parameters: dict[str, Any]
-    device: torch.device
-    inputs: dict[str, str] = field(default_factory=dict)
-    recompute: bool = True
+    stem: str  # names notebook, files and reference rows
+    profile: str  # `smoke`, `cpu`, `paper` or one of the reader's own
+    parameters: dict[str, Any]  # every parameter of the notebook, `profile` and `seeds` among them
+    device: torch.device  # where to compute
+    inputs: dict[str, str] = field(default_factory=dict)  # name -> hash of the data that were read
+    recompute: bool = True  # whether tables are computed, not read from the published results
     _content: dict[str, bytes] = field(default_factory=dict, repr=False)
     _computed: dict[str, Any] = field(default_factory=dict, repr=False)
     _compute: dict[str, Any] = field(default_factory=dict, repr=False)

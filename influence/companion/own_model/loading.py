@@ -30,10 +30,8 @@ _FORMS = "torchvision:NAME, companion:NAME, MODULE:FUNCTION or the path of a che
 class Prepared(nn.Module):
     """A model with its preprocessing inside, so that perturbations are in the unit of the data.
 
-    Attributes:
-        model: the model.
-        scale: what the data are multiplied by first; 1 / 255 for bytes that the model wants in [0, 1].
-        mean, std: ``(C,)`` normalisation of the scaled channels.
+    The data are multiplied by `scale` first, 1 / 255 for bytes that the model wants in [0, 1]; mean and std, ``(C,)``,
+    are of the scaled channels.
     """
 
     mean: Tensor

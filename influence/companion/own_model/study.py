@@ -28,21 +28,13 @@ BATCH_VALUES = 2**20
 
 @dataclass(frozen=True)
 class Subject:
-    """What is studied.
+    """What is studied."""
 
-    Attributes:
-        model: takes the examples as they are stored, bytes as 0..255.
-        material: its examples.
-        classes: K.
-        device: where the model is.
-        image: whether an example is an image ``(C, H, W)``.
-    """
-
-    model: nn.Module
-    material: Material
-    classes: int
-    device: torch.device
-    image: bool
+    model: nn.Module  # takes the examples as they are stored, bytes as 0..255
+    material: Material  # its examples
+    classes: int  # K
+    device: torch.device  # where the model is
+    image: bool  # whether an example is an image ``(C, H, W)``
 
     @property
     def many_classes(self) -> bool:

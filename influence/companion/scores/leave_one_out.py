@@ -22,19 +22,12 @@ _SHORT_STEPS = 40
 
 @dataclass(frozen=True)
 class Regression:
-    """Weights that minimise the sum of the losses of n examples + penalty / 2 |w|^2, to `TOLERANCE`.
+    """Weights that minimise the sum of the losses of n examples + penalty / 2 |w|^2, to `TOLERANCE`."""
 
-    Attributes:
-        weights: ``(K, D)`` float64.
-        features: ``(n, D)`` float64, phi; one of them constant where a bias is wanted, penalised like the others.
-        labels: ``(n,)`` classes.
-        penalty: of the sum, not of the mean; the same after an example has been removed.
-    """
-
-    weights: Tensor
-    features: Tensor
-    labels: Tensor
-    penalty: float
+    weights: Tensor  # ``(K, D)`` float64
+    features: Tensor  # ``(n, D)`` float64, phi; one constant where a bias is wanted, penalised like the others
+    labels: Tensor  # ``(n,)`` classes
+    penalty: float  # of the sum, not of the mean; the same after an example has been removed
 
     @classmethod
     def fit(

@@ -115,9 +115,7 @@ class Network:
 def named(run: Run, name: str) -> Network:
     """The network of a name in `recipes.yaml` with its seed, or of `pretrained.NAMES`.
 
-    Raises:
-        RecipeError: there is none of that name.
-        DataError: its data or its weights are not there.
+    A RecipeError where there is none of that name, a DataError where its data or its weights are not there.
     """
     if name in pretrained.NAMES:
         model, digest = pretrained.load(name, paths.data_dir(), device=run.device)

@@ -85,11 +85,7 @@ def plan(profile: str, only: Sequence[str] = (), *, recompute: bool = False) -> 
     """The notebooks of a profile with their parameters, in the order in which they run.
 
     `smoke` has every notebook, computed anew; another profile what its file lists, drawn from what is published
-    unless `recompute` is given.
-
-    Raises:
-        UsageError: unknown profile or stem.
-        NotebookError: a parameter that the notebook does not have, or of the wrong type.
+    unless `recompute` is given. A UsageError where profile or stem are unknown, a NotebookError where parameters are.
     """
     notebooks, parameters = discover(), profile_of(profile)
     for stem in [*parameters, *only]:
@@ -118,9 +114,7 @@ def profile_of(name: str) -> dict[str, dict[str, Any]]:
 def run(options: argparse.Namespace) -> int:
     """Run what is not up to date and say how each notebook ended; returns 1 where one failed.
 
-    Raises:
-        UsageError: the request cannot be carried out.
-        NotebookError, ManifestError: a notebook, its parameters or the ledger cannot be read.
+    A UsageError, NotebookError or ManifestError says why the request cannot be carried out.
     """
     from . import kernels  # Jupyter takes half a second
 

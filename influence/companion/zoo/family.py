@@ -102,12 +102,8 @@ def trace_probe(logits: Tensor, x: Tensor, *, generator: torch.Generator | None 
     """An estimate of tr G of each image by one random probe, without bias, (N,), differentiable by the parameters.
 
     h = sum_k xi_k sqrt(P_k) log P_k with xi_k = +-1 and sqrt(P) held constant has E[grad h grad h^T] = G (Sun 2025,
-    arXiv 2505.13614), so that |grad h|^2 has the mean tr G.
-
-    Args:
-        logits: (N, K), computed from x, each row from its own image alone.
-        x: (N, C, H, W), requires a gradient; its unit is that of the trace.
-        generator: of the probe.
+    arXiv 2505.13614), so that |grad h|^2 has the mean tr G. The logits (N, K) were computed from x, (N, C, H, W), which
+    requires a gradient, each row from its own image alone; the unit of x is that of the trace.
     """
     log_p = logits.log_softmax(dim=1)
     signs = torch.randint(0, 2, log_p.shape, generator=generator, device=log_p.device) * 2 - 1

@@ -18,11 +18,7 @@ _RATE = 1e-3  # of Adam, falling to 0
 
 
 def layer(classifier: nn.Module) -> nn.Linear:
-    """The dense layer that gives the logits.
-
-    Raises:
-        TypeError: the last module with parameters is not one.
-    """
+    """The dense layer that gives the logits; a TypeError where the last module with parameters is not one."""
     found = classifier.get_submodule(models.trainable_layers(classifier)[-1])
     if not isinstance(found, nn.Linear):
         raise TypeError(f"expected a network that ends in a Linear layer, got {type(found).__name__}")

@@ -39,9 +39,8 @@ WITHIN, TOTAL = "within a test image", "total of a training image"
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Exact leave-one-out of a logistic regression on a network's frozen features, and what predicts it.
 
-    Float64. The features are those that the last layer takes, of images drawn at random for each network, and a 1.
-
-    The penalty l2 / 2 |w|^2 stands beside the mean loss; the removal leaves n times it as it is.
+    Float64. The features are those that the last layer takes, of images drawn at random for each network, and a 1. The
+    penalty l2 / 2 |w|^2 stands beside the mean loss; the removal leaves n times it as it is.
 
     Returns:
         "fits", one row per seed and l2: images, classes, validation_loss (nats, all validation images), accuracy (of
@@ -125,8 +124,7 @@ def measures(values: Mapping[str, np.ndarray], train: np.ndarray, test: np.ndarr
 def correlations(measures: pd.DataFrame) -> pd.DataFrame:
     """Of each network: Spearman's correlation with the change within a test image (mean over them), and of totals.
 
-    Returns:
-        One row per seed, l2, quantity and among (`WITHIN`, `TOTAL`): size, signed.
+    One row per seed, l2, quantity and among (`WITHIN`, `TOTAL`): size, signed.
     """
     tests = measures[measures["of"] == "test"]
     rows = [tests.groupby(["seed", "l2", "quantity"])[["size", "signed"]].mean().reset_index().assign(among=WITHIN)]
@@ -143,11 +141,7 @@ def correlations(measures: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(found: pd.DataFrame) -> pd.DataFrame:
-    """The mean of `correlations` over networks with its 95% t interval.
-
-    Returns:
-        One row per l2, among, kind (size, signed) and quantity: networks, spearman, low, high.
-    """
+    """The mean of `correlations` over networks with its 95% t interval, for each l2, among, kind and quantity."""
     long = found.melt(["seed", "l2", "quantity", "among"], ["size", "signed"], "kind", "spearman").dropna()
     rows = []
     for (l2, among, kind, name), group in long.groupby(["l2", "among", "kind", "quantity"], sort=False):

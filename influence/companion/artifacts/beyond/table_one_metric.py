@@ -101,10 +101,7 @@ def network(run: Run, name: str) -> Network:
     """The network of `common.named`, or, named "NETWORK+ARM", that network continued by an arm of the stability family.
 
     ARM is one of `table_stability_family.arms`, as in "base-resnet20-cifar10-0+stability", a network that is of a kind
-    of its own, "base-resnet20-cifar10+stability".
-
-    Raises:
-        RecipeError: there is no network or no arm of that name, or the network is one that others trained.
+    of its own, "base-resnet20-cifar10+stability"; a RecipeError where there is none, or of a network of others.
     """
     name, _, arm = name.partition(_CONTINUED)
     found = named(run, name)
@@ -325,11 +322,7 @@ def claims(found: pd.DataFrame, table: pd.DataFrame, ranked: pd.DataFrame) -> di
 
 
 def with_and_without(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """The estimates of `claims` with all networks, and without those that an arm continued.
-
-    Returns:
-        One row per claim and what it is of: claim, of, value, low, high, n and the same without, "without_value" on.
-    """
+    """The estimates of `claims` with all networks, and without those that an arm continued: "without_value" on."""
     few = {name: frame[~frame["kind"].str.contains(_CONTINUED, regex=False)] for name, frame in tables.items()}
     sides = []
     for chosen in (tables, few):

@@ -105,15 +105,9 @@ def measured(
     *,
     only: Collection[str] | None = None,
 ) -> pd.DataFrame:
-    """Kind, measure, n (images) and value of each of `measures`, or of some.
+    """Kind, measure, n (images) and value of each of `measures`, or of those in `only`, for pixels 0..255.
 
-    Args:
-        model: pixels 0..255 to logits, in evaluation mode.
-        split: the test images.
-        chosen: the parameters of the run that `compute` names.
-        device: where the model is.
-        shown: the images of a kind and measure, one tensor for each severity.
-        only: names of measures.
+    `shown` gives the images of a kind and measure, one tensor for each severity; `chosen` are parameters of the run.
     """
     rows: list[tuple[str, str, int, float]] = []
     for kind, name in measures(chosen):
@@ -145,11 +139,7 @@ def _versions(split: Split, severities: Sequence[int], kind: str, name: str) -> 
 
 
 def again(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
-    """The rows of some seeds, arms and measures, computed anew on the published networks alone.
-
-    Raises:
-        TrainingError: one of them is not published.
-    """
+    """The rows of some seeds, arms and measures, computed anew; a TrainingError where a network is not published."""
     chosen, found = run.parameters, []
     split = dataset(run, chosen["dataset"]).test.sample(chosen["images"] or None)
     shown = partial(_versions, split, chosen["severities"])

@@ -113,11 +113,7 @@ def _quadratic(network: nn.Module, x: Tensor, noise: Tensor) -> Tensor:
 
 
 def reach(frame: pd.DataFrame) -> pd.DataFrame:
-    """How far the law carries: loss over the quadratic form of the same draws, without Monte-Carlo error.
-
-    Args:
-        frame: rows of `compute` for one network, or for those of several seeds: image, sigma, p_top, loss, quadratic,
-            and seed where there are several.
+    """How far the law carries, for one network or those of several seeds: loss over quadratic form of the same draws.
 
     Returns:
         One row per sigma and third of the images by p_top, and for all of them ("all"): images and seeds (how many
@@ -175,11 +171,7 @@ def losses(measures: pd.DataFrame) -> pd.DataFrame:
 
 
 def effect(measures: pd.DataFrame) -> pd.DataFrame:
-    """What training does to each measure: geometric mean over images of (arm / control), 95% t interval over seeds.
-
-    Returns:
-        One row per arm but the control and measure: seeds, ratio, low, high.
-    """
+    """What training does to each measure: geometric mean over images of (arm / control), 95% t interval over seeds."""
     once = measures[measures["sigma"] == measures["sigma"].min()]
     rows = []
     for measure in MEASURES:

@@ -27,11 +27,7 @@ CHECKED = 16  # images of a check
 
 
 def ceiling_check(subject: Subject, *, device: torch.device) -> pd.DataFrame:
-    """FI from its definition (float64, thin SVD, no closed form) over (1 - P_y) / P_y, for `CHECKED` training images.
-
-    Returns:
-        One row per image: image, p_label, by_definition (FI), ceiling, dataset, model.
-    """
+    """FI from its definition (float64, thin SVD, no closed form) beside (1 - P_y) / P_y of some training images."""
     network = copy.deepcopy(subject.trained.model).double()
     split = subject.dataset.train.sample(CHECKED, seed=subject.seed)
     x, labels = training.pixels(split.images, device).double(), split.labels.to(device)

@@ -34,14 +34,12 @@ _MARKERS = {"convolution": ("#0072B2", "o"), "batch normalisation": ("#D55E00", 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Setup 2: FI of all parameters and of each layer, f = -log P(y_true), for training images of each network.
 
-    There are as many test images, for the layers that are rounded.
-
     Returns:
         "whole", one row per data set, model, seed and image, for all parameters: image, label, position (of a Manhattan
         plot), loss, ceiling, exact, released, rank, kept (singular values above the released cut), trace,
-        effective_rank (tr(G)^2 / tr(G^2)), departs; "layers", of `summary`, with type; "released", one row
-        per image and layer: number, layer, image, released; "definition", of `by_definition` for 2 images and 6 layers
-        of the first network.
+        effective_rank (tr(G)^2 / tr(G^2)), departs; "layers", of `summary`, with type; "released", one row per image
+        and layer: number, layer, image, released; "rounded", of `rounding_scores` for as many test images;
+        "definition", of `by_definition` for 2 images and 6 layers of the first network.
     """
     images, epsilon = run.parameters["images"] or None, run.parameters["epsilon"]
     found: dict[str, list[pd.DataFrame]] = {"whole": [], "layers": [], "released": [], "rounded": [], "definition": []}
@@ -73,9 +71,6 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
     of all parameters over the same images; `kept` the mean number of singular values above the released cut,
     `cut` the share of images that lost a direction to it, `zero` of those whose released FI is 0, and `constant` of
     those that lost none and yet differ from exact FI by more than 1%, through the constant e.
-
-    Args:
-        scores: of `score_layers`; number 0 stands for all parameters.
     """
     whole = scores[scores["number"] == 0].set_index("image")
     full_rank = scores["rank"].max()
@@ -123,11 +118,7 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_definition(subject: Subject, *, images: int, layers: int, device: torch.device) -> pd.DataFrame:
-    """FI of single layers straight from the definition (float64, thin SVD of L0), for some images and layers.
-
-    Returns:
-        One row per image and layer: layer, image, by_definition, ceiling, exact, rank.
-    """
+    """FI of single layers straight from the definition (float64, thin SVD of L0), for some images and layers."""
     network = copy.deepcopy(subject.trained.model).double()
     split = subject.dataset.train.sample(images, seed=subject.seed)
     x = training.pixels(split.images, device).double()

@@ -122,11 +122,7 @@ def load(name: str, data_dir: str | Path | None = None, *, size: int = 32) -> Da
 
 
 def require(names: Iterable[str], data_dir: str | Path | None = None) -> None:
-    """Check, before any work, that every named data set is there and intact; download what torchvision can.
-
-    Raises:
-        DataError: with one line that says what is missing and how to get it.
-    """
+    """Check that every named data set is there and intact, and download what torchvision can; else a DataError."""
     for name in dict.fromkeys(names):
         _root(name, data_dir)
 

@@ -102,11 +102,7 @@ class Reference:
             raise ValueError(f"{name}: kind {self.kind} needs a value, the margin")
 
     def outcome(self, ours: Finding) -> str | None:
-        """What becomes of the row; None where nothing is compared.
-
-        Raises:
-            TypeError: ours is not what the kind asks for.
-        """
+        """What becomes of the row, None where nothing is compared; a TypeError where ours is not of its kind."""
         if self.kind == "context":
             return None
         expected = {"above": "estimates", "below": "estimates", "value": "a number"}.get(self.kind, "a bool")
@@ -207,11 +203,7 @@ def plain(ours: Finding) -> Any:
 
 
 def finding(item: str, value: object) -> Finding:
-    """What a notebook found, from any of the forms it may have; None for a number that is not finite.
-
-    Raises:
-        TypeError: neither a bool, nor a number, nor estimates.
-    """
+    """What a notebook found, a bool, a number or estimates in any form; None for a number that is not finite."""
     if isinstance(value, Estimate):
         return (value,)
     if isinstance(value, Sequence) and not isinstance(value, str):

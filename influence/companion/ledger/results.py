@@ -60,11 +60,7 @@ class Run:
     _started: float = field(default_factory=time.perf_counter, repr=False)
 
     def add_input(self, name: str, digest: str) -> None:
-        """Name an input with the hash of its content.
-
-        Raises:
-            ValueError: the name stands for another content already.
-        """
+        """Name an input with the hash of its content; a ValueError where it has another already."""
         if self.inputs.setdefault(name, digest) != digest:
             raise ValueError(f"input {name!r} has two contents: {self.inputs[name]} and {digest}")
 

@@ -138,11 +138,7 @@ def _named(
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Put the weights of a checkpoint into a model; what it holds besides tensors is never executed.
-
-    Raises:
-        AdaptError: the file is damaged, is no checkpoint of weights, or belongs to another network.
-    """
+    """Put a checkpoint's weights into a model, never executing what it holds; an AdaptError where they do not fit."""
     remedy = "save them with torch.save(model.state_dict(), path)"
     with refused(f"{path}: cannot be read as weights alone (", f"); {remedy}"):
         if path.suffix.lower() == ".safetensors":
@@ -185,11 +181,7 @@ def prepare(
 
 
 def check(model: nn.Module, examples: Examples) -> int:
-    """Send two examples through the model; returns K.
-
-    Raises:
-        AdaptError: the model does not take them, returns no logits, or has fewer classes than there are labels.
-    """
+    """K, after two examples went through the model; an AdaptError where they, what it returns or labels do not fit."""
     x, _ = examples.batch(range(min(2, len(examples))))
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is not None and x.is_floating_point():

@@ -64,11 +64,7 @@ class Examples(Dataset):
         return self.read(self.numbers[position]), self.labels[position]
 
     def stored(self, rows: Iterable[int]) -> tuple[Tensor, Tensor]:
-        """Inputs as they are stored ``(n, ...)``, and labels ``(n,)``.
-
-        Raises:
-            AdaptError: the examples differ in shape.
-        """
+        """Inputs as they are stored ``(n, ...)``, and labels ``(n,)``; an AdaptError where examples differ in shape."""
         positions = [int(row) for row in rows]
         parts = [self[row][0] for row in positions]
         shapes = sorted({tuple(part.shape) for part in parts})
@@ -332,11 +328,7 @@ def own_line(error: Exception) -> str:
 
 
 def call(spec: str) -> Any:
-    """What ``package.module:function`` returns; modules of the current folder come first.
-
-    Raises:
-        AdaptError: no such module or function, or it fails.
-    """
+    """What ``package.module:function`` returns, modules of the current folder first; an AdaptError where it fails."""
     module_name, _, function_name = spec.partition(":")
     if sys.path[0] != os.getcwd():
         sys.path.insert(0, os.getcwd())  # and stays, for what function and forward import

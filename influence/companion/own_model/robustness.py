@@ -29,10 +29,8 @@ def stabilise(
     """A copy of the model continued for some steps with the stability loss; with ``alpha = 0`` by the task loss alone.
 
     The model stays in evaluation mode, and parameters that are frozen stay so. Steps are of Adam, the noise's `sigma`
-    is a share of the range of the pixels, and order and noise are the same for every alpha.
-
-    Raises:
-        ValueError: all parameters are frozen, or the images cannot be distorted.
+    is a share of the range of the pixels, and order and noise are the same for every alpha. A ValueError where all
+    parameters are frozen, or the images cannot be distorted.
     """
     model = copy.deepcopy(subject.model)
     trained = [p for p in model.parameters() if p.requires_grad]

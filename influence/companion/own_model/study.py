@@ -60,10 +60,8 @@ class Subject:
 def load(run: Run, model: str, dataset: str, *, size: int = 0, **options: Any) -> Subject:
     """The model and the data that two words name, checked with two examples; the run notes the labels as an input.
 
-    The words are those of `loading.load_model`, with its `options`, and of `material.load_data`, with `size`.
-
-    Raises:
-        AdaptError: one of them cannot be used; the message is one line for the reader.
+    The words are those of `loading.load_model`, with its `options`, and of `material.load_data`, with `size`; both
+    raise an AdaptError where one cannot be used.
     """
     material = load_data(dataset, size=size)
     network, classes = loading.load_model(

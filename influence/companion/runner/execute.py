@@ -27,10 +27,8 @@ def execute(
 ) -> None:
     """Execute a notebook in its own folder, with the interpreter that runs this, into the file `target`.
 
-    The kernel gets `environment` on top of our own variables; `log` gets what the kernel itself has to say.
-
-    Raises:
-        TimeoutError: the whole notebook took over `limit` seconds.
+    The kernel gets `environment` on top of our own variables; `log` gets what the kernel itself has to say. A
+    TimeoutError where the whole notebook takes over `limit` seconds.
     """
     with without_grammars():
         import papermill

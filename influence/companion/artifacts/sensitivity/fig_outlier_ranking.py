@@ -96,12 +96,7 @@ def summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def rankings(scores: pd.DataFrame) -> pd.DataFrame:
-    """How far the rankings agree: released FI with exact FI and with the loss, exact FI with the loss.
-
-    Returns:
-        One row per data set, model, seed and pair: images, Spearman's rho and Kendall's tau-b with 95% bootstrap
-        intervals over the images.
-    """
+    """How far rankings agree, by `agreement`: released FI with exact FI and with the loss, exact FI with the loss."""
     rows = []
     pairs = (("released", "exact"), ("released", "loss"), ("exact", "loss"))
     for (name, model, seed), group in scores.groupby(["dataset", "model", "seed"], sort=False):

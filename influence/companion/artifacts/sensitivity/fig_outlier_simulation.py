@@ -34,11 +34,7 @@ _FALSE = 0.2  # the largest false positive rate there
 
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
-    """Setup 0: every score of training images and made outliers, for each network in each state.
-
-    Returns:
-        "scores", of `simulation`, and "pictures", of `examples`, both with the column seed.
-    """
+    """Setup 0: "scores", of `simulation`, and "pictures", of `examples`, for each seed."""
     scores, shown = [], []
     for seed in run.parameters["seeds"]:
         made = made_outliers(run, seed=seed)
@@ -105,11 +101,7 @@ def detection_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def curves(frame: pd.DataFrame) -> pd.DataFrame:
-    """ROC and precision-recall curves of each score in each state, thinned to at most 400 points each; first seed.
-
-    Returns:
-        One row per model, state, score, curve ("roc" or "pr") and point: x, y.
-    """
+    """At most 400 points (x, y) of the ROC ("roc") and precision-recall ("pr") of each score and state; first seed."""
     frames = []
     for (model, state), group in _first_seed(frame).groupby(["model", "state"], sort=False):
         for score in imagewise.NAMES:

@@ -33,10 +33,7 @@ def released_curve(epsilons: Sequence[float], *, classes: int) -> pd.DataFrame:
     """Released FI at full rank against the loss, from its closed form, and the ceiling.
 
     The rest of the probability lies on one other class (`low`) or evenly on all others (`high`): where it lies hardly
-    matters.
-
-    Returns:
-        One row per e and loss (nats, from 1e-4 to 40): loss, p_label, ceiling, low, high.
+    matters. One row per e and loss (nats, from 1e-4 to 40).
     """
     loss = np.geomspace(1e-4, 40, 400)
     p = np.exp(-loss)

@@ -272,6 +272,5 @@ def _parse(row: Mapping[str, str], name: str) -> Reference:
             message = f"{name}: {row['artifact']} {row['item']}: {column} {row[column]!r} is no number"
             raise ValueError(message) from None
 
-    return Reference(
-        row["artifact"], row["item"], row["kind"], number("value"), number("tolerance"), row["status"], row["source"]
-    )
+    values: dict[str, Any] = {**row, "value": number("value"), "tolerance": number("tolerance")}
+    return Reference(**values)

@@ -175,9 +175,8 @@ def effect(measures: pd.DataFrame) -> pd.DataFrame:
     once = measures[measures["sigma"] == measures["sigma"].min()]
     rows = []
     for measure in MEASURES:
-        wide = once.pivot(index=["seed", "image"], columns="arm", values=measure)
         for arm in [name for name in once["arm"].unique() if name != comparison.CONTROL]:
-            logs = (np.log(wide[arm]) - np.log(wide[comparison.CONTROL])).groupby(level="seed").mean()
+            logs = _logs(once, arm, measure).groupby(level="seed").mean()
             mean, low, high = (float(np.exp(end)) for end in mean_interval(logs))
             rows.append({"measure": measure, "arm": arm, "seeds": len(logs), "ratio": mean, "low": low, "high": high})
     return pd.DataFrame(rows)
@@ -209,7 +208,7 @@ def claims(
     arm = str(changes["arm"].iloc[-1])
     once = measures[measures["sigma"] == measures["sigma"].min()]
     means = once.groupby(["seed", "arm"])["trace"].mean().unstack("arm")
-    logs = _log_traces(once, arm)
+    logs = _logs(once, arm, "trace")
     return {
         "loss_is_the_quadratic_form": bool(((least - 1).abs() <= 0.01).all()),
         **{f"departure_{name}": estimates for name, estimates in departures.items()},
@@ -226,10 +225,10 @@ def _ratio(logs: pd.Series, of: str = "") -> Estimate:
     return replace(found, value=value, low=low, high=high, ratio=True)
 
 
-def _log_traces(once: pd.DataFrame, arm: str) -> pd.Series:
-    """Logarithm of the trace after an arm over that under the control, by seed and image."""
-    trace = once.pivot(index=["seed", "image"], columns="arm", values="trace")
-    return np.log(trace[arm]) - np.log(trace[comparison.CONTROL])
+def _logs(once: pd.DataFrame, arm: str, measure: str) -> pd.Series:
+    """Logarithm of a measure after an arm over that under the control, by seed and image."""
+    wide = once.pivot(index=["seed", "image"], columns="arm", values=measure)
+    return np.log(wide[arm]) - np.log(wide[comparison.CONTROL])
 
 
 def _by_confidence(once: pd.DataFrame, arm: str) -> list[Estimate]:
@@ -241,7 +240,7 @@ def _by_confidence(once: pd.DataFrame, arm: str) -> list[Estimate]:
     p_top = once.pivot(index=["seed", "image"], columns="arm", values="p_top")
     sure = p_top[[comparison.CONTROL, arm]].rank().mean(axis=1).rank(method="first")
     found = []
-    for third, group in _log_traces(once, arm).groupby(pd.qcut(sure, 3, labels=list(CONFIDENCE)), observed=True):
+    for third, group in _logs(once, arm, "trace").groupby(pd.qcut(sure, 3, labels=list(CONFIDENCE)), observed=True):
         found.append(_ratio(group.groupby(level="seed").mean(), str(third)))
     return found
 

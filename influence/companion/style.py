@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import matplotlib as mpl
@@ -191,7 +192,7 @@ def by_share(axes: Axes, table: pd.DataFrame, name: str, ends: str | None = None
     for place, (ranking, line) in enumerate(table.groupby("ranking", sort=False)):
         label, colour, dashes = RANKINGS[str(ranking)]
         x, bars = 100 * line["share"] * apart ** (place - middle), 100 * error_bars(line, name, ends)
-        look = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": 2.5, "elinewidth": 0.8}
+        look: Any = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": 2.5, "elinewidth": 0.8}
         axes.errorbar(
             x, 100 * line[name], bars if np.isfinite(bars).all() else None, label=label, linewidth=1.2, **look
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -166,6 +167,6 @@ def _intervals(axes: Axes, table: pd.DataFrame, measure: str, models: list[str],
         marker, colour = _MODELS.get(model, ("o", None))
         part = table[table["model"] == model].set_index("score").loc[scores]
         y = [i + step * (place - (len(models) - 1) / 2) for i in range(len(scores))]
-        look = {"fmt": marker, "color": colour, "markersize": 3, "elinewidth": 0.8, "label": style.name(model)}
-        axes.errorbar(part[measure], y, xerr=style.error_bars(part, measure), **look)
+        look: dict[str, Any] = {"fmt": marker, "color": colour, "markersize": 3, "elinewidth": 0.8}
+        axes.errorbar(part[measure], y, xerr=style.error_bars(part, measure), label=style.name(model), **look)
     axes.grid(axis="y", linewidth=0.3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -175,7 +176,7 @@ def _against_ceiling(axes: Axes, group: pd.DataFrame) -> None:
     axes.scatter(group["ceiling"], group["exact"], s=2, color=tint["exact"], label="exact", linewidths=0)
     ends = [group["ceiling"].min(), group["ceiling"].max()]
     axes.plot(ends, ends, color=tint["ceiling"], linewidth=0.6, label="ceiling", zorder=3)
-    at_foot = {"transform": axes.get_xaxis_transform(), "markersize": 4, "label": "released = 0"}
+    at_foot: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "markersize": 4, "label": "released = 0"}
     axes.plot(zeros["ceiling"], np.full(len(zeros), 0.02), "|", color=tint["released"], **at_foot)
     axes.text(0.97, 0.1, f"{len(zeros) / len(group):.0%} are 0", transform=axes.transAxes, ha="right", fontsize=6)
     axes.set(xscale="log", yscale="log")

@@ -202,6 +202,12 @@ def by_share(axes: Axes, table: pd.DataFrame, name: str, ends: str | None = None
     axes.minorticks_off()
 
 
+def first_seed(frame: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
+    """What a figure of single networks shows: data set and model, as readers know them, with the rows of one seed."""
+    groups = frame[frame["seed"] == frame["seed"].min()].groupby(["dataset", "model"], sort=False)
+    return [(name(dataset), name(model), group) for (dataset, model), group in groups]
+
+
 def network(key: str) -> str:
     """How readers know a network of the zoo, "family-model-dataset", or one that others trained."""
     family, _, rest = key.partition("-")

@@ -153,4 +153,6 @@ def bound(function: Callable[..., pd.DataFrame], *args: Any, **kwargs: Any) -> C
 
     A plain partial belongs to no module of the package, and its table to every file of it.
     """
-    return update_wrapper(partial(function, *args, **kwargs), function)
+    call = partial(function, *args, **kwargs)
+    update_wrapper(call, function)
+    return call

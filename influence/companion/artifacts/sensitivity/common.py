@@ -110,12 +110,6 @@ def detection_table(frame: pd.DataFrame, *, also: Sequence[str] = ()) -> pd.Data
     return pd.DataFrame(rows)
 
 
-def first_seed(frame: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
-    """What a figure of single networks shows: data set and model, as readers know them, with the rows of one seed."""
-    groups = frame[frame["seed"] == frame["seed"].min()].groupby(["dataset", "model"], sort=False)
-    return [(style.name(name), style.name(model), group) for (name, model), group in groups]
-
-
 def manhattan(axes: Axes, position: pd.Series, score: pd.Series, label: pd.Series) -> None:
     """The paper's own form: x = class, images of class i spread over [i, i+1), y = score, one colour per class."""
     n_classes = int(label.max()) + 1

@@ -24,7 +24,7 @@ from ...scores.detection import spearman
 from ...scores.layerwise import rounding_scores, score_layers
 from ...zoo import training
 from ..common import Subject, networks, scored
-from .common import first_seed, manhattan
+from .common import manhattan
 
 _KINDS = {nn.Conv2d: "convolution", nn.BatchNorm2d: "batch normalisation", nn.Linear: "dense"}
 _BITS = 4
@@ -226,7 +226,7 @@ def _largest(table: pd.DataFrame, of: str) -> dict[str, float]:
 
 def draw_by_class(whole: pd.DataFrame) -> Figure:
     """Manhattan plots by class for all parameters: released FI in full, zoomed, and exact FI; first seed."""
-    groups = first_seed(whole)
+    groups = style.first_seed(whole)
     figure = Figure(figsize=(style.WIDTH, 1.8 * len(groups)))
     for row, (name, model, group) in zip(figure.subplots(len(groups), 3, squeeze=False), groups, strict=True):
         for axes, column in zip(row, ("released", "released", "exact"), strict=True):
@@ -244,7 +244,7 @@ def draw_by_class(whole: pd.DataFrame) -> Figure:
 
 def draw_by_layer(released: pd.DataFrame) -> Figure:
     """The paper's figure: every image in each layer's column, in full and zoomed, blocks on the axis; first seed."""
-    groups = first_seed(released)
+    groups = style.first_seed(released)
     figure = Figure(figsize=(style.WIDTH, 2.6 * len(groups)))
     grid = figure.subplots(2 * len(groups), 1, squeeze=False)[:, 0]
     for row, (name, model, group) in enumerate(groups):
@@ -263,7 +263,7 @@ def draw_by_layer(released: pd.DataFrame) -> Figure:
 
 def draw_per_layer(table: pd.DataFrame) -> Figure:
     """What does differ between layers: trace, effective rank; where released FI departs from exact FI; first seed."""
-    groups = first_seed(table[table["number"] > 0])
+    groups = style.first_seed(table[table["number"] > 0])
     figure = Figure(figsize=(style.WIDTH * 1.1, 3.6 * len(groups)))
     grid = figure.subplots(3 * len(groups), 1, squeeze=False)[:, 0]
     for row, (name, model, group) in enumerate(groups):
@@ -293,7 +293,7 @@ def draw_per_layer(table: pd.DataFrame) -> Figure:
 
 def draw_rounded(rounded: pd.DataFrame) -> Figure:
     """The divergence after a layer's weights were rounded to 4 bits, against three scores of the layer; first seed."""
-    groups = first_seed(rounded)
+    groups = style.first_seed(rounded)
     columns = {"predicted": r"error$^2$ tr $G$ / 2 (nats)", **_RIVALS, "released_share": "released FI / that of all"}
     figure = Figure(figsize=(style.WIDTH, 1.9 * len(groups)))
     grid = figure.subplots(len(groups), len(columns), squeeze=False, sharex="col", sharey="row")

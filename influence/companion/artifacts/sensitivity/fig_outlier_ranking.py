@@ -21,7 +21,7 @@ from ...ledger.results import Run
 from ...scores.detection import agreement, spearman
 from ...scores.imagewise import chunks, positions, table
 from ..common import Subject, networks, over_seeds, scored
-from .common import ceiling_check, first_seed, manhattan
+from .common import ceiling_check, manhattan
 
 _CHUNK = 64
 
@@ -149,7 +149,7 @@ def largest(network: Subject, scores: pd.DataFrame, *, count: int = 5) -> pd.Dat
 
 def draw(scores: pd.DataFrame) -> Figure:
     """Manhattan plots of released FI (full, zoomed) and exact FI, and both against their ceiling; first seed."""
-    groups = first_seed(scores)
+    groups = style.first_seed(scores)
     figure = Figure(figsize=(style.WIDTH * 1.05, 1.45 * len(groups)))
     grid = figure.subplots(len(groups), 4, squeeze=False)
     for (left, zoomed, middle, right), (name, model, group) in zip(grid, groups, strict=True):

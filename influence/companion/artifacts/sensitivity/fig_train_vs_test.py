@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from ... import style
 from ...ledger.reference import Estimate
 from ..common import over_seeds
-from .common import MEASURES, first_seed, gap, manhattan, predicted_influence
+from .common import MEASURES, gap, manhattan, predicted_influence
 
 compute = predicted_influence
 
@@ -42,7 +42,7 @@ _MARKS = {"exact": "o", "released": "s", "loss": "D", "margin": "^"}
 
 def draw(scores: pd.DataFrame) -> Figure:
     """The paper's figure: paired Manhattan plots of released FI on one range, training left, test right; first seed."""
-    groups = first_seed(scores)
+    groups = style.first_seed(scores)
     figure = Figure(figsize=(style.WIDTH, 1.8 * len(groups)))
     grid = figure.subplots(len(groups), 2, squeeze=False, sharey="row")
     for row, (name, model, group) in zip(grid, groups, strict=True):

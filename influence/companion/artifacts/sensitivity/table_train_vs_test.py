@@ -13,7 +13,7 @@ from scipy import stats
 from ... import style
 from ...ledger.reference import Estimate
 from ..common import over_seeds
-from .common import first_seed, predicted_influence
+from .common import predicted_influence
 
 QUANTILES = (0.75, 0.80, 0.85, 0.90, 0.95, 0.98, 0.99, 1.0)
 TAIL = 0.95  # the quantile of the claim
@@ -74,7 +74,7 @@ def _interval(statistic: Callable[..., Any], generator: np.random.Generator, *sa
 
 def draw(table: pd.DataFrame) -> Figure:
     """Upper quantiles of released FI in both parts with 95% bootstrap intervals (the largest has none); first seed."""
-    groups = first_seed(table[table["estimator"] == "released"])
+    groups = style.first_seed(table[table["estimator"] == "released"])
     figure = Figure(figsize=(style.WIDTH, 2.3 * ((len(groups) + 1) // 2)))
     grid = figure.subplots((len(groups) + 1) // 2, 2, squeeze=False).ravel()
     for axes, (name, model, group) in zip(grid, groups, strict=False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import matplotlib as mpl
@@ -164,17 +165,47 @@ def dots(
 ) -> None:
     """Points (x, y) in the colour of their class, as pixels; five times as fast as `scatter`, which draws each anew.
 
-    Args:
-        axes: where.
-        x: (N,).
-        y: (N,).
-        label: (N,) class, a place in `colours`.
-        colours: one for each class.
-        size: diameter, points.
+    All are (N,); `label` is a place in `colours`, `size` a diameter in points.
     """
     for place, colour in enumerate(colours):
         mine = np.asarray(label) == place
         axes.plot(x[mine], y[mine], "o", color=colour, markersize=size, markeredgewidth=0, rasterized=True)
+
+
+def error_bars(frame: pd.DataFrame, name: str, ends: str | None = None) -> np.ndarray:
+    """How far the interval of a column reaches below and above it, (2, N); `ends` as in `detection.columns`."""
+    ends = f"{name}_" if ends is None else ends
+    return np.clip([frame[name] - frame[f"{ends}low"], frame[f"{ends}high"] - frame[name]], 0, None)
+
+
+def picture(axes: Axes, pixels: np.ndarray, *, largest: float = 255) -> None:
+    """An image (H, W, C) without ticks, grey where it has one channel."""
+    axes.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=largest)
+    axes.set(xticks=[], yticks=[])
+
+
+def by_share(axes: Axes, table: pd.DataFrame, name: str, ends: str | None = None, *, apart: float, middle: int) -> None:
+    """A column (%) against the share taken away (%), a line for each ranking, with its intervals where they are finite.
+
+    So that the bars of one share can be told apart, places beside that of the ranking `middle` are moved by a factor.
+    """
+    for place, (ranking, line) in enumerate(table.groupby("ranking", sort=False)):
+        label, colour, dashes = RANKINGS[str(ranking)]
+        x, bars = 100 * line["share"] * apart ** (place - middle), 100 * error_bars(line, name, ends)
+        look: Any = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": 2.5, "elinewidth": 0.8}
+        axes.errorbar(
+            x, 100 * line[name], bars if np.isfinite(bars).all() else None, label=label, linewidth=1.2, **look
+        )
+    shares = sorted(100 * table["share"].unique())
+    axes.set_xscale("log")
+    axes.set_xticks(shares, [f"{share:g}" for share in shares])
+    axes.minorticks_off()
+
+
+def first_seed(frame: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
+    """What a figure of single networks shows: data set and model, as readers know them, with the rows of one seed."""
+    groups = frame[frame["seed"] == frame["seed"].min()].groupby(["dataset", "model"], sort=False)
+    return [(name(dataset), name(model), group) for (dataset, model), group in groups]
 
 
 def network(key: str) -> str:

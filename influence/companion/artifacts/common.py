@@ -46,19 +46,12 @@ def classifier(run: Run, dataset_name: str, model: str, *, seed: int) -> trainin
 
 @dataclass(frozen=True)
 class Subject:
-    """One of the networks that an artifact goes through.
-
-    Attributes:
-        trained: the network.
-        dataset: what it was trained and tested on.
-        model: a name of `models.NAMES`, or that of a network that others trained without its data set.
-        seed: of its training.
-    """
+    """One of the networks that an artifact goes through."""
 
     trained: training.Trained
-    dataset: data.Dataset
-    model: str
-    seed: int
+    dataset: data.Dataset  # what it was trained and tested on
+    model: str  # a name of `models.NAMES`, or that of a network that others trained without its data set
+    seed: int  # of its training
 
     @property
     def name(self) -> str:
@@ -100,10 +93,7 @@ def over_seeds(values: pd.Series, low: pd.Series, high: pd.Series, *, n: int, of
 def over_networks(values: ArrayLike, of: str = "", *, within: float = np.inf) -> Estimate:
     """An estimate from one value for each network: their mean with its 95% t interval.
 
-    Args:
-        values: (networks,).
-        of: what it is of.
-        within: the largest size the mean can have. One network leaves all of it open, and no infinity in a ledger.
+    `within` is the largest size the mean can have: one network leaves all of it open, and no infinity in a ledger.
     """
     networks = int(np.size(values))
     return Estimate(*mean_interval(values, within=(-within, within)), networks, of, df=networks - 1 or None)
@@ -111,33 +101,21 @@ def over_networks(values: ArrayLike, of: str = "", *, within: float = np.inf) ->
 
 @dataclass(frozen=True)
 class Network:
-    """A network by its name, and what it was trained and tested on.
+    """A network by its name, and what it was trained and tested on."""
 
-    Attributes:
-        model: in evaluation mode.
-        key: sha256 that it is known by.
-        family: its name without the seed.
-        seed: of its training; 0 for one that others trained.
-        dataset: a name of `data.NAMES`.
-        parts: "train", "validation" (where something was held out) and "test".
-        gate: accuracies by part below which no verdict rests on it.
-    """
-
-    model: nn.Module
-    key: str
-    family: str
-    seed: int
-    dataset: str
-    parts: dict[str, data.Split]
-    gate: dict[str, float]
+    model: nn.Module  # in evaluation mode
+    key: str  # sha256 that it is known by
+    family: str  # its name without the seed
+    seed: int  # of its training; 0 for one that others trained
+    dataset: str  # a name of `data.NAMES`
+    parts: dict[str, data.Split]  # "train", "validation" (where something was held out) and "test"
+    gate: dict[str, float]  # accuracies by part below which no verdict rests on it
 
 
 def named(run: Run, name: str) -> Network:
     """The network of a name in `recipes.yaml` with its seed, or of `pretrained.NAMES`.
 
-    Raises:
-        RecipeError: there is none of that name.
-        DataError: its data or its weights are not there.
+    A RecipeError where there is none of that name, a DataError where its data or its weights are not there.
     """
     if name in pretrained.NAMES:
         model, digest = pretrained.load(name, paths.data_dir(), device=run.device)

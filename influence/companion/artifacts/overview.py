@@ -25,10 +25,6 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     on an image and on its noisy copy over (sigma^2 / 2) tr G. Noise is not clipped: the identity is about the function,
     not about pictures.
 
-    Parameters of the run: dataset (of `data.NAMES`), model (of `models.NAMES`), seeds (the first is that of the
-    network, of the choice of images and of the noise), images (how many test images, drawn at random), sigmas (standard
-    deviations of the noise, in units of the pixel range), draws (noisy copies of each image).
-
     Returns:
         "identities", one row per sigma: sigma, images, draws, ratio (KL over its small-noise limit, mean over images
         and draws), standard_error (of the ratio, over draws), fi_over_ceiling_low and _high (smallest and largest over

@@ -249,13 +249,9 @@ NAMES = (*_BY_NAME, FROST)
 
 
 def corrupt(name: str, images: Tensor, *, severity: int, data_dir: Path | None = None) -> Tensor:
-    """A corruption of images ``(N, 3, 32, 32)`` uint8, in the same shape and type.
+    """A corruption of `NAMES`, of severity 1 to 5, of images ``(N, 3, 32, 32)`` uint8, in the same shape and type.
 
-    Args:
-        name: one of `NAMES`.
-        images: pixels 0..255.
-        severity: 1 to 5.
-        data_dir: where "frost" finds its photographs; the others need none.
+    In `data_dir` "frost" finds its photographs; the others need none.
 
     Raises:
         ValueError: unknown name or severity, or images of another shape.

@@ -122,11 +122,7 @@ def load(name: str, data_dir: str | Path | None = None, *, size: int = 32) -> Da
 
 
 def require(names: Iterable[str], data_dir: str | Path | None = None) -> None:
-    """Check, before any work, that every named data set is there and intact; download what torchvision can.
-
-    Raises:
-        DataError: with one line that says what is missing and how to get it.
-    """
+    """Check that every named data set is there and intact, and download what torchvision can; else a DataError."""
     for name in dict.fromkeys(names):
         _root(name, data_dir)
 
@@ -237,10 +233,7 @@ def _digits() -> Dataset:
 
 
 def _photos(size: int) -> Dataset:
-    """Crops of scikit-learn's two sample photographs on a grid without overlap; the label is the photograph.
-
-    Columns of the grid go to train, validation and test in the proportion 4:1:1, so that no pixel is in two parts.
-    """
+    """Crops of scikit-learn's two photographs, the label; columns of a grid go 4:1:1 to train, validation and test."""
     from sklearn.datasets import load_sample_images
 
     bunch = load_sample_images()

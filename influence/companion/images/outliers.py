@@ -19,14 +19,8 @@ def overlay(split: Split, eligible: np.ndarray | Tensor, *, per_class: int, shif
 
     For each class k, `per_class` images of k that are eligible (there: classified correctly by both networks) are each
     paired with a random image of another class; the two are shifted independently by whole numbers of pixels, uniform
-    in [-shift, shift] on both axes, with 0 moving in; the pixelwise maximum is an outlier with label k.
-
-    Args:
-        split: training images on a background of 0.
-        eligible: (N,) bool, which images may give the label.
-        per_class: outliers of each class that are drawn; a tenth is left out, held out in the released code.
-        shift: largest shift in pixels: 4 at 28x28.
-        seed: of every draw.
+    in [-shift, shift] on both axes, with 0 moving in; the pixelwise maximum is an outlier with label k. A tenth of them
+    is left out, held out in the released code. The images have a background of 0.
 
     Returns:
         The outliers; `index` holds the position of the image that gave the label.

@@ -22,26 +22,18 @@ RTOL, ATOL = 1e-4, 1e-14
 class Audit:
     """How examples of a published table are computed anew.
 
-    Attributes:
-        example: columns that together name an example.
-        again: from the run and examples, one row each with the columns `example`, to their rows of the table; it never
-            trains a network.
-        where: which rows of the table can be computed anew, a pandas query; all where it is empty.
-        within: further columns that tell apart the rows of one example, such as its layers.
-        others: columns that depend on other examples too, such as a place among all; they are not compared.
-        jumps: columns that rounding may move by any amount, in those rows whose column "near_cut" in what `again`
-            returns is true.
-        atol: by column, an absolute tolerance beside the relative one, such as for a share of images, of which one may
-            change sides.
+    `again` takes the run and examples, one row each with the columns `example`, to their rows of the table; it never
+    trains a network. Columns in `jumps` may be moved by any amount by rounding, in those rows whose column "near_cut"
+    in what `again` returns is true.
     """
 
-    example: tuple[str, ...]
+    example: tuple[str, ...]  # columns that together name an example
     again: Callable[[Run, pd.DataFrame], pd.DataFrame]
-    where: str = ""
-    within: tuple[str, ...] = ()
-    others: tuple[str, ...] = ()
+    where: str = ""  # a pandas query: the rows that can be computed anew; all where it is empty
+    within: tuple[str, ...] = ()  # further columns that tell apart the rows of one example, such as its layers
+    others: tuple[str, ...] = ()  # columns that depend on other examples too, such as a place; they are not compared
     jumps: tuple[str, ...] = ()
-    atol: dict[str, float] = field(default_factory=dict)
+    atol: dict[str, float] = field(default_factory=dict)  # absolute tolerances, as of a share, where one changes sides
 
     def choose(self, published: pd.DataFrame, count: int, *, seed: int) -> pd.DataFrame:
         """At most `count` random examples of a table, a row each."""

@@ -75,12 +75,8 @@ def code_digest(source: str) -> str:
 def table(name: str, key: Mapping[str, Any], compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     """A table that is computed once for each key and each state of the computing code.
 
-    A fresh one, too, is returned as it was read from the file, so that it has the same bytes as a cached one.
-
-    Args:
-        name: the file's name begins with it ("/" makes folders).
-        key: everything `compute` depends on: parameters, seeds, digests of the data.
-        compute: returns the table; the code that it depends on is its own and all that this one imports.
+    A fresh one, too, is returned as it was read from the file, so that it has the same bytes as a cached one. The key
+    is all that `compute` depends on, parameters, seeds, digests of the data, besides its code and what that imports.
     """
     code = computing_hash(compute.__module__, compute.__qualname__.partition(".")[0])
     digest = fingerprint({"key": dict(key), "code": code})[:32]
@@ -115,13 +111,9 @@ def package_hash() -> str:
 
 @cache
 def computing_hash(module: str, name: str | None = None) -> str:
-    """Sha256 of a module and all it imports, without runner and ledger: what a number depends on.
+    """Sha256 of a module, by its full name, and all it imports, without runner and ledger: what a number depends on.
 
-    A module outside the package depends on all of it.
-
-    Args:
-        module: its full name.
-        name: a function of it; of a module that draws too, only what this function uses counts.
+    A module outside the package depends on all of it; of one that draws too, only what the function `name` uses counts.
     """
     root, *rest = module.split(".")
     base = paths.PACKAGE.joinpath(*rest)

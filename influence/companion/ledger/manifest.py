@@ -21,11 +21,7 @@ class ManifestError(RuntimeError):
 
 
 def folder(profile: str) -> Path:
-    """Where the results of a profile lie; no two profiles share one.
-
-    Raises:
-        ValueError: not a name for a folder, or the folder of the reference values or of the trained networks.
-    """
+    """Where the results of a profile lie, a folder of its own; a ValueError where its name is none, or is reserved."""
     if not profile.replace("_", "").replace("-", "").isalnum() or profile in _RESERVED:
         raise ValueError(f"profile {profile!r}: expected letters, digits, - and _, and not {' or '.join(_RESERVED)}")
     return paths.results_dir() / profile
@@ -45,15 +41,7 @@ def key(notebook: Notebook, parameters: Mapping[str, Any]) -> str:
 
 
 def read(profile: str, *, root: Path | None = None) -> dict[str, dict[str, Any]]:
-    """The rows by stem; none where nothing has run.
-
-    Args:
-        profile: name of the profile.
-        root: folder of all results; None is where this run writes them.
-
-    Raises:
-        ManifestError: the file is damaged.
-    """
+    """The rows by stem, in the folder `root` of all results, or where this run writes; none where nothing has run."""
     path = (root / profile if root else folder(profile)) / NAME
     if not path.exists():
         return {}
@@ -87,12 +75,7 @@ def up_to_date(profile: str, row: Mapping[str, Any] | None, expected: str) -> bo
 
 
 def problems(profile: str, stems: set[str]) -> list[str]:
-    """What is wrong with a profile's results: files and rows without a notebook, files missing or changed.
-
-    Args:
-        profile: the profile.
-        stems: the notebooks there are.
-    """
+    """What is wrong with a profile's results: files and rows of none of these notebooks, files missing or changed."""
     root, rows = folder(profile), read(profile)
     found = [f"{profile}: row {stem} has no notebook" for stem in rows if stem not in stems]
     for stem, row in rows.items():

@@ -34,11 +34,7 @@ class Parameter:
     default: Any
 
     def convert(self, value: Any) -> Any:
-        """`value` as the notebook is to get it: an int becomes a float where a float is asked for.
-
-        Raises:
-            TypeError: the value is of another type.
-        """
+        """`value` as the notebook is to get it, an int as a float where one is asked for; a TypeError for others."""
         if self.annotation is None:
             return _convert(value, Any if self.default is None else type(self.default))
         try:
@@ -58,11 +54,7 @@ class Notebook:
 
     @cached_property
     def content(self) -> dict[str, Any]:
-        """The notebook's JSON.
-
-        Raises:
-            NotebookError: not a notebook.
-        """
+        """The notebook's JSON; a NotebookError where it is none."""
         try:
             content: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -92,11 +84,7 @@ class Notebook:
 
     @cached_property
     def parameters(self) -> dict[str, Parameter]:
-        """The `parameters` cell: name -> annotation and default.
-
-        Raises:
-            NotebookError: not exactly one such cell, or one that holds more than assignments of literals.
-        """
+        """The one `parameters` cell, of assignments of literals alone: name -> annotation and default."""
         tagged = self.cells(tag="parameters")
         if len(tagged) != 1:
             raise NotebookError(f"{self.stem}: expected one cell with the tag 'parameters', found {len(tagged)}")
@@ -112,11 +100,7 @@ class Notebook:
         return "recompute" in self.parameters
 
     def merge(self, overrides: Mapping[str, Any], *, profile: str) -> dict[str, Any]:
-        """The defaults under the profile's parameters, every type checked; what is None is the profile's.
-
-        Raises:
-            NotebookError: a parameter the notebook does not have, or a value of the wrong type.
-        """
+        """The defaults under the profile's parameters, names and types checked; what is None is the profile's."""
         known = self.parameters
         if "profile" not in known:
             raise NotebookError(f"{self.stem}: the parameters cell has no 'profile'")

@@ -35,25 +35,15 @@ _SIDES, _POWER = 0.975, 0.8  # of a 95% interval; of the smallest effect
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimate with its 95% interval.
-
-    Attributes:
-        value: the estimate.
-        low: lower end of the interval.
-        high: its upper end.
-        n: how many networks, or images, it rests on.
-        of: what it is of, where a claim is made of several.
-        df: degrees of freedom where the interval is a t interval; None for one that is nearly normal.
-        ratio: whether it is a ratio, whose interval is even on a logarithmic scale.
-    """
+    """An estimate with its 95% interval."""
 
     value: float
     low: float
     high: float
-    n: int
-    of: str = ""
-    df: int | None = None
-    ratio: bool = False
+    n: int  # how many networks, or images, it rests on
+    of: str = ""  # what it is of, where a claim is made of several
+    df: int | None = None  # degrees of freedom where the interval is a t interval; None for one that is nearly normal
+    ratio: bool = False  # whether it is a ratio, whose interval is even on a logarithmic scale
 
     @property
     def smallest_effect(self) -> float:
@@ -102,11 +92,7 @@ class Reference:
     source: str
 
     def __post_init__(self) -> None:
-        """Refuse a row that could not be compared.
-
-        Raises:
-            ValueError: unknown kind, or no value and tolerance where the kind needs them.
-        """
+        """Refuse, by a ValueError, an unknown kind, or a row without a value or tolerance that its kind needs."""
         name = f"reference {self.artifact} {self.item}"
         if self.kind not in KINDS:
             raise ValueError(f"{name}: kind {self.kind!r} is none of {', '.join(KINDS)}")
@@ -116,11 +102,7 @@ class Reference:
             raise ValueError(f"{name}: kind {self.kind} needs a value, the margin")
 
     def outcome(self, ours: Finding) -> str | None:
-        """What becomes of the row; None where nothing is compared.
-
-        Raises:
-            TypeError: ours is not what the kind asks for.
-        """
+        """What becomes of the row, None where nothing is compared; a TypeError where ours is not of its kind."""
         if self.kind == "context":
             return None
         expected = {"above": "estimates", "below": "estimates", "value": "a number"}.get(self.kind, "a bool")
@@ -221,11 +203,7 @@ def plain(ours: Finding) -> Any:
 
 
 def finding(item: str, value: object) -> Finding:
-    """What a notebook found, from any of the forms it may have; None for a number that is not finite.
-
-    Raises:
-        TypeError: neither a bool, nor a number, nor estimates.
-    """
+    """What a notebook found, a bool, a number or estimates in any form; None for a number that is not finite."""
     if isinstance(value, Estimate):
         return (value,)
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -294,6 +272,5 @@ def _parse(row: Mapping[str, str], name: str) -> Reference:
             message = f"{name}: {row['artifact']} {row['item']}: {column} {row[column]!r} is no number"
             raise ValueError(message) from None
 
-    return Reference(
-        row["artifact"], row["item"], row["kind"], number("value"), number("tolerance"), row["status"], row["source"]
-    )
+    values: dict[str, Any] = {**row, "value": number("value"), "tolerance": number("tolerance")}
+    return Reference(**values)

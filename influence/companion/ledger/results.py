@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from . import cache, manifest, paths, reference
 from .notebook import Notebook, NotebookError, discover
 from .notebook import profile as read_profile
 
 if TYPE_CHECKING:
-    import pandas as pd
     import torch
     from matplotlib.figure import Figure
 
@@ -44,23 +44,14 @@ _PACKAGES = ("numpy", "scipy", "pandas", "torch", "torchvision", "scikit-learn",
 
 @dataclass
 class Run:
-    """An artifact in the making.
+    """An artifact in the making."""
 
-    Attributes:
-        stem: names notebook, files and reference rows.
-        profile: `smoke`, `cpu`, `paper` or one of the reader's own.
-        parameters: every parameter of the notebook, `profile` and `seeds` among them.
-        device: where to compute.
-        inputs: name -> hash of the data that were read.
-        recompute: whether tables are computed, not read from the published results.
-    """
-
-    stem: str
-    profile: str
-    parameters: dict[str, Any]
-    device: torch.device
-    inputs: dict[str, str] = field(default_factory=dict)
-    recompute: bool = True
+    stem: str  # names notebook, files and reference rows
+    profile: str  # `smoke`, `cpu`, `paper` or one of the reader's own
+    parameters: dict[str, Any]  # every parameter of the notebook, `profile` and `seeds` among them
+    device: torch.device  # where to compute
+    inputs: dict[str, str] = field(default_factory=dict)  # name -> hash of the data that were read
+    recompute: bool = True  # whether tables are computed, not read from the published results
     _content: dict[str, bytes] = field(default_factory=dict, repr=False)
     _computed: dict[str, Any] = field(default_factory=dict, repr=False)
     _compute: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -69,11 +60,7 @@ class Run:
     _started: float = field(default_factory=time.perf_counter, repr=False)
 
     def add_input(self, name: str, digest: str) -> None:
-        """Name an input with the hash of its content.
-
-        Raises:
-            ValueError: the name stands for another content already.
-        """
+        """Name an input with the hash of its content; a ValueError where it has another already."""
         if self.inputs.setdefault(name, digest) != digest:
             raise ValueError(f"input {name!r} has two contents: {self.inputs[name]} and {digest}")
 
@@ -82,15 +69,10 @@ class Run:
 
         Either way they are returned as a file of them is read, so that a figure redraws bit for bit.
 
-        Args:
-            compute: from the run (its parameters, device and profile) to tables by name.
-
         Raises:
             NotebookError: nothing is published for this profile, or with other parameters.
             ValueError: a table has an index that would be lost.
         """
-        import pandas as pd
-
         if self.recompute:
             began = time.perf_counter()
             self._content = {name: _parquet(frame) for name, frame in compute(self).items()}
@@ -307,8 +289,6 @@ def _deterministic_device(seeds: object) -> torch.device:
 
 
 def _require_plain_index(frame: pd.DataFrame) -> None:
-    import pandas as pd
-
     if not isinstance(frame.index, pd.RangeIndex):
         raise ValueError(f"the index {frame.index.names} would be lost: use reset_index()")
 
@@ -329,8 +309,6 @@ def _csv(frame: pd.DataFrame) -> bytes:
 
 def _markdown(table: pd.DataFrame, comparisons: Sequence[reference.Comparison], outcome: str) -> str:
     """The table for readers, then each finding against the paper."""
-    import pandas as pd
-
     blocks = [table.to_markdown(index=False, floatfmt=".4g")]
     rows = []
     for c in comparisons:

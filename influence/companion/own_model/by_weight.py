@@ -29,13 +29,8 @@ def weights(subject: Subject, *, images: int, tested: int, seed: int = 0) -> dic
 
     Influence of single weights takes K - 1 backward passes for each example, beyond 64 classes those of `SAMPLES`
     random sums and one more. Where the network is large, so many examples are left out that the rest takes a bounded
-    time.
-
-    Args:
-        subject: the model, which is as it was afterwards.
-        images: examples that the weights are ranked from.
-        tested: examples that the model is tested on; 0 for all.
-        seed: of both samples, the random sums and the ranking at random.
+    time. The weights are ranked from `images` examples, the model, which is as it was afterwards, is tested on `tested`
+    (0 for all).
 
     Returns:
         "weights": a row for the model as it is (ranking "none") and for each ranking and share: share, weights (how

@@ -22,8 +22,7 @@ def suspicious(top: pd.DataFrame) -> Figure:
         axes = figure.subplots()
         axes.bar(range(len(top)), top["fi"], color=style.COLOURS["exact"])
         axes.set_xticks(range(len(top)), top["example"].astype(str), rotation=90)
-        axes.set_xlabel("example")
-        axes.set_ylabel("FI (dimensionless)")
+        axes.set(xlabel="example", ylabel="FI (dimensionless)")
         return figure
     columns = 5
     rows = -(-len(top) // columns)
@@ -42,16 +41,12 @@ def layers(table: pd.DataFrame, *, count: int = 12) -> Figure:
     figure = Figure(figsize=(style.WIDTH, 3.8))
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
     left.plot(np.arange(1, len(table) + 1), table["divergence"], ".-", linewidth=0.6, color=style.COLOURS["exact"])
-    left.set_yscale("log")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.set_xlabel("layer, from the input")
-    left.set_ylabel("divergence at 1% noise (nats)")
+    left.set(yscale="log", xlabel="layer, from the input", ylabel="divergence at 1% noise (nats)")
     left.set_title(f"mean of {int(table['examples'].iloc[0])} examples")
     top = table.nlargest(count, "divergence")[::-1]
-    # NaN, of one example, draws no bar.
-    right.barh(
-        range(len(top)), top["share"], xerr=top["error"], color=style.COLOURS["exact"], error_kw={"elinewidth": 0.8}
-    )
+    look: dict[str, Any] = {"color": style.COLOURS["exact"], "error_kw": {"elinewidth": 0.8}}
+    right.barh(range(len(top)), top["share"], xerr=top["error"], **look)  # NaN, of one example, draws no bar
     right.set_yticks(range(len(top)), top["layer"] + "\n" + top["kind"], fontsize=6)
     right.set_xlim(left=0)
     right.set_xlabel("share of the sum over layers\n(± standard error)")
@@ -64,22 +59,10 @@ def weights(table: pd.DataFrame, places: pd.DataFrame, *, count: int = 12) -> Fi
         return Figure(figsize=(style.WIDTH, 0.5))
     figure = Figure(figsize=(style.WIDTH, 4.2))
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
-    changed = table[table["ranking"] != "none"]
-    shares = sorted(100 * changed["share"].unique())
-    for place, (ranking, line) in enumerate(changed.groupby("ranking", sort=False)):
-        name, colour, dashes = style.RANKINGS[str(ranking)]
-        # Side by side, so that the bars of one share can be told apart.
-        x = 100 * line["share"] * 1.06 ** (place - 2)
-        bars = 100 * np.clip([line["accuracy"] - line["low"], line["high"] - line["accuracy"]], 0, 1)
-        look: Any = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": 2.5, "elinewidth": 0.8}
-        left.errorbar(x, 100 * line["accuracy"], bars, label=name, linewidth=1.2, **look)
+    style.by_share(left, table[table["ranking"] != "none"], "accuracy", "", apart=1.06, middle=2)
     left.axhline(100 * table["accuracy"].iloc[0], color="black", linewidth=0.5, label="as it is")
-    left.set_xscale("log")
-    left.set_xticks(shares, [f"{share:g}" for share in shares])
-    left.minorticks_off()
+    left.set(xlabel="share of the weights set to 0 (%)", ylabel="accuracy (%)")
     left.set_ylim(bottom=-2)  # so that lines at 0 are seen
-    left.set_xlabel("share of the weights set to 0 (%)")
-    left.set_ylabel("accuracy (%)")
     how = f"{table['samples'].iloc[0]} random sums each" if table["samples"].iloc[0] else "exact"
     left.set_title(f"ranked from {table['examples'].iloc[0]} examples ({how}),\ntested on {table['n'].iloc[0]}")
     top = places.nlargest(count, "first")[::-1]
@@ -111,8 +94,8 @@ def train_against_test(table: pd.DataFrame, parts: pd.DataFrame) -> Figure:
         positive = table.loc[table[row["score"]] > 0, row["score"]]
         if positive.max() > 10 * positive.min():
             axes.set_xscale("log")
-        axes.set_xlabel(labels[row["score"]])
-        axes.set_title(f"AUROC {row['auroc']:.3f} (95%: {row['low']:.3f} to {row['high']:.3f})")
+        interval = f"{row['low']:.3f} to {row['high']:.3f}"
+        axes.set(xlabel=labels[row["score"]], title=f"AUROC {row['auroc']:.3f} (95%: {interval})")
         axes.legend(loc="upper left")
     figure.axes[0].set_ylabel("share of the examples below")
     return figure
@@ -125,7 +108,7 @@ def maps(areas: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(style.WIDTH, 1.9 * len(areas)))
     grid = figure.subplots(len(areas), 4, squeeze=False)
     for line, (_, row) in zip(grid, areas.iterrows(), strict=True):
-        line[0].imshow(row["pixels"].squeeze(), cmap="gray", vmin=0, vmax=1)
+        style.picture(line[0], row["pixels"], largest=1)
         line[0].set_ylabel(_named(row, ": "), fontsize=7)
         shown = [(row["trace"] / max(row["trace"].max(), 1e-300), "trace / its largest")]
         for kind, name in (("single", "one value"), ("patch", f"{row['size']} x {row['size']}")):
@@ -133,9 +116,7 @@ def maps(areas: pd.DataFrame) -> Figure:
         for axes, (values, title) in zip(line[1:], shown, strict=True):
             image = axes.imshow(values, cmap="nipy_spectral", vmin=0, vmax=1)
             axes.set_title(title, fontsize=7)
-        for axes in line:
-            axes.set_xticks([])
-            axes.set_yticks([])
+            axes.set(xticks=[], yticks=[])
         figure.colorbar(image, ax=line[-1], fraction=0.046)
     return figure
 
@@ -159,9 +140,8 @@ def robustness(curves: pd.DataFrame) -> Figure:
     for axes, (family, group) in zip(panels, curves.groupby("family", sort=False), strict=True):
         for shift, (arm, line) in enumerate(group.groupby("arm", sort=False)):
             x = line["strength"] + shift * 0.01 * (group["strength"].max() or 1)
-            bars = np.clip([line["accuracy"] - line["low"], line["high"] - line["accuracy"]], 0, 1)
-            style_of = {"fmt": ".-", "capsize": 2, "linewidth": 1, "color": colours[arm]}
-            axes.errorbar(x, line["accuracy"], bars, label=arm, **style_of)
+            look = {"fmt": ".-", "capsize": 2, "linewidth": 1, "color": colours[arm]}
+            axes.errorbar(x, line["accuracy"], style.error_bars(line, "accuracy", ""), label=arm, **look)
         axes.set_xlabel(str(family))
     figure.axes[0].set_ylabel("accuracy")
     figure.axes[2].set_ylabel("accuracy")

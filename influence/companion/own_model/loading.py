@@ -30,10 +30,8 @@ _FORMS = "torchvision:NAME, companion:NAME, MODULE:FUNCTION or the path of a che
 class Prepared(nn.Module):
     """A model with its preprocessing inside, so that perturbations are in the unit of the data.
 
-    Attributes:
-        model: the model.
-        scale: what the data are multiplied by first; 1 / 255 for bytes that the model wants in [0, 1].
-        mean, std: ``(C,)`` normalisation of the scaled channels.
+    The data are multiplied by `scale` first, 1 / 255 for bytes that the model wants in [0, 1]; mean and std, ``(C,)``,
+    are of the scaled channels.
     """
 
     mean: Tensor
@@ -91,9 +89,10 @@ def load_model(
         architecture: for a checkpoint, what its weights belong to, named in one of the other ways.
         profile: for the companion's own networks, whose size it decides.
         device: where the model goes.
-        scale: of `prepare`; the companion's own networks take bytes as they are.
-        mean: of `prepare`.
-        std: of `prepare`.
+        scale: factor for the data; 0 chooses: 1 / 255 for bytes, 1 for floats and token numbers. The companion's own
+            networks take bytes as they are.
+        mean: of each scaled channel, as in training; empty for no normalisation.
+        std: of each scaled channel.
 
     Raises:
         AdaptError: with one line that says what is wrong and what to do.
@@ -139,11 +138,7 @@ def _named(
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Put the weights of a checkpoint into a model; what it holds besides tensors is never executed.
-
-    Raises:
-        AdaptError: the file is damaged, is no checkpoint of weights, or belongs to another network.
-    """
+    """Put a checkpoint's weights into a model, never executing what it holds; an AdaptError where they do not fit."""
     remedy = "save them with torch.save(model.state_dict(), path)"
     with refused(f"{path}: cannot be read as weights alone (", f"); {remedy}"):
         if path.suffix.lower() == ".safetensors":
@@ -175,15 +170,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def prepare(
     model: nn.Module, examples: Examples, *, scale: float = 0, mean: Sequence[float] = (), std: Sequence[float] = ()
 ) -> nn.Module:
-    """A model that takes the examples as they are stored (bytes as 0..255).
-
-    Args:
-        model: the model.
-        examples: what it is to take.
-        scale: factor for the data; 0 chooses: 1 / 255 for bytes, 1 for floats and token numbers.
-        mean: of each scaled channel, as in training; empty for no normalisation.
-        std: of each scaled channel.
-    """
+    """A model that takes the examples as they are stored (bytes as 0..255); `load_model` says what the numbers are."""
     first = examples[0][0]
     scale = scale or (1 / 255 if first.dtype == torch.uint8 else 1.0)
     if len(mean) not in (0, 1, len(first)):
@@ -194,11 +181,7 @@ def prepare(
 
 
 def check(model: nn.Module, examples: Examples) -> int:
-    """Send two examples through the model; returns K.
-
-    Raises:
-        AdaptError: the model does not take them, returns no logits, or has fewer classes than there are labels.
-    """
+    """K, after two examples went through the model; an AdaptError where they, what it returns or labels do not fit."""
     x, _ = examples.batch(range(min(2, len(examples))))
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is not None and x.is_floating_point():

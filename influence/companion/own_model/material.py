@@ -50,19 +50,12 @@ def refused(
 
 @dataclass(frozen=True)
 class Examples(Dataset):
-    """Labelled examples, read one by one when they are asked for.
+    """Labelled examples, read one by one when they are asked for."""
 
-    Attributes:
-        labels: ``(N,)`` int64.
-        read: number -> one example as it is stored: bytes (uint8), floats, or token numbers (int64).
-        numbers: of the N examples in the data as they were given, from 0; a part of these keeps its numbers.
-        files: number -> file that holds it, where each has one.
-    """
-
-    labels: Tensor
-    read: Callable[[int], Tensor]
-    numbers: Sequence[int]
-    files: Sequence[str] = ()
+    labels: Tensor  # ``(N,)`` int64
+    read: Callable[[int], Tensor]  # number -> one example as it is stored: bytes (uint8), floats, or tokens (int64)
+    numbers: Sequence[int]  # of the N examples in the data as they were given, from 0; a part keeps its numbers
+    files: Sequence[str] = ()  # number -> file that holds it, where each has one
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,11 +64,7 @@ class Examples(Dataset):
         return self.read(self.numbers[position]), self.labels[position]
 
     def stored(self, rows: Iterable[int]) -> tuple[Tensor, Tensor]:
-        """Inputs as they are stored ``(n, ...)``, and labels ``(n,)``.
-
-        Raises:
-            AdaptError: the examples differ in shape.
-        """
+        """Inputs as they are stored ``(n, ...)``, and labels ``(n,)``; an AdaptError where examples differ in shape."""
         positions = [int(row) for row in rows]
         parts = [self[row][0] for row in positions]
         shapes = sorted({tuple(part.shape) for part in parts})
@@ -114,16 +103,10 @@ class Examples(Dataset):
 
 @dataclass(frozen=True)
 class Material:
-    """What a word for data stands for.
+    """What a word for data stands for."""
 
-    Attributes:
-        classes: names of the classes.
-        train: the training examples, or all where the data have no parts.
-        test: the test examples, if the data have such a part.
-    """
-
-    classes: tuple[str, ...]
-    train: Examples
+    classes: tuple[str, ...]  # their names
+    train: Examples  # or all where the data have no parts
     test: Examples | None = None
 
     @property
@@ -345,11 +328,7 @@ def own_line(error: Exception) -> str:
 
 
 def call(spec: str) -> Any:
-    """What ``package.module:function`` returns; modules of the current folder come first.
-
-    Raises:
-        AdaptError: no such module or function, or it fails.
-    """
+    """What ``package.module:function`` returns, modules of the current folder first; an AdaptError where it fails."""
     module_name, _, function_name = spec.partition(":")
     if sys.path[0] != os.getcwd():
         sys.path.insert(0, os.getcwd())  # and stays, for what function and forward import

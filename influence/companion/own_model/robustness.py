@@ -28,18 +28,9 @@ def stabilise(
 ) -> nn.Module:
     """A copy of the model continued for some steps with the stability loss; with ``alpha = 0`` by the task loss alone.
 
-    The model stays in evaluation mode, and parameters that are frozen stay so.
-
-    Args:
-        subject: model and training images.
-        alpha: weight of the stability loss.
-        sigma: standard deviation of the noise, as a share of the range of the pixels.
-        steps: of Adam.
-        learning_rate: of Adam.
-        seed: of order and noise, the same for every alpha.
-
-    Raises:
-        ValueError: all parameters are frozen, or the images cannot be distorted.
+    The model stays in evaluation mode, and parameters that are frozen stay so. Steps are of Adam, the noise's `sigma`
+    is a share of the range of the pixels, and order and noise are the same for every alpha. A ValueError where all
+    parameters are frozen, or the images cannot be distorted.
     """
     model = copy.deepcopy(subject.model)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -140,9 +131,9 @@ def robustness(
 
 
 def _versions(images: Tensor) -> Iterator[tuple[str, float, Tensor]]:
-    """Family, strength and pictures, one at a time: all of them would not fit for many large images.
+    """The paper's distortions, with strengths that mean the same at any size: family, strength and pictures.
 
-    The paper's distortions, with strengths that mean the same for images of any size.
+    One at a time: all of them would not fit for many large images.
     """
     height, width = images.shape[-2:]
     families: list[tuple[str, Sequence[float], Callable[[Tensor, float], Tensor]]] = [

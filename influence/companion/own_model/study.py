@@ -28,21 +28,13 @@ BATCH_VALUES = 2**20
 
 @dataclass(frozen=True)
 class Subject:
-    """What is studied.
+    """What is studied."""
 
-    Attributes:
-        model: takes the examples as they are stored, bytes as 0..255.
-        material: its examples.
-        classes: K.
-        device: where the model is.
-        image: whether an example is an image ``(C, H, W)``.
-    """
-
-    model: nn.Module
-    material: Material
-    classes: int
-    device: torch.device
-    image: bool
+    model: nn.Module  # takes the examples as they are stored, bytes as 0..255
+    material: Material  # its examples
+    classes: int  # K
+    device: torch.device  # where the model is
+    image: bool  # whether an example is an image ``(C, H, W)``
 
     @property
     def many_classes(self) -> bool:
@@ -66,17 +58,10 @@ class Subject:
 
 
 def load(run: Run, model: str, dataset: str, *, size: int = 0, **options: Any) -> Subject:
-    """The model and the data that two words name, checked with two examples.
+    """The model and the data that two words name, checked with two examples; the run notes the labels as an input.
 
-    Args:
-        run: gives profile and device, and notes the labels as an input.
-        model: as `loading.load_model` takes it.
-        dataset: as `material.load_data` takes it, with `size`.
-        size: height and width of a folder's images; 0 for 224.
-        **options: architecture, scale, mean and std of `loading.load_model`.
-
-    Raises:
-        AdaptError: one of them cannot be used; the message is one line for the reader.
+    The words are those of `loading.load_model`, with its `options`, and of `material.load_data`, with `size`; both
+    raise an AdaptError where one cannot be used.
     """
     material = load_data(dataset, size=size)
     network, classes = loading.load_model(

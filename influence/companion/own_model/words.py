@@ -16,12 +16,9 @@ from .study import DRAWS, Subject
 def in_words(subject: Subject, *, scores: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> str:
     """One Markdown item for each task; every number in it comes from the tables.
 
-    Args:
-        subject: what was studied.
-        scores: of `by_example.scores`.
-        tables: "beyond" of `by_example.beyond_the_loss`, "layers" of `by_layer.layers`, "parts" of
-            `by_example.train_against_test`, "maps" of `maps.maps`, "curves" of `robustness.robustness`, "weights" and
-            "places" of `by_weight.weights`.
+    These are "beyond" of `by_example.beyond_the_loss`, "layers" of `by_layer.layers`, "parts" of
+    `by_example.train_against_test`, "maps" of `maps.maps`, "curves" of `robustness.robustness`, "weights" and "places"
+    of `by_weight.weights`.
     """
     kind = "examples" if subject.material.test is None else "test examples"
     lines = [*_warnings(subject, scores), *_suspicious(subject, scores, tables["beyond"])]

@@ -36,13 +36,9 @@ def changed(profile: str) -> str:
 
 
 def audit(profile: str, count: int, *, seed: int, only: Sequence[str] = ()) -> Iterator[tuple[str, bool]]:
-    """Compute random examples of each published table anew and compare; yields lines, and whether each is a complaint.
+    """Compute random examples of each published table anew, of the stems in `only` (none for all), and compare.
 
-    Args:
-        profile: of the results.
-        count: examples of each table.
-        seed: of their choice.
-        only: stems; none for all.
+    Yields lines, and whether each is a complaint.
     """
     from ..artifacts.audits import AUDITS, NOT_AUDITED
 

@@ -11,7 +11,7 @@ import logging
 import re
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -363,29 +363,12 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> _Parser:
     parser = _Parser(prog="influence", description=_ABOUT, formatter_class=_PLAIN)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_run(commands)
-    listed = commands.add_parser("list", help="name every notebook")
-    listed.add_argument("--profile", help="with what each came to in this profile")
-    listed.add_argument("--markdown", action="store_true", help="as the README's table")
-    listed.add_argument("--claims", action="store_true", help="what each claim came to in the committed results")
-    _add_check(commands)
-    _add_score(commands)
-    texts: dict[str, Any] = {"description": _ZOO, "epilog": _ZOO_EXAMPLES, "formatter_class": _PLAIN}
-    zoo = commands.add_parser("zoo", help="the trained networks", **texts)
-    zoo.add_argument("action", nargs="?", choices=("list", "train", "check"), default="list", help="default: list")
-    zoo.add_argument("names", nargs="*", metavar="NAME", help="of networks; for check: none for all")
-    zoo.add_argument("--data", metavar="DIR", help="folder of the data sets (default: INFLUENCE_DATA)")
-    zoo.add_argument("--device", help="cpu, cuda or cuda:N (default: cpu)")
-    texts = {"description": _REPORT, "epilog": _REPORT_EXAMPLES, "formatter_class": _PLAIN}
-    report = commands.add_parser("report", help="all artifacts as one static site", **texts)
-    report.add_argument("--profile", default=run.SMOKE, help="smoke, cpu or paper (default: smoke)")
-    report.add_argument("--out", metavar="DIR", help="folder of the site (default: build/site/PROFILE)")
-    return parser
 
+    def command(name: str, said: str, description: str | None = None, epilog: str | None = None) -> Callable[..., Any]:
+        texts: dict[str, Any] = {"help": said, "description": description, "epilog": epilog}
+        return commands.add_parser(name, formatter_class=_PLAIN, **texts).add_argument
 
-def _add_run(commands: Any) -> None:
-    texts: dict[str, Any] = {"epilog": _RUN_EXAMPLES, "formatter_class": _PLAIN}
-    add = commands.add_parser("run", help="regenerate what has changed", **texts).add_argument
+    add = command("run", "regenerate what has changed", epilog=_RUN_EXAMPLES)
     add("--profile", default=run.SMOKE, help="smoke, cpu or paper (default: smoke)")
     add("--only", nargs="+", default=[], metavar="STEM", help="these notebooks alone")
     add("--recompute", action="store_true", help="compute what other profiles than smoke only draw (needs the data)")
@@ -395,20 +378,16 @@ def _add_run(commands: Any) -> None:
     add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     add("--time-limit", type=_seconds, metavar="SECONDS", help="for each notebook")
     add("--refresh-notebooks", action="store_true", help="for maintainers: keep the outputs in notebooks/")
-
-
-def _add_check(commands: Any) -> None:
-    texts: dict[str, Any] = {"description": _CHECK, "epilog": _CHECK_EXAMPLES, "formatter_class": _PLAIN}
-    add = commands.add_parser("check", help="are the published results what their ledger says?", **texts).add_argument
+    add = command("list", "name every notebook")
+    add("--profile", help="with what each came to in this profile")
+    add("--markdown", action="store_true", help="as the README's table")
+    add("--claims", action="store_true", help="what each claim came to in the committed results")
+    add = command("check", "are the published results what their ledger says?", _CHECK, _CHECK_EXAMPLES)
     add("--recompute", type=_positive, metavar="N", help="compute N random examples of each published table anew")
     add("--profile", help=f"whose tables (default: {COMMITTED})")
     add("--only", nargs="+", default=[], metavar="STEM", help="tables of these notebooks alone")
     add("--seed", type=_count, metavar="S", help="of the choice of examples (default: another each time)")
-
-
-def _add_score(commands: Any) -> None:
-    texts: dict[str, Any] = {"description": _SCORE, "epilog": _SCORE_EXAMPLES, "formatter_class": _PLAIN}
-    add = commands.add_parser("score", help="influence of your data on your model", **texts).add_argument
+    add = command("score", "influence of your data on your model", _SCORE, _SCORE_EXAMPLES)
     add("--model", required=True, help="see above")
     add("--data", required=True, help="see above")
     add("--out", default="scores", metavar="DIR", help="folder for the files (default: scores)")
@@ -433,6 +412,15 @@ def _add_score(commands: Any) -> None:
     add("--root", metavar="DIR", help="folder of torchvision's sets (default: INFLUENCE_DATA)")
     add("--profile", help="of companion:NAME (default: smoke)")
     add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    add = command("zoo", "the trained networks", _ZOO, _ZOO_EXAMPLES)
+    add("action", nargs="?", choices=("list", "train", "check"), default="list", help="default: list")
+    add("names", nargs="*", metavar="NAME", help="of networks; for check: none for all")
+    add("--data", metavar="DIR", help="folder of the data sets (default: INFLUENCE_DATA)")
+    add("--device", help="cpu, cuda or cuda:N (default: cpu)")
+    add = command("report", "all artifacts as one static site", _REPORT, _REPORT_EXAMPLES)
+    add("--profile", default=run.SMOKE, help="smoke, cpu or paper (default: smoke)")
+    add("--out", metavar="DIR", help="folder of the site (default: build/site/PROFILE)")
+    return parser
 
 
 def _seconds(text: str) -> float:

@@ -25,18 +25,10 @@ def execute(
     limit: float,
     log: Path,
 ) -> None:
-    """Execute a notebook in its own folder, with the interpreter that runs this.
+    """Execute a notebook in its own folder, with the interpreter that runs this, into the file `target`.
 
-    Args:
-        source: the notebook.
-        target: where the executed notebook goes.
-        parameters: injected after the cell with the tag `parameters`.
-        environment: variables of the kernel on top of our own.
-        limit: seconds for the whole notebook.
-        log: gets what the kernel itself has to say.
-
-    Raises:
-        TimeoutError: over the limit.
+    The kernel gets `environment` on top of our own variables; `log` gets what the kernel itself has to say. A
+    TimeoutError where the whole notebook takes over `limit` seconds.
     """
     with without_grammars():
         import papermill

@@ -31,14 +31,12 @@ def artifacts_markdown() -> str:
 
     A notebook that does not draw what is published, but what it computed at small scale, has a mark.
     """
-    rows = manifest.read(COMMITTED, root=paths.ROOT / "results")
-    lines = [f"| notebook | what it shows | verdict, profile `{COMMITTED}` |", "|---|---|---|"]
+    rows, lines = manifest.read(COMMITTED, root=paths.ROOT / "results"), []
     for stem, notebook in discover().items():
-        title = notebook.title.replace("|", "\\|")
         outcome = rows.get(stem, {}).get("verdict", "not run")
         outcome += "" if notebook.parameters["profile"].default == COMMITTED else " †"
-        lines.append(f"| [{stem}](notebooks/{stem}.ipynb) | {title} | {outcome} |")
-    return "\n".join(lines)
+        lines.append([f"[{stem}](notebooks/{stem}.ipynb)", notebook.title, outcome])
+    return _markdown(["notebook", "what it shows", f"verdict, profile `{COMMITTED}`"], lines)
 
 
 def claims(profile: str, *, root: Path | None = None) -> pd.DataFrame:
@@ -60,9 +58,12 @@ def claims(profile: str, *, root: Path | None = None) -> pd.DataFrame:
 def claims_markdown() -> str:
     """The table of claims in results/README.md, from the committed results."""
     table = claims(COMMITTED, root=paths.ROOT / "results")
-    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
-    cells = ([text.replace("|", "\\|") for text in row] for row in table.itertuples(index=False))
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in cells)])
+    return _markdown(list(table.columns), table.to_numpy().tolist())
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in [header, *rows]]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
 def problems() -> list[str]:

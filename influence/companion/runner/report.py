@@ -25,14 +25,7 @@ class ReportError(RuntimeError):
 
 
 def build(profile: str, out: Path | None = None) -> Path:
-    """Make the site of a profile, in the place of the one before.
-
-    Args:
-        profile: name of the profile.
-        out: folder of the site; None for `build/site/PROFILE/`. One that holds anything but a site is refused.
-
-    Returns:
-        The path of its first page.
+    """Make the site of a profile in `out`, or `build/site/PROFILE/`, in the place of the one before; its first page.
 
     Raises:
         ReportError: the profile has no results, or the folder holds something else.

@@ -85,11 +85,7 @@ def plan(profile: str, only: Sequence[str] = (), *, recompute: bool = False) -> 
     """The notebooks of a profile with their parameters, in the order in which they run.
 
     `smoke` has every notebook, computed anew; another profile what its file lists, drawn from what is published
-    unless `recompute` is given.
-
-    Raises:
-        UsageError: unknown profile or stem.
-        NotebookError: a parameter that the notebook does not have, or of the wrong type.
+    unless `recompute` is given. A UsageError where profile or stem are unknown, a NotebookError where parameters are.
     """
     notebooks, parameters = discover(), profile_of(profile)
     for stem in [*parameters, *only]:
@@ -118,9 +114,7 @@ def profile_of(name: str) -> dict[str, dict[str, Any]]:
 def run(options: argparse.Namespace) -> int:
     """Run what is not up to date and say how each notebook ended; returns 1 where one failed.
 
-    Raises:
-        UsageError: the request cannot be carried out.
-        NotebookError, ManifestError: a notebook, its parameters or the ledger cannot be read.
+    A UsageError, NotebookError or ManifestError says why the request cannot be carried out.
     """
     from . import kernels  # Jupyter takes half a second
 
@@ -242,11 +236,7 @@ def _environment(data: str | None, device: str | None, *, retrain: bool = False)
 
 
 def check_device(name: str) -> None:
-    """Refuse a device that is not there.
-
-    Raises:
-        UsageError: naming it.
-    """
+    """Refuse a device that is not there, by a UsageError."""
     import torch
 
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
@@ -257,11 +247,7 @@ def check_device(name: str) -> None:
 
 
 def _lacking(jobs: Sequence[Job], environment: Mapping[str, str], *, asked: int) -> dict[str, str]:
-    """Say what the jobs read from the folder of the data sets; by stem, what cannot be made without.
-
-    Raises:
-        UsageError: none of all that is asked for can be made.
-    """
+    """Say what the jobs read from the folder of the data sets; by stem, what cannot be made without (not all of it)."""
     wanted = {job.notebook.stem: needs.of(job.parameters) for job in jobs}
     named = environment.get("INFLUENCE_DATA")
     folder = Path(named) if named else paths.data_dir()

@@ -68,14 +68,7 @@ class _Exporter(HTMLExporter):
 
 
 def notebook_page(book: Notebook, source: Path, folder: Path, *, note: str = "") -> str:
-    """A notebook as a page of the site.
-
-    Args:
-        book: the notebook.
-        source: the file with its outputs.
-        folder: of the site; files that the text links to are copied there.
-        note: shown above it.
-    """
+    """A notebook, with the outputs in `source`, as a page of the site below a note; files it links to are copied."""
     body, _ = _Exporter(template_name="basic").from_notebook_node(nbformat.read(source, as_version=4))
     up = "../" * (book.stem.count("/") + 1)
     body = _linked(body, book, folder, up)

@@ -41,16 +41,10 @@ def pgd(
     step_size: float,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Several such steps, each projected back into the ball and the pixel range.
+    """Several such steps, each projected back into the ball and the pixel range, from (N, C, H, W) floats 0..255.
 
-    Args:
-        model: pixels 0..255 to logits, in evaluation mode.
-        x: (N, C, H, W) float pixels, 0..255; returned in the same shape and range.
-        labels: (N,) true classes.
-        epsilon: radius of the ball, pixels in [0, 1], as `step_size`.
-        steps: how many.
-        step_size: of each.
-        generator: of a uniform random start in the ball; None starts at the image.
+    The model takes these; `epsilon`, the radius of the ball, and `step_size` are of pixels in [0, 1]. With a generator
+    the start is uniform in the ball, else it is the image.
 
     Raises:
         ValueError: a negative radius, or a model in training mode.

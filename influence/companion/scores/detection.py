@@ -21,11 +21,7 @@ def vector(values: ArrayLike) -> np.ndarray:
 
 
 def bootstrap_interval(values: ArrayLike) -> Interval:
-    """Mean with its percentile bootstrap interval: (mean, low, high).
-
-    Raises:
-        ValueError: no values.
-    """
+    """Mean with its percentile bootstrap interval: (mean, low, high); a ValueError without values."""
     x = vector(values)
     if len(x) == 1:
         return float(x[0]), float(x[0]), float(x[0])
@@ -51,11 +47,7 @@ def columns(name: str, interval: Interval, ends: str | None = None) -> dict[str,
 
 
 def share_interval(successes: int, trials: int) -> Interval:
-    """A share with Wilson's interval: (share, low, high).
-
-    Raises:
-        ValueError: no trials, or more successes than trials.
-    """
+    """A share with Wilson's interval: (share, low, high); a ValueError without trials, or of more successes."""
     found = stats.binomtest(successes, trials).proportion_ci(LEVEL, method="wilson")
     return successes / trials, float(found.low), float(found.high)
 
@@ -69,13 +61,9 @@ def detection(
 ) -> dict[str, float]:
     """AUROC and average precision of a score, with percentile bootstrap intervals over the examples.
 
-    The resampling keeps the numbers of positives and negatives, and is the same for every score.
-
-    Args:
-        score: (N,) larger for what is to be found; infinities allowed.
-        positive: (N,) bool.
-        weight: (N,) weights of the examples in the average precision, to stand for another share of positives.
-        repeats: bootstrap samples.
+    The score, (N,), is larger for what is to be found, and may be infinite; weights, (N,), of the examples in average
+    precision stand for another share of positives. The resampling keeps the numbers of positives and negatives, and is
+    the same for every score.
 
     Returns:
         auroc, auroc_low, auroc_high, ap, ap_low, ap_high.
@@ -89,19 +77,9 @@ def detection(
 
 
 def auroc_difference(first: ArrayLike, second: ArrayLike, positive: ArrayLike, *, repeats: int = 200) -> Interval:
-    """AUROC of one score less that of another, with a percentile bootstrap interval paired by example.
+    """AUROC of one score, (N,), less that of another, with a percentile bootstrap interval paired by example.
 
-    Args:
-        first: (N,) larger for what is to be found.
-        second: (N,) likewise.
-        positive: (N,) bool.
-        repeats: bootstrap samples, which keep the numbers of positives and negatives.
-
-    Returns:
-        The difference, low, high.
-
-    Raises:
-        ValueError: there are no positives or no negatives.
+    The rest is as in `detection`.
     """
     hit = np.asarray(positive, dtype=bool)
     counts = _resampled(hit.tobytes(), repeats)
@@ -156,10 +134,7 @@ def two_sample(first: ArrayLike, second: ArrayLike) -> dict[str, float]:
 
     Returns:
         ks (Kolmogorov-Smirnov distance), ks_p, mw_p (Mann-Whitney, two-sided), effect (probability that a score of
-        `second` exceeds one of `first`, ties half), effect_low, effect_high.
-
-    Raises:
-        ValueError: one of the sets is empty.
+        `second` exceeds one of `first`, ties half), effect_low, effect_high; a ValueError where one set is empty.
     """
     a, b = (np.asarray(x, dtype=np.float64) for x in (first, second))
     ks = stats.ks_2samp(a, b)
@@ -199,11 +174,7 @@ def spearman_interval(first: ArrayLike, second: ArrayLike, *, repeats: int = 200
 
 
 def agreement(first: ArrayLike, second: ArrayLike, *, repeats: int = 200) -> dict[str, float]:
-    """Spearman's rho and Kendall's tau-b of two scores, with percentile bootstrap intervals over the examples.
-
-    Returns:
-        spearman, spearman_low, spearman_high, kendall, kendall_low, kendall_high.
-    """
+    """Spearman's rho and Kendall's tau-b, "kendall", of two scores, with bootstrap intervals, in `columns`."""
     pairs = _drawn_pairs(first, second, repeats)
     kendall = np.array([stats.kendalltau(*pair).statistic for pair in zip(*pairs, strict=True)])
     return columns("spearman", _percentiles(spearman(*pairs))) | columns("kendall", _percentiles(kendall))

@@ -12,10 +12,8 @@ from .detection import LEVEL, Interval, vector
 def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, *, bins: int = 15) -> float:
     """Mean gap between confidence and accuracy over equally wide bins of confidence (Guo et al. 2017, eq. 3).
 
-    Of (N,) probabilities of the predicted class, and whether (N,) it is the right one.
-
-    Raises:
-        ValueError: the two differ in length, or are empty.
+    Of (N,) probabilities of the predicted class, and whether (N,) it is the right one; a ValueError where these differ
+    in length, or are empty.
     """
     p, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if p.shape != right.shape or p.ndim != 1 or not len(p):
@@ -28,8 +26,7 @@ def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, *, bin
 def mean_interval(values: ArrayLike, *, within: tuple[float, float] = (-np.inf, np.inf)) -> Interval:
     """Mean over seeds with its Student t interval, cut to what is possible; that of a single value is all of `within`.
 
-    Raises:
-        ValueError: no values.
+    A ValueError without values.
     """
     x = vector(values)
     mean, half = float(x.mean()), np.inf

@@ -78,19 +78,13 @@ def all_scores(
 ) -> pd.DataFrame:
     """Every score of `NAMES` for each image of a split, by a model of raw pixels in evaluation mode.
 
-    Args:
-        model: the classifier.
-        split: the images.
-        given: name -> (N,) labels to score instead of `split.labels`; one metric tensor serves them all.
-        device: where to compute.
-        without: scores to leave out, such as the dear ones "grand" (gradients of all parameters) and "cook".
+    `given` has, by name, (N,) labels to score instead of `split.labels`; one metric tensor serves them all. `without`
+    leaves scores out, such as the dear ones "grand" (gradients of all parameters) and "cook"; a ValueError where it
+    names none.
 
     Returns:
         One row per image (and name in `given`, which is a column then): image (position in the set's published order),
         label, predicted, p_label, ceiling, rank, then the scores.
-
-    Raises:
-        ValueError: `without` names no score.
     """
     if unknown := set(without) - set(NAMES):
         raise ValueError(f"unknown score {sorted(unknown)[0]!r}: there are {', '.join(NAMES)}")

@@ -22,19 +22,12 @@ _SHORT_STEPS = 40
 
 @dataclass(frozen=True)
 class Regression:
-    """Weights that minimise the sum of the losses of n examples + penalty / 2 |w|^2, to `TOLERANCE`.
+    """Weights that minimise the sum of the losses of n examples + penalty / 2 |w|^2, to `TOLERANCE`."""
 
-    Attributes:
-        weights: ``(K, D)`` float64.
-        features: ``(n, D)`` float64, phi; one of them constant where a bias is wanted, penalised like the others.
-        labels: ``(n,)`` classes.
-        penalty: of the sum, not of the mean; the same after an example has been removed.
-    """
-
-    weights: Tensor
-    features: Tensor
-    labels: Tensor
-    penalty: float
+    weights: Tensor  # ``(K, D)`` float64
+    features: Tensor  # ``(n, D)`` float64, phi; one constant where a bias is wanted, penalised like the others
+    labels: Tensor  # ``(n,)`` classes
+    penalty: float  # of the sum, not of the mean; the same after an example has been removed
 
     @classmethod
     def fit(
@@ -108,16 +101,11 @@ class Regression:
         """Weights without each of some training examples, fitted to `TOLERANCE` from the weights with all.
 
         Steps are Newton's with the Hessian of the examples that are left at the weights with all: one example in n
-        moves little, and where they end the gradient is 0 all the same. Where they do not end, Newton's own are taken.
-
-        Args:
-            chosen: ``(m,)`` positions of the examples, each removed alone.
+        moves little, and where they end the gradient is 0 all the same. Where they do not end, Newton's own are taken;
+        a RuntimeError where these do not either.
 
         Returns:
-            ``(m, K, D)``, and the largest norm of the m gradients.
-
-        Raises:
-            RuntimeError: no convergence.
+            For ``(m,)`` positions, each removed alone, ``(m, K, D)``, and the largest norm of the m gradients.
         """
         solve = _Without(self, chosen)
         weights = self.weights + solve.newton_step()
@@ -149,13 +137,8 @@ class Regression:
         * tracin: d L(z') . d L(z), the gradients at the end of the training (Pruthi et al. 2020, arXiv 2002.08484).
         * cross_fi: d L(z') G_z^+ d L(z')^T, FI with the loss of another example (Yu et al., ICLR 2025); no sign.
 
-        Args:
-            chosen: ``(m,)`` positions of the training examples.
-            features: ``(t, D)`` of the test examples.
-            labels: ``(t,)``.
-
-        Returns:
-            ``(m, t)`` each.
+        Of ``(m,)`` positions of training examples and the features ``(t, D)`` and labels ``(t,)`` of test examples, as
+        ``(m, t)`` each.
         """
         gradients = (self.residuals(features, labels)[:, :, None] * features[:, None]).flatten(1)
         phi, y = self.features[chosen], self.labels[chosen]
@@ -178,16 +161,8 @@ def cross_sample_influence(weights: Tensor, features: Tensor, others: Tensor, la
     G_z is (diag p - p p^T) kron phi phi^T. With Pi = I - 1 1^T / K, the pseudo-inverse of the first factor is
     Pi diag(1 / p) Pi, since their product is Pi from either side; that of phi phi^T is phi phi^T / \|phi\|^4; that of a
     Kronecker product is the product of the two. The gradient of z' is r' kron phi', and Pi r' = r'. For z' = z this is
-    (1 - P_y) / P_y.
-
-    Args:
-        weights: ``(K, D)`` float64.
-        features: ``(m, D)``, phi of the examples z.
-        others: ``(t, D)``, phi' of the examples z'.
-        labels: ``(t,)``, their classes.
-
-    Returns:
-        ``(m, t)``.
+    (1 - P_y) / P_y. Of weights ``(K, D)`` float64, `features` phi ``(m, D)``, `others` phi' ``(t, D)`` and labels of
+    these, ``(t,)``, as ``(m, t)``.
 
     Raises:
         ValueError: features that are all 0, of which the weights move nothing: G_z is 0.

@@ -35,16 +35,9 @@ def certify(
     """CERTIFY of the paper: choose a class from some noisy copies, bound its probability from others.
 
     The smoothed classifier returns the most probable class of model(x + eps), eps ~ N(0, sigma^2 I), not clipped. With
-    p a lower bound of that probability at confidence 1 - `level` and p > 1/2, it is constant within sigma Phi^-1(p).
-
-    Args:
-        model: raw pixels (N, C, H, W) to logits.
-        image: (C, H, W) uint8.
-        sigma: of the noise, pixels in [0, 1], positive.
-        select: noisy copies that choose the class.
-        estimate: noisy copies that bound its probability.
-        level: alpha, the probability of a wrong certificate.
-        generator: source of the noise.
+    p a lower bound of that probability at confidence 1 - `level` and p > 1/2, it is constant within sigma Phi^-1(p),
+    in the unit of sigma: pixels in [0, 1]. The model takes raw pixels, the image is (C, H, W) uint8; `select` noisy
+    copies choose the class, `estimate` others bound its probability.
 
     Raises:
         ValueError: sigma not positive, or no copies.

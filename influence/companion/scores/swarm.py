@@ -26,15 +26,8 @@ def minimise(
 
     with r_1 and r_2 uniform in [0, 1] for every coordinate, p the best place of the particle so far and g that of its
     swarm; v at most `LARGEST_STEP` of the side, x clipped to the box. Particles start uniform in the box, at rest. A
-    side of length 0 holds its coordinate where it is.
-
-    Args:
-        objective: of places (S, N, D), as (S, N).
-        low: (N, D) lower ends.
-        high: (N, D) upper ends.
-        particles: S.
-        steps: moves; the objective is looked at steps + 1 times.
-        generator: on the device of the boxes.
+    side of length 0 holds its coordinate where it is. Of the boxes' ends (N, D) and an objective from the places of S
+    particles, (S, N, D), to (S, N), which is looked at steps + 1 times.
 
     Returns:
         The places (N, D) and their values (N,).

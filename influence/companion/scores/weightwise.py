@@ -33,12 +33,8 @@ def rankings(model: nn.Module, found: influence.WeightInfluence, *, seed: int) -
     """Scores of all weights of convolutions and linear layers, one vector each, larger = first.
 
     FI of the weight alone and the trace are means over the examples; the gradient is that of the mean loss. With w the
-    weight: SNIP (Lee et al. 2019) is |w gradient|, Fisher pruning (Theis et al. 2018) w^2 times the trace.
-
-    Args:
-        model: has the weights.
-        found: of the model, for at least its `weights`.
-        seed: of the ranking at random.
+    weight: SNIP (Lee et al. 2019) is |w gradient|, Fisher pruning (Theis et al. 2018) w^2 times the trace. `found` is
+    of the model, for at least its `weights`.
     """
     flat = {
         number: torch.cat([getattr(found, number)[name].flatten() for name in weights(model)])
@@ -60,15 +56,7 @@ def rankings(model: nn.Module, found: influence.WeightInfluence, *, seed: int) -
 def ablations(
     model: nn.Module, scored: Split, tested: Split, shares: Sequence[float], *, seed: int, device: torch.device
 ) -> pd.DataFrame:
-    """Take the first weights of each ranking away, and test the network.
-
-    Args:
-        model: in evaluation mode; as it was afterwards.
-        scored: the images that the rankings are made from.
-        tested: the images that the network is tested on.
-        shares: of the weights.
-        seed: of the ranking at random.
-        device: of the network.
+    """Rank the weights by the images `scored`, take shares of the first ones away, and test the network on `tested`.
 
     Returns:
         One row per ranking, treatment (`TREATMENTS`) and share, and one with share 0 for the network as it is: weights

@@ -85,12 +85,7 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def divergence(penalty: Penalty, log_probs: Tensor) -> Tensor:
-    """The scaled penalty "symmetric", "consistency" or "jsd" of each image, (N,).
-
-    Args:
-        penalty: which.
-        log_probs: (1 + m, N, K) of the image and its m noisy copies.
-    """
+    """The scaled penalty "symmetric", "consistency" or "jsd" of each image, (N,), from (1 + m, N, K), m noisy."""
     clean, noisy, m = log_probs[0], log_probs[1:], len(log_probs) - 1
     if penalty == "symmetric":
         return (kl(clean, noisy[0]) + kl(noisy[0], clean)) / 2
@@ -107,12 +102,8 @@ def trace_probe(logits: Tensor, x: Tensor, *, generator: torch.Generator | None 
     """An estimate of tr G of each image by one random probe, without bias, (N,), differentiable by the parameters.
 
     h = sum_k xi_k sqrt(P_k) log P_k with xi_k = +-1 and sqrt(P) held constant has E[grad h grad h^T] = G (Sun 2025,
-    arXiv 2505.13614), so that |grad h|^2 has the mean tr G.
-
-    Args:
-        logits: (N, K), computed from x, each row from its own image alone.
-        x: (N, C, H, W), requires a gradient; its unit is that of the trace.
-        generator: of the probe.
+    arXiv 2505.13614), so that |grad h|^2 has the mean tr G. The logits (N, K) were computed from x, (N, C, H, W), which
+    requires a gradient, each row from its own image alone; the unit of x is that of the trace.
     """
     log_p = logits.log_softmax(dim=1)
     signs = torch.randint(0, 2, log_p.shape, generator=generator, device=log_p.device) * 2 - 1
@@ -126,12 +117,8 @@ def ascended(
 ) -> Tensor:
     """Images of the l_inf ball with a large KL(p(x) || p(x')), by steps of epsilon / 2 along the gradient's sign.
 
-    Args:
-        model: pixels 0..255 to logits, in evaluation mode.
-        x: (N, C, H, W), pixels 0..255.
-        epsilon: radius of the ball, pixels in [0, 1].
-        steps: how many.
-        generator: of the start, x with noise of .001, as in the released code of TRADES: at x itself the gradient is 0.
+    x is (N, C, H, W), pixels 0..255, as the model takes them; epsilon, the ball's radius, of pixels in [0, 1]. The
+    start is x with noise of .001, as in the released code of TRADES: at x itself the gradient is 0.
     """
     radius = 255 * epsilon
     low, high = (x - radius).clamp(min=0), (x + radius).clamp(max=255)

@@ -18,11 +18,7 @@ _RATE = 1e-3  # of Adam, falling to 0
 
 
 def layer(classifier: nn.Module) -> nn.Linear:
-    """The dense layer that gives the logits.
-
-    Raises:
-        TypeError: the last module with parameters is not one.
-    """
+    """The dense layer that gives the logits; a TypeError where the last module with parameters is not one."""
     found = classifier.get_submodule(models.trainable_layers(classifier)[-1])
     if not isinstance(found, nn.Linear):
         raise TypeError(f"expected a network that ends in a Linear layer, got {type(found).__name__}")
@@ -61,14 +57,7 @@ def tune(
     """The layer, continued on cross-entropy + alpha * KL between the outputs on an image and on a noisy copy of it.
 
     Adam, batches of 128, a copy of each image drawn anew at every step; alpha = 0 is the control, which draws the same.
-
-    Args:
-        start: the trained layer, left as it is.
-        copies: features of `with_noisy_copies`.
-        labels: (N,).
-        alpha: weight of the stability loss.
-        steps: of Adam.
-        seed: of batches and copies.
+    The copies are those of `with_noisy_copies`; the layer `start` is left as it is.
     """
     tuned = nn.Linear(start.in_features, start.out_features)
     tuned.load_state_dict({name: value.detach().clone() for name, value in start.state_dict().items()})

@@ -68,10 +68,8 @@ def _checked(name: str, row: Row) -> Path:
 def train(name: str, *, device: torch.device | str = "cpu", data_dir: Path | None = None) -> str:
     """Train a network of the zoo, or go on with it, and write its files and its row; returns a line about it.
 
-    Raises:
-        RecipeError: no such network.
-        DataError: its data are not there.
-        TrainingError: another process is training it.
+    A RecipeError where there is no such network, a DataError where its data are not there, a TrainingError where
+    another process is training it.
     """
     recipe = recipes.named(name)
     if recipe not in recipes.everything():
@@ -145,9 +143,7 @@ def check(
 ) -> Iterator[str]:
     """Measure each published network anew on its test images; yields what is wrong, one line each, nothing when well.
 
-    Raises:
-        RecipeError: no such network.
-        DataError: the data of one are not there.
+    A RecipeError where there is no such network, a DataError where its data are not there.
     """
     rows = ledger()
     for name in names or [name for name, row in rows.items() if row["published"]]:

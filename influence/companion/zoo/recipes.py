@@ -31,11 +31,7 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a trained classifier, besides its data; `recipes.yaml` explains each value.
-
-    Raises:
-        RecipeError: it cannot be trained; with the value that is wrong.
-    """
+    """Everything that decides a trained classifier, besides its data; a RecipeError names a value that is wrong."""
 
     name: str  # that of `recipes.yaml`, "-" and the seed
     architecture: str  # of `ARCHITECTURES`

@@ -262,8 +262,7 @@ def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def fit(recipe: Recipe, dataset: Dataset, *, device: torch.device | str = "cpu") -> Trained:
     """The classifier of `recipe`: published with the results, or trained here before, else trained now.
 
-    Raises:
-        TrainingError: stored weights are damaged.
+    A TrainingError where stored weights are damaged.
     """
     from . import published
 
@@ -350,10 +349,7 @@ def made_once(
     `make` trains the model in place; it gets the file for the state of an interrupted training. `recipe`, a dataclass,
     is noted beside the weights; `half` rounds the parameters to float16: the rounded network is the network. What
     another process is making is waited for. `publish` stores it with the published networks; one that is there is
-    loaded in any case.
-
-    Raises:
-        TrainingError: its weights are damaged.
+    loaded in any case. A TrainingError where weights are damaged.
     """
     name = f"{name}-{key[:16]}"
     home = published_folder() if publish or (published_folder() / f"{name}.json").exists() else folder()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import pandas as pd
 import torch
 from matplotlib.colors import LogNorm
@@ -40,10 +39,6 @@ _COLOURS = {"fi": "exact", "saliency": "saliency", "trace": "trace", "random": "
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Every choice of values moved by the same swarm, on test images that each network classifies rightly.
-
-    Parameters of the run: datasets, models and seeds (as of `common.networks`), images (rightly classified test images,
-    drawn at random), share (of the values of an image that each choice but the published one moves), reach (largest
-    change, share of the pixel range), particles and steps (of the swarm).
 
     Returns:
         "attacks", one row per network, image and choice: dataset, model, seed, image, passing (share of the image's
@@ -216,12 +211,12 @@ def draw(found: pd.DataFrame) -> Figure:
     grid = figure.subplots(len(groups), 2, squeeze=False)
     for row, ((name, model, _), group) in zip(grid, groups, strict=True):
         part = group.set_index("choice").loc[list(CHOICES)]
-        for place, (choice, line) in enumerate(part.iterrows()):
-            colour = style.SCORES[_COLOURS[str(choice)]][0]
-            for axes, value, ends in ((row[0], "changed", ""), (row[1], "fi_less", "fi_less_")):
+        for place, choice in enumerate(CHOICES):
+            line = part.loc[[choice]]
+            look = {"fmt": "o", "color": style.SCORES[_COLOURS[choice]][0], "capsize": 2}
+            for axes, value, ends in ((row[0], "changed", ""), (row[1], "fi_less", None)):
                 if value == "changed" or choice not in ("fi", PUBLISHED):
-                    errors = np.clip([[line[value] - line[f"{ends}low"]], [line[f"{ends}high"] - line[value]]], 0, None)
-                    axes.errorbar(100 * line[value], place, xerr=100 * errors, fmt="o", color=colour, capsize=2)
+                    axes.errorbar(100 * line[value], [place], xerr=100 * style.error_bars(line, value, ends), **look)
         names = [f"{CHOICES[str(choice)]} ({moved:.0f})" for choice, moved in part["values"].items()]
         row[0].set_yticks(range(len(CHOICES)), names)
         row[1].set_yticks(range(len(CHOICES)), [])
@@ -248,18 +243,13 @@ def draw_maps(tables: Mapping[str, pd.DataFrame]) -> Figure:
         least = min(_THRESHOLD, float(fi[fi > 0].min()))
         drawn = row[1].imshow(fi, cmap="viridis", norm=LogNorm(least, float(fi.max())))
         figure.colorbar(drawn, ax=row[1], label="FI")
-        passing = float((values["fi"] >= _THRESHOLD).mean())
-        row[1].set_title(
-            f"FI of the target; {100 * passing:.1f}% of\nthe values have {_THRESHOLD:g} or more", fontsize=8
-        )
+        row[1].set(xticks=[], yticks=[])
+        passing = f"{100 * float((values['fi'] >= _THRESHOLD).mean()):.1f}%"
+        row[1].set_title(f"FI of the target; {passing} of\nthe values have {_THRESHOLD:g} or more", fontsize=8)
         for axes, (_, picture) in zip(row[::2], pictures.iterrows(), strict=True):
-            axes.imshow(unpacked(picture).squeeze(), cmap="gray", vmin=0, vmax=255)
+            style.picture(axes, unpacked(picture))
             said = f"predicted {picture['predicted']}, P = {picture['p_predicted']:.2f}"
             axes.set_title(f"{said}\ntarget {picture['target']}, P = {picture['p_target']:.2g}", fontsize=8)
-        row[0].set_ylabel(
-            f"{style.name(key[0])}, {style.name(key[1])}\ntest image {pictures['image'].iloc[0]}", fontsize=8
-        )
-        for axes in row:
-            axes.set_xticks([])
-            axes.set_yticks([])
+        network = f"{style.name(key[0])}, {style.name(key[1])}"
+        row[0].set_ylabel(f"{network}\ntest image {pictures['image'].iloc[0]}", fontsize=8)
     return figure

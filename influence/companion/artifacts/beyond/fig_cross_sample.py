@@ -39,11 +39,8 @@ WITHIN, TOTAL = "within a test image", "total of a training image"
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Exact leave-one-out of a logistic regression on a network's frozen features, and what predicts it.
 
-    Float64. The features are those that the last layer takes, of images drawn at random for each network, and a 1.
-
-    Parameters of the run: dataset, model, seeds (of the networks and their images), images (training images that the
-    regression is fitted on), removed (of these, each alone), tested (test images), penalties (of l2 / 2 |w|^2 beside
-    the mean loss; the removal leaves n times it as it is).
+    Float64. The features are those that the last layer takes, of images drawn at random for each network, and a 1. The
+    penalty l2 / 2 |w|^2 stands beside the mean loss; the removal leaves n times it as it is.
 
     Returns:
         "fits", one row per seed and l2: images, classes, validation_loss (nats, all validation images), accuracy (of
@@ -110,13 +107,8 @@ def _features(model: nn.Module, part: Split, device: torch.device) -> Tensor:
 def measures(values: Mapping[str, np.ndarray], train: np.ndarray, test: np.ndarray) -> pd.DataFrame:
     """Rank correlations with the change within each test image, and totals of each training image.
 
-    Args:
-        values: "change" and what predicts it, each ``(m, t)``: the removal of m training images, t test images.
-        train: ``(m,)``, positions of the training images in their data set.
-        test: ``(t,)``, those of the test images.
-
-    Returns:
-        The rows of "measures" of `compute`, without seed and l2.
+    Of "change" and what predicts it, each ``(m, t)``, and the positions of m training and t test images in their data
+    set; the rows of "measures" of `compute`, without seed and l2.
     """
     frames, truth = [], values["change"]
     for name, value in values.items():
@@ -132,8 +124,7 @@ def measures(values: Mapping[str, np.ndarray], train: np.ndarray, test: np.ndarr
 def correlations(measures: pd.DataFrame) -> pd.DataFrame:
     """Of each network: Spearman's correlation with the change within a test image (mean over them), and of totals.
 
-    Returns:
-        One row per seed, l2, quantity and among (`WITHIN`, `TOTAL`): size, signed.
+    One row per seed, l2, quantity and among (`WITHIN`, `TOTAL`): size, signed.
     """
     tests = measures[measures["of"] == "test"]
     rows = [tests.groupby(["seed", "l2", "quantity"])[["size", "signed"]].mean().reset_index().assign(among=WITHIN)]
@@ -150,11 +141,7 @@ def correlations(measures: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(found: pd.DataFrame) -> pd.DataFrame:
-    """The mean of `correlations` over networks with its 95% t interval.
-
-    Returns:
-        One row per l2, among, kind (size, signed) and quantity: networks, spearman, low, high.
-    """
+    """The mean of `correlations` over networks with its 95% t interval, for each l2, among, kind and quantity."""
     long = found.melt(["seed", "l2", "quantity", "among"], ["size", "signed"], "kind", "spearman").dropna()
     rows = []
     for (l2, among, kind, name), group in long.groupby(["l2", "among", "kind", "quantity"], sort=False):
@@ -199,13 +186,12 @@ def draw(table: pd.DataFrame, fits: pd.DataFrame) -> Figure:
             part = chosen[(chosen["kind"] == kind) & (chosen["among"] == among)].set_index("quantity")
             for row, (name, (colour, _)) in enumerate(PREDICTORS.items()):
                 if name in part.index:
-                    mean, low, high = part.loc[name, ["spearman", "low", "high"]].to_numpy(dtype=float)
-                    bars = np.clip([[mean - low], [high - mean]], 0, 2)
+                    line, y = part.loc[[name]], [row + 0.2 * (place - 0.5)]
                     look = {"fmt": marker, "color": colour, "capsize": 2, "markersize": 4}
-                    axes.errorbar(mean, row + 0.2 * (place - 0.5), xerr=bars, **look)
+                    axes.errorbar(line["spearman"], y, xerr=style.error_bars(line, "spearman", ""), **look)
         axes.axvline(0, color="0.6", linewidth=0.8)
-        axes.set_xlim(-1.05, 1.05)
-        axes.set_xlabel("Spearman with " + ("|change|" if kind == "size" else "the change, signed"))
+        change = "|change|" if kind == "size" else "the change, signed"
+        axes.set(xlim=(-1.05, 1.05), xlabel=f"Spearman with {change}")
     panels[0].set_yticks(range(len(PREDICTORS)), [name for _, name in PREDICTORS.values()])
     panels[0].invert_yaxis()
     for among, marker in ((WITHIN, "o"), (TOTAL, "s")):
@@ -224,9 +210,7 @@ def draw_totals(measures: pd.DataFrame, fits: pd.DataFrame) -> Figure:
     for axes, name in zip(figure.subplots(1, 2), ("influence", "cross_fi"), strict=True):
         colour, words = PREDICTORS[name]
         axes.scatter(wide["change"], wide[name], s=8, color=colour, alpha=0.6, linewidths=0)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel("|change| (nats)")
+        axes.set(xscale="log", yscale="log", xlabel="|change| (nats)")
         axes.set_ylabel(f"|{words}| (nats)" if name == "influence" else words)
         order = spearman(wide["change"], wide[name])
         axes.set_title(f"{len(wide)} training images, Spearman {order:+.2f}", fontsize=8)
@@ -241,16 +225,14 @@ def draw_by_l2(table: pd.DataFrame, fits: pd.DataFrame) -> Figure:
         part = table[(table["among"] == among) & (table["kind"] == "size")]
         for name, (colour, words) in PREDICTORS.items():
             line = part[part["quantity"] == name].sort_values("l2")
-            bars = np.clip(np.abs(line[["low", "high"]].to_numpy().T - line["spearman"].to_numpy()), 0, 2)
+            bars = style.error_bars(line, "spearman", "")
             dashes = "o--" if name == "newton" else "o-"  # it lies on the influence function
             axes.errorbar(line["l2"], line["spearman"], bars, fmt=dashes, color=colour, markersize=3, label=words)
         axes.axvline(best_l2(fits), color="0.6", linestyle=":")
         axes.axhline(0, color="0.6", linewidth=0.8)
-        axes.set_xscale("log")
-        axes.set_xlabel("penalty l2, beside the mean loss")
+        axes.set(xscale="log", xlabel="penalty l2, beside the mean loss")
         axes.set_title(among, fontsize=8)
-    panels[0].set_ylim(-1.05, 1.05)
-    panels[0].set_ylabel("Spearman with |change|")
+    panels[0].set(ylim=(-1.05, 1.05), ylabel="Spearman with |change|")
     figure.suptitle(f"{int(table['networks'].iloc[0])} networks, 95% t interval over networks", fontsize=8)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7)
     return figure

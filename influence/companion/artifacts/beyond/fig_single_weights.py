@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ... import style
@@ -24,10 +23,6 @@ _JUDGED = 0.01
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Accuracy and loss after the first weights of each ranking, or the first pixels, are taken away.
-
-    Parameters of the run: datasets, models, seeds (of the networks, the images and the rankings at random), scored
-    (training images from which weights are ranked), tested (test images for the networks without some weights; 0 for
-    all), covered (test images whose pixels are covered), shares (of the weights, and of an image's pixels).
 
     Returns:
         "weights" of `weightwise.ablations` and "pixels" of `weightwise.occlusions`, both with the columns dataset,
@@ -137,7 +132,8 @@ def draw(summary: pd.DataFrame) -> Figure:
     kinds = [("weights", "set to 0"), ("weights", "4 bits"), ("pixels", "covered")]
     for axes, (what, treatment) in zip(panels, kinds, strict=True):
         part = summary[(summary["what"] == what) & (summary["treatment"] == treatment)]
-        _lines(axes, part)
+        style.by_share(axes, part, "lost", apart=1.05, middle=3)
+        axes.axhline(0, color="black", linewidth=0.4)
         images, count = part["images"].iloc[0], part["networks"].iloc[0]
         axes.set_title(f"{what} {treatment}\n{count} networks, {images:,} test images", fontsize=8)
         axes.set_xlabel(f"share of the {what} (%)")
@@ -145,19 +141,3 @@ def draw(summary: pd.DataFrame) -> Figure:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7, title="first by", title_fontsize=7)
     return figure
-
-
-def _lines(axes: Axes, part: pd.DataFrame) -> None:
-    for place, (ranking, line) in enumerate(part.groupby("ranking", sort=False)):
-        name, colour, dashes = style.RANKINGS[str(ranking)]
-        # Side by side, so that the bars of one share can be told apart.
-        x = 100 * line["share"] * 1.05 ** (place - 3)
-        low, high = line["lost"] - line["lost_low"], line["lost_high"] - line["lost"]
-        bars = [100 * low, 100 * high] if (line["networks"] > 1).all() else None
-        look: Any = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": 2.5, "elinewidth": 0.8}
-        axes.errorbar(x, 100 * line["lost"], yerr=bars, label=name, linewidth=1.2, **look)
-    axes.set_xscale("log")
-    shares = sorted(100 * part["share"].unique())
-    axes.set_xticks(shares, [f"{share:g}" for share in shares])
-    axes.minorticks_off()
-    axes.axhline(0, color="black", linewidth=0.4)

@@ -61,12 +61,9 @@ def attack(radius: float) -> str:
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Every score of test images beside what noise and PGD do to them, and of labelled images beside what is wrong.
 
-    Parameters of the run: networks (names that `network` knows, with seed) on `images` test images, drawn at random;
-    detectors (names of recipes) on `label_images` of the images held out of their training, with the labels that
-    people gave (CIFAR-10N) where they were trained on such, else with a fifth of the labels flipped; seeds (the first
-    is that of the choice), sigma (of the noise, pixels in [0, 1]), copies (noisy ones of each image), radii (of the
-    l_inf balls of PGD, in grey levels of 255, from the smallest; what a smaller ball flips counts for a larger); for
-    networks that are continued also alpha, steps and learning_rate of the arm, whose noise is of the same sigma.
+    Images are drawn at random. Detectors look at images held out of their training, with the labels that people gave
+    (CIFAR-10N) where they were trained on such, else with a fifth of the labels flipped. What a smaller ball of PGD
+    flips counts for a larger. The noise of an arm that continues a network is of the same sigma.
 
     Returns:
         "flips", one row per network and test image: network, kind (its name without the seed), image, label,
@@ -104,10 +101,7 @@ def network(run: Run, name: str) -> Network:
     """The network of `common.named`, or, named "NETWORK+ARM", that network continued by an arm of the stability family.
 
     ARM is one of `table_stability_family.arms`, as in "base-resnet20-cifar10-0+stability", a network that is of a kind
-    of its own, "base-resnet20-cifar10+stability".
-
-    Raises:
-        RecipeError: there is no network or no arm of that name, or the network is one that others trained.
+    of its own, "base-resnet20-cifar10+stability"; a RecipeError where there is none, or of a network of others.
     """
     name, _, arm = name.partition(_CONTINUED)
     found = named(run, name)
@@ -328,11 +322,7 @@ def claims(found: pd.DataFrame, table: pd.DataFrame, ranked: pd.DataFrame) -> di
 
 
 def with_and_without(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """The estimates of `claims` with all networks, and without those that an arm continued.
-
-    Returns:
-        One row per claim and what it is of: claim, of, value, low, high, n and the same without, "without_value" on.
-    """
+    """The estimates of `claims` with all networks, and without those that an arm continued: "without_value" on."""
     few = {name: frame[~frame["kind"].str.contains(_CONTINUED, regex=False)] for name, frame in tables.items()}
     sides = []
     for chosen in (tables, few):
@@ -356,18 +346,16 @@ def draw(table: pd.DataFrame) -> Figure:
     for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks), sharey=True)), tasks, strict=True):
         part = table[table["task"] == task].set_index("score").loc[list(SCORES)]
         for place, score in enumerate(SCORES):
-            row = part.loc[score]
-            errors = np.clip([[row["auroc"] - row["low"]], [row["high"] - row["auroc"]]], 0, None)
-            colour = style.SCORES.get(score, ("#D55E00", ""))[0]
-            axes.errorbar(row["auroc"], place, xerr=errors, fmt="o", color=colour, markersize=4, capsize=2)
+            row, colour = part.loc[[score]], style.SCORES.get(score, ("#D55E00", ""))[0]
+            look = {"fmt": "o", "color": colour, "markersize": 4, "capsize": 2}
+            axes.errorbar(row["auroc"], [place], xerr=style.error_bars(row, "auroc", ""), **look)
         axes.axvline(part.loc["loss" if task == LABELS else "margin", "auroc"], color="0.5", linestyle=":", linewidth=1)
         title = task if task == LABELS else f"flips by {task}"
         several, kinds = int(part["networks"].iloc[0]), int(part["kinds"].iloc[0])
         count = f"{several} networks" + (f" of {kinds} kinds" if several > kinds else "")
         axes.set_title(f"{title}\n{count},\n{part['images'].iloc[0]:.0f} images each")
         axes.set_yticks(range(len(SCORES)), list(SCORES.values()))
-        axes.set_ylim(len(SCORES) - 0.5, -0.5)
-        axes.set_xlabel("AUROC")
+        axes.set(ylim=(len(SCORES) - 0.5, -0.5), xlabel="AUROC")
         axes.grid(axis="x", alpha=0.3)
     words = "means over kinds of network with 95% t intervals, each score by itself; dotted: what a score has to beat"
     paired = "claims are of differences from it, paired by kind, with intervals of their own"
@@ -398,8 +386,7 @@ def draw_ranks(table: pd.DataFrame, ranked: pd.DataFrame) -> Figure:
         axes.set_title(f"{name}: Spearman {value:.2f} [{low:.2f}, {high:.2f}], n = {int(n)} kinds", fontsize=8)
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel(r"median $\lambda_{max}$(G), per squared pixel range")
-        axes.set_ylabel("accuracy lost (points)")
+        axes.set(xlabel=r"median $\lambda_{max}$(G), per squared pixel range", ylabel="accuracy lost (points)")
     images = int(table["images"].iloc[0])
     figure.suptitle(f"{images} test images of each network; 95% bootstrap intervals over kinds", fontsize=8)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)

@@ -60,10 +60,6 @@ def arms(parameters: Mapping[str, Any]) -> dict[str, Arm]:
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Every arm on distorted and corrupted images, under attack, under noise, and the trace of its metric tensor.
 
-    Parameters of the run: dataset, model, seeds (of the networks), sigma, alpha, steps, learning_rate, tested (names of
-    `distortions.apply`), corruptions (names of `corruptions.NAMES`), severities (1 to 5), images (of the test part,
-    drawn at random), attacked (of these, under PGD) and traced (of these, for KL and trace), draws (noisy copies).
-
     Returns:
         One row per seed, arm and measure, with n images, each:
         "precision": precision@1 by kind (distortion, corruption, attack) and measure; a corruption's is the mean over
@@ -109,15 +105,9 @@ def measured(
     *,
     only: Collection[str] | None = None,
 ) -> pd.DataFrame:
-    """Kind, measure, n (images) and value of each of `measures`, or of some.
+    """Kind, measure, n (images) and value of each of `measures`, or of those in `only`, for pixels 0..255.
 
-    Args:
-        model: pixels 0..255 to logits, in evaluation mode.
-        split: the test images.
-        chosen: the parameters of the run that `compute` names.
-        device: where the model is.
-        shown: the images of a kind and measure, one tensor for each severity.
-        only: names of measures.
+    `shown` gives the images of a kind and measure, one tensor for each severity; `chosen` are parameters of the run.
     """
     rows: list[tuple[str, str, int, float]] = []
     for kind, name in measures(chosen):
@@ -149,11 +139,7 @@ def _versions(split: Split, severities: Sequence[int], kind: str, name: str) -> 
 
 
 def again(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
-    """The rows of some seeds, arms and measures, computed anew on the published networks alone.
-
-    Raises:
-        TrainingError: one of them is not published.
-    """
+    """The rows of some seeds, arms and measures, computed anew; a TrainingError where a network is not published."""
     chosen, found = run.parameters, []
     split = dataset(run, chosen["dataset"]).test.sample(chosen["images"] or None)
     shown = partial(_versions, split, chosen["severities"])
@@ -261,8 +247,7 @@ def draw_outputs(found: pd.DataFrame) -> Figure:
             bars[:] = 0
         axes.errorbar(mean, range(len(group)), xerr=bars, fmt="o", color="#0072B2", markersize=4, capsize=2)
         axes.axvline(1, color=style.COLOURS[CONTROL], linewidth=1)
-        axes.set_xscale("log")
-        axes.set_xlabel(f"{words}, over the control's")
+        axes.set(xscale="log", xlabel=f"{words}, over the control's")
     panels[0].set_yticks(range(part["arm"].nunique()), [NAMES[arm] for arm in part["arm"].unique()], fontsize=8)
     panels[0].invert_yaxis()
     seeds, images = int(part["seeds"].iloc[0]), int(part["n"].iloc[0])

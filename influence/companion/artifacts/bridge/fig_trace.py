@@ -33,16 +33,13 @@ CONFIDENCE = ("least sure third", "middle third", "surest third")
 
 _RESAMPLES = 500
 _OPEN = 99.0  # the logarithm of a ratio of one network
+_SIGMA = r"$\sigma$ (pixels in [0, 1])"
 
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """The metric tensor of each test image, and the stability loss on noisy copies of it, for networks and arms.
 
     Arithmetic is float64; the noise is not clipped, since the limit is about the function, not about pictures.
-
-    Parameters of the run: dataset, model, seeds (of the networks), images (of the test part, drawn at random), sigmas
-    (of the noise, pixels in [0, 1]), draws (noisy copies of each image and sigma), those of `comparison.standard`, and
-    networks (others with the same data, measured as they are: names of `common.named`).
 
     Returns:
         "measures", one row per seed, arm, image and sigma: trace and lambda_max (of G, per squared unit of the pixel
@@ -125,11 +122,7 @@ def _quadratic(network: nn.Module, x: Tensor, noise: Tensor) -> Tensor:
 
 
 def reach(frame: pd.DataFrame) -> pd.DataFrame:
-    """How far the law carries: loss over the quadratic form of the same draws, without Monte-Carlo error.
-
-    Args:
-        frame: rows of `compute` for one network, or for those of several seeds: image, sigma, p_top, loss, quadratic,
-            and seed where there are several.
+    """How far the law carries, for one network or those of several seeds: loss over quadratic form of the same draws.
 
     Returns:
         One row per sigma and third of the images by p_top, and for all of them ("all"): images and seeds (how many
@@ -187,17 +180,12 @@ def losses(measures: pd.DataFrame) -> pd.DataFrame:
 
 
 def effect(measures: pd.DataFrame) -> pd.DataFrame:
-    """What training does to each measure: geometric mean over images of (arm / control), 95% t interval over seeds.
-
-    Returns:
-        One row per arm but the control and measure: seeds, ratio, low, high.
-    """
+    """What training does to each measure: geometric mean over images of (arm / control), 95% t interval over seeds."""
     once = measures[measures["sigma"] == measures["sigma"].min()]
     rows = []
     for measure in MEASURES:
-        wide = once.pivot(index=["seed", "image"], columns="arm", values=measure)
         for arm in [name for name in once["arm"].unique() if name != comparison.CONTROL]:
-            logs = (np.log(wide[arm]) - np.log(wide[comparison.CONTROL])).groupby(level="seed").mean()
+            logs = _logs(once, arm, measure).groupby(level="seed").mean()
             mean, low, high = (float(np.exp(end)) for end in mean_interval(logs))
             rows.append({"measure": measure, "arm": arm, "seeds": len(logs), "ratio": mean, "low": low, "high": high})
     return pd.DataFrame(rows)
@@ -229,7 +217,7 @@ def claims(
     arm = str(changes["arm"].iloc[-1])
     once = measures[measures["sigma"] == measures["sigma"].min()]
     means = once.groupby(["seed", "arm"])["trace"].mean().unstack("arm")
-    logs = _log_traces(once, arm)
+    logs = _logs(once, arm, "trace")
     return {
         "loss_is_the_quadratic_form": bool(((least - 1).abs() <= 0.01).all()),
         **{f"departure_{name}": estimates for name, estimates in departures.items()},
@@ -246,10 +234,10 @@ def _ratio(logs: pd.Series, of: str = "") -> Estimate:
     return replace(found, value=value, low=low, high=high, ratio=True)
 
 
-def _log_traces(once: pd.DataFrame, arm: str) -> pd.Series:
-    """Logarithm of the trace after an arm over that under the control, by seed and image."""
-    trace = once.pivot(index=["seed", "image"], columns="arm", values="trace")
-    return np.log(trace[arm]) - np.log(trace[comparison.CONTROL])
+def _logs(once: pd.DataFrame, arm: str, measure: str) -> pd.Series:
+    """Logarithm of a measure after an arm over that under the control, by seed and image."""
+    wide = once.pivot(index=["seed", "image"], columns="arm", values=measure)
+    return np.log(wide[arm]) - np.log(wide[comparison.CONTROL])
 
 
 def _by_confidence(once: pd.DataFrame, arm: str) -> list[Estimate]:
@@ -261,7 +249,7 @@ def _by_confidence(once: pd.DataFrame, arm: str) -> list[Estimate]:
     p_top = once.pivot(index=["seed", "image"], columns="arm", values="p_top")
     sure = p_top[[comparison.CONTROL, arm]].rank().mean(axis=1).rank(method="first")
     found = []
-    for third, group in _log_traces(once, arm).groupby(pd.qcut(sure, 3, labels=list(CONFIDENCE)), observed=True):
+    for third, group in _logs(once, arm, "trace").groupby(pd.qcut(sure, 3, labels=list(CONFIDENCE)), observed=True):
         found.append(_ratio(group.groupby(level="seed").mean(), str(third)))
     return found
 
@@ -280,11 +268,10 @@ def draw_law(reached: pd.DataFrame) -> Figure:
         axes.fill_between(whole["sigma"], whole["q10"], whole["q90"], color="0.88", linewidth=0, label="80% of images")
         for third, colour in zip(CONFIDENCE, colours, strict=True):
             part = group[group["third"] == third]
-            errors = np.abs(part[["low", "high"]].to_numpy().T - part["median"].to_numpy())
+            errors = style.error_bars(part, "median", "")
             axes.errorbar(part["sigma"], part["median"], errors, fmt="o-", color=colour, markersize=3, label=third)
         axes.axhline(1, color="black", linewidth=1)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        axes.set(xscale="log", yscale="log")
         arm = name in ("control", "augmentation") or name.startswith("stability")
         title = label(name) if arm else style.network(name)
         images, seeds = (int(whole[count].iloc[0]) for count in ("images", "seeds"))
@@ -296,7 +283,7 @@ def draw_law(reached: pd.DataFrame) -> Figure:
         axes.set_ylabel(r"KL / $\frac{1}{2}\varepsilon^\top G\,\varepsilon$")
     for column in range(columns):
         last = max(row for row in range(rows) if row * columns + column < len(names))
-        grid[last, column].set_xlabel(r"$\sigma$ (pixels in [0, 1])")
+        grid[last, column].set_xlabel(_SIGMA)
         grid[last, column].tick_params(labelbottom=True)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return figure
@@ -310,14 +297,11 @@ def draw(table: pd.DataFrame, changes: pd.DataFrame) -> Figure:
     for arm, group in table.groupby("arm", sort=False):
         colour = tint[str(arm)]
         left.plot(group["sigma"], group["limit"], "--", color=colour, linewidth=1)
-        errors = np.abs(group[["low", "high"]].to_numpy().T - group["loss"].to_numpy())
+        errors = style.error_bars(group, "loss", "")
         errors[0] = np.minimum(errors[0], 0.95 * group["loss"].to_numpy())  # the axis is logarithmic
         left.errorbar(group["sigma"], group["loss"], errors, fmt="o", color=colour, capsize=2, label=label(str(arm)))
     left.plot([], [], "k--", linewidth=1, label=r"$(\sigma^2/2)\,\mathrm{tr}\,G$")
-    left.set_xscale("log")
-    left.set_yscale("log")
-    left.set_xlabel(r"$\sigma$ (pixels in [0, 1])")
-    left.set_ylabel("mean KL (nats)")
+    left.set(xscale="log", yscale="log", xlabel=_SIGMA, ylabel="mean KL (nats)")
     left.set_title(f"{int(table['images'].iloc[0])} images, {int(table['seeds'].iloc[0])} seeds, 95% interval")
     left.legend(fontsize=7)
     measures = list(changes["measure"].unique())
@@ -326,10 +310,9 @@ def draw(table: pd.DataFrame, changes: pd.DataFrame) -> Figure:
     for i, arm in enumerate(arms):
         ours = changes[changes["arm"] == arm].set_index("measure").loc[measures]
         x = np.arange(len(measures)) + 0.15 * (i - (len(arms) - 1) / 2)
-        errors = np.abs(ours[["low", "high"]].to_numpy().T - ours["ratio"].to_numpy())
+        errors = style.error_bars(ours, "ratio", "")
         right.errorbar(x, ours["ratio"], errors, fmt="o", color=tint[arm], capsize=2, label=label(arm))
     right.axhline(1, color=style.COLOURS["control"], linewidth=1)
-    right.set_yscale("log")
+    right.set(yscale="log", ylabel="ratio to control (geometric mean)")
     right.set_xticks(range(len(measures)), [names[m] for m in measures])
-    right.set_ylabel("ratio to control (geometric mean)")
     return figure

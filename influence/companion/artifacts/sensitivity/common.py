@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,11 +28,7 @@ CHECKED = 16  # images of a check
 
 
 def ceiling_check(subject: Subject, *, device: torch.device) -> pd.DataFrame:
-    """FI from its definition (float64, thin SVD, no closed form) over (1 - P_y) / P_y, for `CHECKED` training images.
-
-    Returns:
-        One row per image: image, p_label, by_definition (FI), ceiling, dataset, model.
-    """
+    """FI from its definition (float64, thin SVD, no closed form) beside (1 - P_y) / P_y of some training images."""
     network = copy.deepcopy(subject.trained.model).double()
     split = subject.dataset.train.sample(CHECKED, seed=subject.seed)
     x, labels = training.pixels(split.images, device).double(), split.labels.to(device)
@@ -57,9 +54,6 @@ MEASURES = {
 
 def predicted_influence(run: Run) -> dict[str, pd.DataFrame]:
     """Setup 3: FI of the whole image, f = -log P(y_pred), for training and test images of each network.
-
-    Parameters of the run: datasets (of `data.NAMES`), models (of `models.NAMES`), seeds (of the networks and of the
-    choice of images), images (of each part, drawn at random; 0 for all), epsilon (e of the released code).
 
     Returns:
         "scores", one row per data set, model, seed, part ("train", "test") and image: image, label, predicted,
@@ -126,14 +120,9 @@ def manhattan(axes: Axes, position: pd.Series, score: pd.Series, label: pd.Serie
 
 
 def draw_auroc(table: pd.DataFrame, by: str, *, share: float | None = None) -> Figure:
-    """AUROC and average precision of each score with 95% bootstrap intervals; a column for each value of `by`.
+    """AUROC and average precision of each score with 95% bootstrap intervals; a panel for each "state" or "kind".
 
-    Dashed lines are chance: one half, and the share of what is to be found.
-
-    Args:
-        table: model, score, auroc, ap, each with _low and _high, and the column `by`.
-        by: "state" or "kind".
-        share: of what is to be found, after weighting; None for that of the columns `wrong` and `images`.
+    Dashed lines are chance: one half, and the share of what is to be found, that of `wrong` in `images` where None.
     """
     columns = list(table[by].unique())
     models = list(table["model"].unique())
@@ -172,15 +161,6 @@ def _intervals(axes: Axes, table: pd.DataFrame, measure: str, models: list[str],
         marker, colour = _MODELS.get(model, ("o", None))
         part = table[table["model"] == model].set_index("score").loc[scores]
         y = [i + step * (place - (len(models) - 1) / 2) for i in range(len(scores))]
-        bars = [part[measure] - part[f"{measure}_low"], part[f"{measure}_high"] - part[measure]]
-        axes.errorbar(
-            part[measure],
-            y,
-            xerr=[bar.clip(lower=0) for bar in bars],
-            fmt=marker,
-            color=colour,
-            markersize=3,
-            elinewidth=0.8,
-            label=style.name(model),
-        )
+        look: dict[str, Any] = {"fmt": marker, "color": colour, "markersize": 3, "elinewidth": 0.8}
+        axes.errorbar(part[measure], y, xerr=style.error_bars(part, measure), label=style.name(model), **look)
     axes.grid(axis="y", linewidth=0.3)

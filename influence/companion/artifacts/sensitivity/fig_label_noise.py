@@ -35,12 +35,8 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
 
     Labels of CIFAR-10N are judged out of sample: by the network of `recipes.yaml` that was trained on the same kind of
     labels of the other three quarters of the images; AUM and early EL2N, by their definitions, by trainings on the very
-    labels (`dynamics.recorded`). Flipped labels, for the data sets that come with a dependency, are
-    judged by networks that were trained on the right ones.
-
-    Parameters of the run: kinds ("flipped", or labels of CIFAR-10N), images (of each quarter, or of those held out of
-    training; drawn at random, 0 for all), seeds (the first is that of the choice), without (scores to leave out); for
-    flipped labels also dataset, models, share.
+    labels (`dynamics.recorded`). Flipped labels, for the data sets that come with a dependency, are judged by networks
+    that were trained on the right ones.
 
     Returns:
         "scores", one row per model, kind and image: wrong (bool: the given label is not the verified one), the columns

@@ -34,16 +34,12 @@ _MARKERS = {"convolution": ("#0072B2", "o"), "batch normalisation": ("#D55E00", 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Setup 2: FI of all parameters and of each layer, f = -log P(y_true), for training images of each network.
 
-    Parameters of the run: datasets (of `data.NAMES`), models (of `models.NAMES`), seeds (of the networks and of the
-    choice of images), images (training images, drawn at random; 0 for all; as many test images for the layers that
-    are rounded), epsilon (e of the released code).
-
     Returns:
         "whole", one row per data set, model, seed and image, for all parameters: image, label, position (of a Manhattan
         plot), loss, ceiling, exact, released, rank, kept (singular values above the released cut), trace,
-        effective_rank (tr(G)^2 / tr(G^2)), departs; "layers", of `summary`, with type; "released", one row
-        per image and layer: number, layer, image, released; "definition", of `by_definition` for 2 images and 6 layers
-        of the first network.
+        effective_rank (tr(G)^2 / tr(G^2)), departs; "layers", of `summary`, with type; "released", one row per image
+        and layer: number, layer, image, released; "rounded", of `rounding_scores` for as many test images;
+        "definition", of `by_definition` for 2 images and 6 layers of the first network.
     """
     images, epsilon = run.parameters["images"] or None, run.parameters["epsilon"]
     found: dict[str, list[pd.DataFrame]] = {"whole": [], "layers": [], "released": [], "rounded": [], "definition": []}
@@ -75,9 +71,6 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
     of all parameters over the same images; `kept` the mean number of singular values above the released cut,
     `cut` the share of images that lost a direction to it, `zero` of those whose released FI is 0, and `constant` of
     those that lost none and yet differ from exact FI by more than 1%, through the constant e.
-
-    Args:
-        scores: of `score_layers`; number 0 stands for all parameters.
     """
     whole = scores[scores["number"] == 0].set_index("image")
     full_rank = scores["rank"].max()
@@ -125,11 +118,7 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_definition(subject: Subject, *, images: int, layers: int, device: torch.device) -> pd.DataFrame:
-    """FI of single layers straight from the definition (float64, thin SVD of L0), for some images and layers.
-
-    Returns:
-        One row per image and layer: layer, image, by_definition, ceiling, exact, rank.
-    """
+    """FI of single layers straight from the definition (float64, thin SVD of L0), for some images and layers."""
     network = copy.deepcopy(subject.trained.model).double()
     split = subject.dataset.train.sample(images, seed=subject.seed)
     x = training.pixels(split.images, device).double()
@@ -237,17 +226,16 @@ def _largest(table: pd.DataFrame, of: str) -> dict[str, float]:
 
 def draw_by_class(whole: pd.DataFrame) -> Figure:
     """Manhattan plots by class for all parameters: released FI in full, zoomed, and exact FI; first seed."""
-    whole = whole[whole["seed"] == whole["seed"].min()]
-    groups = list(whole.groupby(["dataset", "model"], sort=False))
+    groups = style.first_seed(whole)
     figure = Figure(figsize=(style.WIDTH, 1.8 * len(groups)))
-    for row, ((name, model), group) in zip(figure.subplots(len(groups), 3, squeeze=False), groups, strict=True):
+    for row, (name, model, group) in zip(figure.subplots(len(groups), 3, squeeze=False), groups, strict=True):
         for axes, column in zip(row, ("released", "released", "exact"), strict=True):
             manhattan(axes, group["position"], group[column], group["label"])
         row[0].set_ylim(0)
         zoom = float(np.quantile(group["released"], 0.9)) or float(group["released"].max())
         row[1].set_ylim(0, zoom if zoom > 0 else 1)
         row[2].set_yscale("log")
-        row[0].set_ylabel(f"{style.name(name)}\n{style.name(model)}\nFI of all parameters")
+        row[0].set_ylabel(f"{name}\n{model}\nFI of all parameters")
         for axes, title in zip(row, ("as released", "as released, lower 90%", "exact (log scale)"), strict=True):
             axes.set_title(f"{title}, {len(group)} images", fontsize=8)
             axes.set_xlabel("class")
@@ -256,74 +244,60 @@ def draw_by_class(whole: pd.DataFrame) -> Figure:
 
 def draw_by_layer(released: pd.DataFrame) -> Figure:
     """The paper's figure: every image in each layer's column, in full and zoomed, blocks on the axis; first seed."""
-    first = released[released["seed"] == released["seed"].min()]
-    groups = list(first.groupby(["dataset", "model"], sort=False))
+    groups = style.first_seed(released)
     figure = Figure(figsize=(style.WIDTH, 2.6 * len(groups)))
     grid = figure.subplots(2 * len(groups), 1, squeeze=False)[:, 0]
-    for row, ((name, model), group) in enumerate(groups):
+    for row, (name, model, group) in enumerate(groups):
         zoom = float(np.quantile(group["released"], 0.9)) or float(group["released"].max())
         for axes, top in zip(grid[2 * row : 2 * row + 2], (None, zoom), strict=True):
             shade(axes, group)
             colours = style.class_colours(10)
             blocks = pd.factorize(_block(group["layer"]))[0]
             style.dots(axes, group["number"], group["released"], blocks % 10, colours, size=1.7)
-            axes.set_ylim(0, top)
-            axes.set_ylabel("released FI" if top is None else "lower 90%")
-        count = group["number"].nunique()
-        title = f"{style.name(name)}, {style.name(model)}: {count} trainable layers, {group['image'].nunique()} images"
-        grid[2 * row].set_title(title, fontsize=9)
+            axes.set(ylim=(0, top), ylabel="released FI" if top is None else "lower 90%")
+        counts = f"{group['number'].nunique()} trainable layers, {group['image'].nunique()} images"
+        grid[2 * row].set_title(f"{name}, {model}: {counts}", fontsize=9)
         grid[2 * row + 1].set_xlabel("trainable layer number")
     return figure
 
 
 def draw_per_layer(table: pd.DataFrame) -> Figure:
     """What does differ between layers: trace, effective rank; where released FI departs from exact FI; first seed."""
-    layers = table[(table["number"] > 0) & (table["seed"] == table["seed"].min())]
-    groups = list(layers.groupby(["dataset", "model"], sort=False))
+    groups = style.first_seed(table[table["number"] > 0])
     figure = Figure(figsize=(style.WIDTH * 1.1, 3.6 * len(groups)))
     grid = figure.subplots(3 * len(groups), 1, squeeze=False)[:, 0]
-    for row, ((name, model), group) in enumerate(groups):
+    for row, (name, model, group) in enumerate(groups):
         trace, rank, departs = grid[3 * row : 3 * row + 3]
         x = group["number"]
         for kind, part in group.groupby("type", sort=False):
             colour, marker = _MARKERS.get(str(kind), ("#999999", "v"))
-            ends = np.abs(part[["trace_low", "trace_high"]].to_numpy().T - part["trace"].to_numpy())
             look = {"color": colour, "fmt": marker, "markersize": 2.5, "elinewidth": 0.8, "linewidth": 0}
-            trace.errorbar(part["number"], part["trace"], ends, label=str(kind), **look)
-        trace.set_yscale("log")
-        trace.set_ylabel("trace of G")
-        trace.set_title(
-            f"{style.name(name)}, {style.name(model)}: means over {group['images'].iloc[0]} images, 95% intervals",
-            fontsize=9,
-        )
+            trace.errorbar(part["number"], part["trace"], style.error_bars(part, "trace"), label=str(kind), **look)
+        trace.set(yscale="log", ylabel="trace of G")
+        trace.set_title(f"{name}, {model}: means over {group['images'].iloc[0]} images, 95% intervals", fontsize=9)
         dots = {"linewidth": 0, "marker": ".", "markersize": 3}
         rank.plot(x, group["rank"], color=style.COLOURS["exact"], label="rank", **dots)
         rank.plot(x, group["kept"], color=style.COLOURS["released"], label="above the released cut", **dots)
         rank.plot(x, group["effective_rank"], color=style.COLOURS["ceiling"], label="effective rank", **dots)
-        rank.set_ylabel("directions")
-        rank.set_ylim(0, group["rank"].max() + 0.5)
+        rank.set(ylabel="directions", ylim=(0, group["rank"].max() + 0.5))
         departs.plot(x, group["cut"], color=style.COLOURS["released"], label="lost a direction to the cut", **dots)
         departs.plot(x, group["zero"], color=style.COLOURS["ceiling"], label="released FI = 0", **dots)
         departs.plot(x, group["constant"], color=style.STABILITY[0], label="moved over 1% by e alone", **dots)
         departs.plot(x, group["alignment"], color=style.COLOURS["exact"], label="exact FI / ceiling", **dots)
-        departs.set_ylabel("share of images")
-        departs.set_ylim(-0.03, 1.03)
-        departs.set_xlabel("trainable layer number")
+        departs.set(ylabel="share of images", ylim=(-0.03, 1.03), xlabel="trainable layer number")
         for axes in (trace, rank, departs):
             axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        for axes in (trace, rank, departs):
             shade(axes, group)
     return figure
 
 
 def draw_rounded(rounded: pd.DataFrame) -> Figure:
     """The divergence after a layer's weights were rounded to 4 bits, against three scores of the layer; first seed."""
-    rounded = rounded[rounded["seed"] == rounded["seed"].min()]
-    groups = list(rounded.groupby(["dataset", "model"], sort=False))
+    groups = style.first_seed(rounded)
     columns = {"predicted": r"error$^2$ tr $G$ / 2 (nats)", **_RIVALS, "released_share": "released FI / that of all"}
     figure = Figure(figsize=(style.WIDTH, 1.9 * len(groups)))
     grid = figure.subplots(len(groups), len(columns), squeeze=False, sharex="col", sharey="row")
-    for row, ((name, model), group) in zip(grid, groups, strict=True):
+    for row, (name, model, group) in zip(grid, groups, strict=True):
         for axes, column in zip(row, columns, strict=True):
             for kind, part in group.groupby("type", sort=False):
                 colour, marker = _MARKERS.get(str(kind), ("#999999", "v"))
@@ -337,7 +311,7 @@ def draw_rounded(rounded: pd.DataFrame) -> Figure:
             if column == "predicted":
                 ends = [min(group[column]), max(group[column])]
                 axes.plot(ends, ends, color="0.5", linewidth=0.8, linestyle="--")
-        row[0].set_ylabel(f"{style.name(name)}\n{style.name(model)}\nKL after rounding (nats)")
+        row[0].set_ylabel(f"{name}\n{model}\nKL after rounding (nats)")
     for axes, label in zip(grid[-1], columns.values(), strict=True):
         axes.set_xlabel(label, fontsize=8)
     grid[0, -1].legend(fontsize=7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,10 +30,6 @@ _CHUNK = 64
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Setup 1: FI of the whole image, f = -log P(y_true), for the training images of each network.
-
-    Parameters of the run: datasets (of `data.NAMES`), models (of `models.NAMES`), seeds (of the networks and of the
-    choice of images), images (training images, drawn at random; 0 for all), epsilon (e of the released code), labels
-    (those that people gave to the images of CIFAR-10, of `outliers.HUMAN_LABELS`; none where nobody was asked).
 
     Returns:
         "scores", one row per data set, model, seed and image: image (position in the set's published order), label,
@@ -113,12 +110,7 @@ def summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def rankings(scores: pd.DataFrame) -> pd.DataFrame:
-    """How far the rankings agree: released FI with exact FI and with the loss, exact FI with the loss.
-
-    Returns:
-        One row per data set, model, seed and pair: images, Spearman's rho and Kendall's tau-b with 95% bootstrap
-        intervals over the images.
-    """
+    """How far rankings agree, by `agreement`: released FI with exact FI and with the loss, exact FI with the loss."""
     rows = []
     pairs = (("released", "exact"), ("released", "loss"), ("exact", "loss"))
     for (name, model, seed), group in scores.groupby(["dataset", "model", "seed"], sort=False):
@@ -202,22 +194,18 @@ def largest(network: Subject, scores: pd.DataFrame, people: pd.DataFrame, *, cou
 
 def draw(scores: pd.DataFrame) -> Figure:
     """Manhattan plots of released FI (full, zoomed) and exact FI, and both against their ceiling; first seed."""
-    scores = scores[scores["seed"] == scores["seed"].min()]
-    groups = list(scores.groupby(["dataset", "model"], sort=False))
+    groups = style.first_seed(scores)
     figure = Figure(figsize=(style.WIDTH * 1.05, 1.45 * len(groups)))
     grid = figure.subplots(len(groups), 4, squeeze=False)
-    for (left, zoomed, middle, right), ((name, model), group) in zip(grid, groups, strict=True):
+    for (left, zoomed, middle, right), (name, model, group) in zip(grid, groups, strict=True):
         for axes in (left, zoomed):
             manhattan(axes, group["position"], group["released"], group["label"])
             axes.set_ylim(0)
         above = group["released"][group["released"] > 0]
-        zoomed.set_ylim(0, float(np.quantile(above, 0.95)) if len(above) else 1.0)
-        zoomed.set_title("lower 95% above 0")
-        left.set_ylabel(f"{style.name(name)}\n{style.name(model)}\nFI (dimensionless)")
-        left.set_title("as released")
+        zoomed.set(ylim=(0, float(np.quantile(above, 0.95)) if len(above) else 1.0), title="lower 95% above 0")
+        left.set(ylabel=f"{name}\n{model}\nFI (dimensionless)", title="as released")
         manhattan(middle, group["position"], group["exact"], group["label"])
-        middle.set_yscale("log")
-        middle.set_title("exact (log scale)")
+        middle.set(yscale="log", title="exact (log scale)")
         _against_ceiling(right, group)
         right.set_title("against the ceiling")
     for axes in grid[-1, :3]:
@@ -228,26 +216,15 @@ def draw(scores: pd.DataFrame) -> Figure:
 
 
 def _against_ceiling(axes: Axes, group: pd.DataFrame) -> None:
-    seen = group[group["released"] > 0]
-    axes.scatter(
-        seen["ceiling"], seen["released"], s=5, color=style.COLOURS["released"], label="released", linewidths=0
-    )
-    axes.scatter(group["ceiling"], group["exact"], s=2, color=style.COLOURS["exact"], label="exact", linewidths=0)
-    low, high = group["ceiling"].min(), group["ceiling"].max()
-    axes.plot([low, high], [low, high], color=style.COLOURS["ceiling"], linewidth=0.6, label="ceiling", zorder=3)
-    zeros = group[group["released"] == 0]
-    axes.plot(
-        zeros["ceiling"],
-        np.full(len(zeros), 0.02),
-        "|",
-        color=style.COLOURS["released"],
-        transform=axes.get_xaxis_transform(),
-        markersize=4,
-        label="released = 0",
-    )
+    tint, seen, zeros = style.COLOURS, group[group["released"] > 0], group[group["released"] == 0]
+    axes.scatter(seen["ceiling"], seen["released"], s=5, color=tint["released"], label="released", linewidths=0)
+    axes.scatter(group["ceiling"], group["exact"], s=2, color=tint["exact"], label="exact", linewidths=0)
+    ends = [group["ceiling"].min(), group["ceiling"].max()]
+    axes.plot(ends, ends, color=tint["ceiling"], linewidth=0.6, label="ceiling", zorder=3)
+    at_foot: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "markersize": 4, "label": "released = 0"}
+    axes.plot(zeros["ceiling"], np.full(len(zeros), 0.02), "|", color=tint["released"], **at_foot)
     axes.text(0.97, 0.1, f"{len(zeros) / len(group):.0%} are 0", transform=axes.transAxes, ha="right", fontsize=6)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    axes.set(xscale="log", yscale="log")
 
 
 def draw_images(images: pd.DataFrame) -> Figure:
@@ -259,12 +236,8 @@ def draw_images(images: pd.DataFrame) -> Figure:
     grid = figure.subplots(len(groups), count, squeeze=False)
     for row, ((name, model, estimator), group) in zip(grid, groups, strict=True):
         for axes, (_, image) in zip(row, group.iterrows(), strict=True):
-            axes.imshow(unpacked(image).squeeze(), cmap="gray", vmin=0, vmax=255)
+            style.picture(axes, unpacked(image))
             lines = [f"true {image['label_name']}", f"predicted {image['predicted_name']}", f"FI {image['fi']:.3g}"]
-            if image["people"]:
-                lines.append(image["people"])
-            axes.set_title("\n".join(lines), fontsize=7)
-            axes.set_xticks([])
-            axes.set_yticks([])
+            axes.set_title("\n".join([*lines, *filter(None, [image["people"]])]), fontsize=7)
         row[0].set_ylabel(f"{style.name(name)}\n{style.name(model)}\n{style.name(estimator)}", fontsize=7)
     return figure

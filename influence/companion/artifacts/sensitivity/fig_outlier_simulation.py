@@ -34,17 +34,7 @@ _FALSE = 0.2  # the largest false positive rate there
 
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
-    """Setup 0: every score of training images and made outliers, for each network in each state.
-
-    Parameters of the run: dataset (images on a background of 0: "digits" or "mnist"), models (of `models.NAMES`; all of
-    them have to classify an image correctly for it to give a label), seeds (of networks, outliers and choice of
-    images), per_class (made outliers, a tenth of them held out as in the released code), shift (the largest, in
-    pixels), epochs and rates (of the phases of learning training images and outliers together), images and made
-    (training images and outliers to score, drawn at random; 0 for all).
-
-    Returns:
-        "scores", of `simulation`, and "pictures", of `examples`, both with the column seed.
-    """
+    """Setup 0: "scores", of `simulation`, and "pictures", of `examples`, for each seed."""
     scores, shown = [], []
     for seed in run.parameters["seeds"]:
         made = made_outliers(run, seed=seed)
@@ -66,11 +56,6 @@ def made_outliers(run: Run, *, seed: int) -> Split:
 
 def simulation(run: Run, learnt: Split, *, seed: int) -> pd.DataFrame:
     """Every score of training images and made outliers, for each network before, during and after learning the latter.
-
-    Args:
-        run: the artifact.
-        learnt: of `made_outliers`.
-        seed: of networks and choice of images.
 
     Returns:
         One row per model, state (`STATES`) and image: outlier (bool), weight (of the example, so that outliers have the
@@ -116,11 +101,7 @@ def detection_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def curves(frame: pd.DataFrame) -> pd.DataFrame:
-    """ROC and precision-recall curves of each score in each state, thinned to at most 400 points each; first seed.
-
-    Returns:
-        One row per model, state, score, curve ("roc" or "pr") and point: x, y.
-    """
+    """At most 400 points (x, y) of the ROC ("roc") and precision-recall ("pr") of each score and state; first seed."""
     frames = []
     for (model, state), group in _first_seed(frame).groupby(["model", "state"], sort=False):
         for score in imagewise.NAMES:
@@ -184,14 +165,9 @@ def draw_curves(points: pd.DataFrame, table: pd.DataFrame, state: str) -> Figure
                 x, y = lines.loc[score, "x"], lines.loc[score, "y"]
                 front = 3 if score == "loss" else 2  # dots on the line of exact FI
                 axes.plot(x, y, color=colour, linestyle=dashes, label=style.name(score), zorder=front)
-        row[0].set_xlim(-0.005, _FALSE)
-        row[0].set_ylim(0.5, 1.01)
-        row[1].set_xlim(0.5, 1.01)
-        row[1].set_ylim(-0.01, 1.02)
-        row[0].set_ylabel(f"{style.name(model)}\ntrue positive rate")
-        row[0].set_xlabel("false positive rate")
-        row[1].set_ylabel("precision (1 outlier in 21)")
-        row[1].set_xlabel("recall")
+        row[0].set(xlim=(-0.005, _FALSE), ylim=(0.5, 1.01))
+        row[0].set(xlabel="false positive rate", ylabel=f"{style.name(model)}\ntrue positive rate")
+        row[1].set(xlim=(0.5, 1.01), ylim=(-0.01, 1.02), xlabel="recall", ylabel="precision (1 outlier in 21)")
         counts = f"{first['outliers']} outliers, {first['images']} training images"
         row[0].set_title(f"ROC, {state} fine-tuning: {counts}", fontsize=8)
         row[1].set_title(f"precision-recall, {state} fine-tuning", fontsize=8)
@@ -209,8 +185,6 @@ def draw_examples(images: pd.DataFrame) -> Figure:
     images = _first_seed(images)
     figure = Figure(figsize=(style.WIDTH, 1.0))
     for axes, (_, image) in zip(figure.subplots(1, len(images)), images.iterrows(), strict=True):
-        axes.imshow(unpacked(image).squeeze(), cmap="gray", vmin=0, vmax=255)
+        style.picture(axes, unpacked(image))
         axes.set_title(f"label {image['label']}", fontsize=7)
-        axes.set_xticks([])
-        axes.set_yticks([])
     return figure

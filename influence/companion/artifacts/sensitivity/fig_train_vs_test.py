@@ -42,18 +42,16 @@ _MARKS = {"exact": "o", "released": "s", "loss": "D", "margin": "^"}
 
 def draw(scores: pd.DataFrame) -> Figure:
     """The paper's figure: paired Manhattan plots of released FI on one range, training left, test right; first seed."""
-    seed = scores["seed"].min()
-    groups = list(scores[scores["seed"] == seed].groupby(["dataset", "model"], sort=False))
+    groups = style.first_seed(scores)
     figure = Figure(figsize=(style.WIDTH, 1.8 * len(groups)))
     grid = figure.subplots(len(groups), 2, squeeze=False, sharey="row")
-    for row, ((name, model), group) in zip(grid, groups, strict=True):
+    for row, (name, model, group) in zip(grid, groups, strict=True):
         for axes, part in zip(row, ("train", "test"), strict=True):
             chosen = group[group["part"] == part]
             manhattan(axes, chosen["position"], chosen["released"], chosen["label"])
-            axes.set_title(f"{part}, {len(chosen)} images, seed {seed}", fontsize=9)
+            axes.set_title(f"{part}, {len(chosen)} images, seed {scores['seed'].min()}", fontsize=9)
             axes.set_xlabel("class")
-        row[0].set_ylim(0, 1.05 * group["released"].max())
-        row[0].set_ylabel(f"{style.name(name)}\n{style.name(model)}\nreleased FI, $y_{{pred}}$")
+        row[0].set(ylim=(0, 1.05 * group["released"].max()), ylabel=f"{name}\n{model}\nreleased FI, $y_{{pred}}$")
     return figure
 
 

@@ -34,10 +34,7 @@ def released_curve(epsilons: Sequence[float], *, classes: int) -> pd.DataFrame:
     """Released FI at full rank against the loss, from its closed form, and the ceiling.
 
     The rest of the probability lies on one other class (`low`) or evenly on all others (`high`): where it lies hardly
-    matters.
-
-    Returns:
-        One row per e and loss (nats, from 1e-4 to 40): loss, p_label, ceiling, low, high.
+    matters. One row per e and loss (nats, from 1e-4 to 40).
     """
     loss = np.geomspace(1e-4, 40, 400)
     p = np.exp(-loss)
@@ -63,11 +60,6 @@ def peak(epsilon: float, *, classes: int) -> tuple[float, float]:
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """What the constants, the cut and the unit do, and every score on each of the paper's four tasks.
-
-    Parameters of the run: dataset, model, seeds (the first), images (training images to score, 0 for all), epsilons;
-    sigma and draws (of the noise on a layer's parameters); labels (the first), detectors (the first, for flipped
-    labels), label_images, without (wrong labels, as in `fig_label_noise`); part_images (as in Setup 3); changed, counts
-    (as in Setup 4).
 
     Returns:
         "scores" (of `sensitivity`), "definition" (of `ceiling_check`), "units" (`change`: one number, of `unit_check`),
@@ -244,30 +236,20 @@ def draw_released_against_loss(curve: pd.DataFrame, images: pd.DataFrame) -> Fig
     """
     figure = Figure(figsize=(style.WIDTH * 1.1, 3.2))
     left, right = figure.subplots(1, 2, sharey=True, sharex=True)
-    epsilons = sorted(curve["epsilon"].unique())
-    colours = dict(zip(epsilons, ("#56B4E9", "#0072B2", "#D55E00", "#CC79A7", "#E69F00"), strict=False))
-    for epsilon, group in curve.groupby("epsilon"):
-        left.fill_between(group["loss"], group["low"], group["high"], color=colours[float(str(epsilon))], alpha=0.5)
-        left.plot(
-            group["loss"], group["high"], color=colours[float(str(epsilon))], label=f"$e$ = {epsilon:g}", linewidth=1
-        )
+    colours = ("#56B4E9", "#0072B2", "#D55E00", "#CC79A7", "#E69F00")
+    for (epsilon, group), colour in zip(curve.groupby("epsilon"), colours, strict=False):
+        left.fill_between(group["loss"], group["low"], group["high"], color=colour, alpha=0.5)
+        left.plot(group["loss"], group["high"], color=colour, label=f"$e$ = {epsilon:g}", linewidth=1)
     seen = images[images["released_1e-3"] > 0]
     zeros = len(images) - len(seen)
     label = f"images, $e$ = 0.001\n({zeros / len(images):.1%} of {len(images):,} are 0)"
     left.scatter(seen["loss"], seen["released_1e-3"], s=6, color="black", linewidths=0, label=label, zorder=3)
-    right.scatter(
-        images["loss"], images["exact"], s=6, color=style.COLOURS["exact"], linewidths=0, label="images, exact FI"
-    )
-    one = curve[curve["epsilon"] == epsilons[0]]
+    blue = style.COLOURS["exact"]
+    right.scatter(images["loss"], images["exact"], s=6, color=blue, linewidths=0, label="images, exact FI")
+    one = curve[curve["epsilon"] == curve["epsilon"].min()]
     for axes in (left, right):
-        axes.plot(
-            one["loss"], one["ceiling"], color="black", linewidth=0.8, linestyle="--", label=r"ceiling $e^{loss} - 1$"
-        )
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_ylim(1e-7, 1e6)
-        axes.set_xlim(1e-6, 50)
-        axes.set_xlabel("loss (nats)")
+        axes.plot(one["loss"], one["ceiling"], "--", color="black", linewidth=0.8, label=r"ceiling $e^{loss} - 1$")
+        axes.set(xscale="log", yscale="log", ylim=(1e-7, 1e6), xlim=(1e-6, 50), xlabel="loss (nats)")
         axes.legend(fontsize=6, loc="upper left")
     left.set_ylabel("FI (dimensionless)")
     left.set_title("as released: rises, peaks near $P_y = e$, falls", fontsize=9)
@@ -285,8 +267,7 @@ def draw_sensitivity(table: pd.DataFrame) -> Figure:
         x = np.arange(len(part)) + 0.12 * (place - 1)
         colour = style.STABILITY[place]
         left.plot(x, part["zeros"], marker, color=colour, label=f"pixels {unit}")
-        bars = [part["spearman"] - part["spearman_low"], part["spearman_high"] - part["spearman"]]
-        bars = [bar.clip(lower=0) for bar in bars]
+        bars = style.error_bars(part, "spearman")
         right.errorbar(x, part["spearman"], yerr=bars, fmt=marker, color=colour, label=f"pixels {unit}")
     for axes in (left, right):
         axes.set_xticks(range(len(part)), [f"{epsilon:g}" for epsilon in part["epsilon"]])
@@ -303,23 +284,11 @@ def draw_sensitivity(table: pd.DataFrame) -> Figure:
 def draw_layers(table: pd.DataFrame) -> Figure:
     """Does the score of a layer say how far noise on its parameters moves the output: trace, and exact FI."""
     figure = Figure(figsize=(style.WIDTH, 2.6))
-    for axes, (column, name) in zip(
-        figure.subplots(1, 2), (("trace", "mean trace of G"), ("exact", "mean exact FI")), strict=True
-    ):
-        axes.errorbar(
-            table[column],
-            table["divergence"],
-            yerr=2 * table["standard_error"],
-            fmt="o",
-            markersize=3,
-            elinewidth=0.6,
-            color=style.SCORES[column][0],
-        )
-        axes.set_xlabel(f"{name}, one point a layer")
-        axes.set_yscale("log")
-    axes_left, axes_right = figure.axes
-    axes_left.set_xscale("log")
-    low, high = table["exact"].min(), table["exact"].max()
-    axes_right.set_xlim(0.5 * low, 1.5 * high)
-    axes_left.set_ylabel("mean KL under noise\non the layer (nats), 2 s.e.")
+    left, right = figure.subplots(1, 2)
+    for axes, column, name in ((left, "trace", "mean trace of G"), (right, "exact", "mean exact FI")):
+        look = {"fmt": "o", "markersize": 3, "elinewidth": 0.6, "color": style.SCORES[column][0]}
+        axes.errorbar(table[column], table["divergence"], yerr=2 * table["standard_error"], **look)
+        axes.set(xlabel=f"{name}, one point a layer", yscale="log")
+    left.set(xscale="log", ylabel="mean KL under noise\non the layer (nats), 2 s.e.")
+    right.set_xlim(0.5 * table["exact"].min(), 1.5 * table["exact"].max())
     return figure

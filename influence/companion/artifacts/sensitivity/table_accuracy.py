@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
@@ -27,10 +26,8 @@ from ..common import named, scored
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Accuracy, mean loss and calibration error of each network on its training, validation and test images.
 
-    Parameters of the run: networks (names of `recipes.yaml`, with a seed or without, such as "paper-resnet50-mnist-0",
-    and of `pretrained.NAMES`; the latter were trained on all training images of their set and have no validation part),
-    seeds (of networks that are named without one), images (of the training and of the validation part, drawn at random,
-    0 for all; every test image is taken).
+    Networks that others trained saw all training images of their set and have no validation part; every test image is
+    taken.
 
     Returns:
         "networks", one row per network and part: network, dataset, seed, part, n (images), accuracy, loss
@@ -105,33 +102,31 @@ def draw(table: pd.DataFrame) -> Figure:
     )
     for (left, right), name in zip(panels, counts.index, strict=True):
         group = table[table["dataset"] == name]
-        _by_network(left, group, value="accuracy", low="low", high="high")
-        _by_network(right, group, value="calibration_error", low="calibration_low", high="calibration_high")
+        _by_network(left, group, "accuracy", "")
+        _by_network(right, group, "calibration_error", "calibration_")
         networks = list(group["network"].unique())
         gates = group[(group["part"] == "test") & group["gate"].notna()]
         rows = [networks.index(network) for network in gates["network"]]
         if rows:
             left.plot(gates["gate"], rows, "|", color="#D55E00", markersize=14, markeredgewidth=2, label="gate (test)")
         left.set_yticks(range(len(networks)), [style.network(network) for network in networks])
-        left.set_ylim(len(networks) - 0.5, -0.5)
-        left.set_xlabel("accuracy")
+        left.set(ylim=(len(networks) - 0.5, -0.5), xlabel="accuracy")
         right.set_xlabel("expected calibration error")
         right.set_xlim(left=0)  # no error: the confidences can be taken at their word
         left.set_title(style.name(name), loc="left")
         right.tick_params(labelleft=False)
-    handles: dict[str, Artist] = {}
-    for axes in panels[:, 0]:
-        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    legends = [axes.get_legend_handles_labels() for axes in panels[:, 0]]
+    handles = {label: handle for legend in legends for handle, label in zip(*legend, strict=True)}
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4)
     return figure
 
 
-def _by_network(axes: Axes, group: pd.DataFrame, *, value: str, low: str, high: str) -> None:
+def _by_network(axes: Axes, group: pd.DataFrame, value: str, ends: str) -> None:
     """A row for each network, a point for each part with its interval over seeds; no bar where there is one seed."""
     networks = list(group["network"].unique())
     for place, (part, (colour, marker)) in enumerate(_PARTS.items()):
         ours = group[group["part"] == part]
-        bars = np.clip([ours[value] - ours[low], ours[high] - ours[value]], 0, 1)
+        bars = style.error_bars(ours, value, ends)
         bars[:, ours["seeds"] == 1] = 0
         rows = np.array([networks.index(network) for network in ours["network"]]) + 0.2 * (place - 1)
         axes.errorbar(ours[value], rows, xerr=bars, fmt=marker, markersize=4, capsize=2, color=colour, label=part)

@@ -74,23 +74,20 @@ def _interval(statistic: Callable[..., Any], generator: np.random.Generator, *sa
 
 def draw(table: pd.DataFrame) -> Figure:
     """Upper quantiles of released FI in both parts with 95% bootstrap intervals (the largest has none); first seed."""
-    seed = table["seed"].min()
-    chosen = table[(table["estimator"] == "released") & (table["seed"] == seed)]
-    groups = list(chosen.groupby(["dataset", "model"], sort=False))
+    groups = style.first_seed(table[table["estimator"] == "released"])
     figure = Figure(figsize=(style.WIDTH, 2.3 * ((len(groups) + 1) // 2)))
     grid = figure.subplots((len(groups) + 1) // 2, 2, squeeze=False).ravel()
-    for axes, ((name, model), group) in zip(grid, groups, strict=False):
+    for axes, (name, model, group) in zip(grid, groups, strict=False):
         for part, colour, shift in (("train", style.COLOURS["exact"], -0.1), ("test", style.COLOURS["released"], 0.1)):
             rows = group[group["part"] == part].reset_index(drop=True)
-            bars = [(rows["value"] - rows["low"]).fillna(0), (rows["high"] - rows["value"]).fillna(0)]
+            bars = np.nan_to_num(style.error_bars(rows, "value", ""))
             axes.errorbar(rows.index + shift, rows["value"], yerr=bars, fmt="o", color=colour, markersize=4, label=part)
         axes.set_xticks(range(len(rows)), [f"{q:g}" for q in rows["quantile"]])
         axes.set_yscale("symlog", linthresh=_LINEAR)
-        axes.set_ylim(0, 2 * group["value"].max())
-        axes.set_xlabel("quantile")
+        axes.set(ylim=(0, 2 * group["value"].max()), xlabel="quantile")
         axes.set_ylabel(f"released FI\n(linear below {_LINEAR:g})")
-        counts = f"{rows['images'].iloc[0]} images each"
-        axes.set_title(f"{style.name(name)}, {style.name(model)}, seed {seed}, {counts}", fontsize=7)
+        about = f"seed {rows['seed'].iloc[0]}, {rows['images'].iloc[0]} images each"
+        axes.set_title(f"{name}, {model}, {about}", fontsize=7)
         axes.legend(fontsize=7)
     for axes in grid[len(groups) :]:
         axes.set_axis_off()

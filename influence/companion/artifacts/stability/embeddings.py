@@ -68,19 +68,12 @@ def vectors(run: Run) -> Iterator[tuple[int, str, Vectors]]:
 
 @dataclass(frozen=True)
 class Distances:
-    """Of all near-duplicates and of the negatives, under one embedding.
+    """Of all near-duplicates and of the negatives, under one embedding."""
 
-    Attributes:
-        columns: seed, arm, distortion.
-        near: (P,) |f(x) - f(x')|, x' the distorted copy of x, over `unit`.
-        far: (Q,) the same for x' of another image of the class.
-        unit: the median distance of the negatives, so that an embedding that shrinks gains nothing.
-    """
-
-    columns: dict[str, Any]
-    near: np.ndarray
-    far: np.ndarray
-    unit: float
+    columns: dict[str, Any]  # seed, arm, distortion
+    near: np.ndarray  # (P,) |f(x) - f(x')|, x' the distorted copy of x, over `unit`
+    far: np.ndarray  # (Q,) the same for x' of another image of the class
+    unit: float  # the median distance of the negatives, so that an embedding that shrinks gains nothing
 
 
 def distances(run: Run) -> Iterator[Distances]:

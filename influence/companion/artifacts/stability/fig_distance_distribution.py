@@ -23,8 +23,6 @@ _DISTANCE = np.linspace(0, 2, 101)  # in median distances of the negatives
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """The distribution of distances of near-duplicates and of negatives, in units of the negatives' median.
 
-    Parameters of the run: those of `embeddings.distances`, threshold (a distance in that unit).
-
     Returns:
         "cumulative", one row per seed, arm, distortion, kind ("near-duplicate", "negative") and distance: share (of
         pairs at this distance or below it); "shares", one row per seed, arm, distortion and kind: pairs (how many),
@@ -109,8 +107,7 @@ def draw(cumulative: pd.DataFrame, *, threshold: float) -> Figure:
             axes.plot(wide.index, wide.mean(axis=1), "-" if solid else "--", color=colour, lw=1.2, label=known)
             axes.fill_between(wide.index, wide.min(axis=1), wide.max(axis=1), color=colour, alpha=0.15, lw=0)
         axes.axvline(threshold, color="black", linewidth=0.8, linestyle=":")
-        axes.set_title(name)
-        axes.set_xlim(0, 1.6)
+        axes.set(title=name, xlim=(0, 1.6))
     panels[0].plot([], [], "k--", label="negatives")
     panels[0].set_ylabel("share of pairs within D")
     grid[1, 0].set_ylabel(f"{label(first)}\nless control (pp)")

@@ -30,8 +30,6 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     Chosen by the control of each seed. The dissimilar pair, an image and the distorted copy of another one of its
     class, is the one whose distance is the median of such pairs.
 
-    Parameters of the run: those of `embeddings.distances`, count (pairs of the smallest, and of the largest distance).
-
     Returns:
         "pairs", one row per seed, distortion, place ("smallest D", "largest D", "dissimilar") and rank: first, second
         (positions of the images in the set's published order), class, and one column for each arm: distance over the
@@ -106,9 +104,7 @@ def draw(tables: Mapping[str, pd.DataFrame], *, arm: str) -> Figure:
         for column, (number, pair) in enumerate(pairs[pairs["distortion"] == name].iterrows()):
             above, below = grid[2 * row, column], grid[2 * row + 1, column]
             for axes, side in zip((above, below), SIDES, strict=True):
-                axes.imshow(unpacked(pictures.loc[(number, side)]).squeeze(), cmap="gray", vmin=0, vmax=255)
-                axes.set_xticks([])
-                axes.set_yticks([])
+                style.picture(axes, unpacked(pictures.loc[(number, side)]))
             above.set_title(f"{pair['place']}\n{pair['class']}", fontsize=7)
             below.set_xlabel(f"{pair[CONTROL]:.2f} → {pair[arm]:.2f}", fontsize=8)
         grid[2 * row, 0].set_ylabel("original", fontsize=7)

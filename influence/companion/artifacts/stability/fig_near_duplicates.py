@@ -24,8 +24,6 @@ _PRINTED = (("98_jpeg", "jpeg", 0.98), ("99.5_thumbnail", "thumb", 0.995))
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """How well a threshold on the distance of two embeddings tells near-duplicates from negatives.
 
-    Parameters of the run: those of `embeddings.distances`, precisions and recalls (the fixed ones).
-
     Returns:
         "curves", one row per seed, arm, distortion and recall: precision; "levels", one row per seed, arm, distortion
         and metric ("recall@p0.98", "precision@r0.5", ..., "average precision"): value, positives and negatives (how
@@ -119,8 +117,7 @@ def draw(curves: pd.DataFrame, table: pd.DataFrame) -> Figure:
             wide = group.pivot(index="recall", columns="seed", values="precision")
             above.plot(wide.index, wide.mean(axis=1), color=tint[str(arm)], label=label(str(arm)))
             above.fill_between(wide.index, wide.min(axis=1), wide.max(axis=1), color=tint[str(arm)], alpha=0.15, lw=0)
-        above.set_title(name)
-        above.set_xlabel("recall")
+        above.set(title=name, xlabel="recall")
         ours = table[(table["distortion"] == name) & (table["metric"] != AVERAGE)]
         words = ours["metric"].str.replace("@p", "\nat precision ").str.replace("@r", "\nat recall ")
         comparison.gain_bars(below, ours.assign(metric=words), across="metric")

@@ -23,8 +23,6 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
 
     Query and candidates are both distorted; the candidates are all other test images.
 
-    Parameters of the run: those of `embeddings.vectors`, queries (drawn at random; 0 for all), top (K of the score).
-
     Returns:
         "runs", one row per seed, arm and distortion: queries (how many), and what `ordered` returns.
     """
@@ -43,13 +41,8 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
 def ordered(z: np.ndarray, labels: np.ndarray, queries: np.ndarray, *, top: int) -> dict[str, float]:
     """How many triplets (query, an image of its class, one of another class) are in order: the first is nearer.
 
-    A triplet is at the top when one of its two candidates is among the `top` nearest of the query.
-
-    Args:
-        z: (N, D) unit vectors.
-        labels: (N,) classes.
-        queries: positions of the queries; every other image is a candidate.
-        top: K of the score.
+    Of unit vectors (N, D), their classes (N,) and the positions of the queries; every other image is a candidate. A
+    triplet is at the top when one of its two candidates is among the `top` nearest of the query.
 
     Returns:
         triplets, triplet_accuracy, triplets_at_top, score_at_top (triplets in order less those out of order among

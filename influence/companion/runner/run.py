@@ -247,7 +247,10 @@ def check_device(name: str) -> None:
 
 
 def _lacking(jobs: Sequence[Job], environment: Mapping[str, str], *, asked: int) -> dict[str, str]:
-    """Say what the jobs read from the folder of the data sets; by stem, what cannot be made without (not all of it)."""
+    """Say what the jobs read from the folder of the data sets; by stem, what cannot be made without.
+
+    A UsageError where that is all that is asked for.
+    """
     wanted = {job.notebook.stem: needs.of(job.parameters) for job in jobs}
     named = environment.get("INFLUENCE_DATA")
     folder = Path(named) if named else paths.data_dir()

@@ -94,6 +94,7 @@ MEASURED = {
     r"at α = .1 it is \S+ and (\S+) points": ((_OTHERS, f"{_GENERALISES}_at_0.1"), 100),
     r"At α = 1 it is \S+ and (\S+) points": ((_OTHERS, f"{_GENERALISES}_strong"), 100),
     r"clean and noisy images without the loss: (\S+)\.": ((_OTHERS, f"{_GENERALISES}_mixed"), 100),
+    r"makes the trace (\S+) times as large": (("bridge/fig_trace", "ratio_of_traces"), 1),
     r"effects in reverse \((\S+)\)": (("beyond/fig_cross_sample", "cross_sample_fi_orders_changes"), 1),
 }
 _WORDS = {"one": "1"}
@@ -141,13 +142,13 @@ def test_accuracies_are_the_least_and_the_largest(readme: str) -> None:
     ]
 
 
-def test_pixels_of_fi_beat_random_ones_in_small_steps_only(readme: str) -> None:
-    assert "its pixels surely beat random ones in small steps only, the gradient's more" in readme
+def test_pixels_of_fi_beat_random_ones_in_small_steps(readme: str) -> None:
+    assert "its pixels beat random ones in small steps, else seldom, the gradient's more" in readme
     table = pd.read_csv(ROOT / "results" / "cpu" / "tables" / "sensitivity" / "fig_vulnerable_areas.csv")
     released = table[(table["target"] == "entries") & (table["ranking"] == "released")]
     for change, group in released.groupby("change"):
         surely = (group["beyond_random_low"] > 0).mean()
-        assert (surely < 0.1) if change == "farther" else (surely > 0.8 and (group["beyond_saliency"] < 0).all())
+        assert (surely < 0.25) if change == "farther" else (surely > 0.8 and (group["beyond_saliency"] < 0).all())
 
 
 # The weight at which the claims of stability training are scored, and how their rules, notebooks and the README say so.

@@ -222,4 +222,4 @@ def test_the_images_of_largest_fi() -> None:
     assert found["image"].tolist() == whole.train.index[[-1, -2, -3, 0, 1, 2]].tolist()
     np.testing.assert_array_equal(unpacked(found.iloc[0]), whole.train.images[-1].permute(1, 2, 0))
     figure = fig_outlier_ranking.draw_images(found)
-    assert len(figure.axes) == 6 and figure.axes[0].get_title().endswith(f"FI {score[-1]:.3g}\na cat, a dog")
+    assert len(figure.axes) == 6 and figure.axes[0].get_title().endswith(f"FI {score[-1]:.3g}\n1 a cat, 1 a dog")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -125,15 +126,17 @@ def disputed(scores: pd.DataFrame) -> pd.DataFrame:
     """How well FI and the loss find the training images about which people do not agree, of those that they labelled.
 
     Returns:
-        One row per data set, model, seed and score: images, disputed (how many), AUROC and average precision with 95%
-        bootstrap intervals over the images.
+        One row per data set, model, seed and score: images, disputed (how many), of_first_100 (how many among those of
+        largest score), AUROC and average precision with 95% bootstrap intervals over the images.
     """
     rows = []
     asked = scores[scores["answers"] > 0]
     for (name, model, seed), group in asked.groupby(["dataset", "model", "seed"], sort=False):
         several = group["answers"] > 1
         about = {"dataset": name, "model": model, "seed": seed, "images": len(group), "disputed": int(several.sum())}
-        rows += [{**about, "score": score, **detection(group[score], several)} for score in ("released", "loss")]
+        for score in ("released", "loss"):
+            first = int(several[group[score].nlargest(100).index].sum())
+            rows.append({**about, "score": score, "of_first_100": first, **detection(group[score], several)})
     return pd.DataFrame(rows)
 
 
@@ -228,7 +231,7 @@ def _against_ceiling(axes: Axes, group: pd.DataFrame) -> None:
 
 
 def draw_images(images: pd.DataFrame) -> Figure:
-    """The images of largest FI, released and exact, with true and predicted label; first seed."""
+    """The images of largest FI, released and exact, true and predicted label, what people call them; first seed."""
     images = images[images["seed"] == images["seed"].min()]
     groups = list(images.groupby(["dataset", "model", "estimator"], sort=False))
     count = int(images["place"].max())
@@ -238,6 +241,8 @@ def draw_images(images: pd.DataFrame) -> Figure:
         for axes, (_, image) in zip(row, group.iterrows(), strict=True):
             style.picture(axes, unpacked(image))
             lines = [f"true {image['label_name']}", f"predicted {image['predicted_name']}", f"FI {image['fi']:.3g}"]
-            axes.set_title("\n".join([*lines, *filter(None, [image["people"]])]), fontsize=7)
+            if image["people"]:  # as in "2 bird, 1 frog"
+                lines.append(", ".join(f"{n} {name}" for name, n in Counter(image["people"].split(", ")).most_common()))
+            axes.set_title("\n".join(lines), fontsize=7)
         row[0].set_ylabel(f"{style.name(name)}\n{style.name(model)}\n{style.name(estimator)}", fontsize=7)
     return figure

@@ -120,11 +120,12 @@ def _apart(inputs: Inputs) -> list[Tensor]:
     rows = [tensor.reshape(examples, -1) for tensor in discrete or inputs.tensors]
     changes = torch.stack([(row[:, 1:] != row[:, :-1]).sum(dim=1) for row in rows]).sum(dim=0)
     shortest = changes.argsort(stable=True)
-    if discrete:
-        # A token may follow another as padding does, so that even the shortest change as often as the longest.
+    if not discrete:
+        shortest = shortest[:_NUMBERS]
+        apart += shortest[changes[shortest] < changes.max()].split(1)
+    elif examples > 2:  # else the halves are single examples
+        # Padding may follow a token as another token does: even the shortest may change as often as the longest.
         apart += shortest[:_TOKENS].split(1)
-    else:
-        apart += shortest[:_NUMBERS][changes[shortest[:_NUMBERS]] < changes.max()].split(1)
     return [chosen for chosen in apart if len(chosen)]
 
 

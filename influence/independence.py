@@ -115,14 +115,15 @@ def _apart(inputs: Inputs) -> list[Tensor]:
     examples = len(inputs)
     order = torch.randperm(examples, generator=torch.Generator().manual_seed(examples), device="cpu")
     apart = list(order.to(inputs.device).tensor_split(2))
-    # Padding repeats one value: the examples that change least along their length are the shortest.
+    # Padding repeats one value: the examples that change least along their length are the shortest. One value alone
+    # repeats nothing, but is 0 in most data.
     discrete = [tensor for tensor in inputs.tensors if not (tensor.is_floating_point() or tensor.is_complex())]
     rows = [tensor.reshape(examples, -1) for tensor in discrete or inputs.tensors]
-    changes = torch.stack([(row[:, 1:] != row[:, :-1]).sum(dim=1) for row in rows]).sum(dim=0)
-    shortest = changes.argsort(stable=True)
+    lengths = torch.stack([(row[:, 1:] != row[:, :-1]).sum(dim=1) + (row != 0).sum(dim=1) for row in rows]).sum(dim=0)
+    shortest = lengths.argsort(stable=True)
     if not discrete:
         shortest = shortest[:_NUMBERS]
-        apart += shortest[changes[shortest] < changes.max()].split(1)
+        apart += shortest[lengths[shortest] < lengths.max()].split(1)
     elif examples > 2:  # else the halves are single examples
         # Padding may follow a token as another token does: even the shortest may change as often as the longest.
         apart += shortest[:_TOKENS].split(1)

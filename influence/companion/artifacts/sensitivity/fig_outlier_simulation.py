@@ -34,11 +34,15 @@ _FALSE = 0.2  # the largest false positive rate there
 
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
-    """Setup 0: "scores", of `simulation`, and "pictures", of `examples`, for each seed."""
+    """Setup 0: "scores", of `simulation`, and "pictures", of `examples`, for each seed.
+
+    Only the networks of the first seed learn the outliers: the state before is the one that is judged.
+    """
     scores, shown = [], []
     for seed in run.parameters["seeds"]:
         made = made_outliers(run, seed=seed)
-        scores.append(simulation(run, made, seed=seed).assign(seed=seed))
+        states = STATES if seed == run.parameters["seeds"][0] else STATES[:1]
+        scores.append(simulation(run, made, seed=seed, states=states).assign(seed=seed))
         shown.append(examples(made, dataset(run, run.parameters["dataset"]).classes, count=10).assign(seed=seed))
     return {"scores": pd.concat(scores, ignore_index=True), "pictures": pd.concat(shown, ignore_index=True)}
 
@@ -54,12 +58,14 @@ def made_outliers(run: Run, *, seed: int) -> Split:
     return outliers.overlay(train, right, per_class=chosen["per_class"], shift=chosen["shift"], seed=seed)
 
 
-def simulation(run: Run, learnt: Split, *, seed: int) -> pd.DataFrame:
-    """Every score of training images and made outliers, for each network before, during and after learning the latter.
+def simulation(run: Run, learnt: Split, *, seed: int, states: Sequence[str] = STATES) -> pd.DataFrame:
+    """Scores of training images and made outliers, for each network before, during and after learning the latter.
+
+    Nothing is learnt where `states` is "before" alone.
 
     Returns:
-        One row per model, state (`STATES`) and image: outlier (bool), weight (of the example, so that outliers have the
-        paper's share of 1 in 21) and the columns of `scores.all_scores`.
+        One row per model, state and image: outlier (bool), weight (of the example, so that outliers have the paper's
+        share of 1 in 21) and the columns of `imagewise.all_scores`.
     """
     chosen = run.parameters
     whole, images, made = dataset(run, chosen["dataset"]), chosen["images"] or None, chosen["made"] or None
@@ -67,13 +73,14 @@ def simulation(run: Run, learnt: Split, *, seed: int) -> pd.DataFrame:
     phases = tuple((int(epochs), float(rate)) for epochs, rate in zip(chosen["epochs"], chosen["rates"], strict=True))
     frames = []
     for model in chosen["models"]:
-        before = classifier(run, whole.name, model, seed=seed)
-        recipe = recipes.recipe(run.profile, whole.name, model, seed=seed)
-        later = training.learn(recipe, whole, learnt, phases=phases, device=run.device)
-        for state, trained in zip(STATES, [before, *later], strict=True):
+        networks = [classifier(run, whole.name, model, seed=seed)]
+        if states[1:]:
+            recipe = recipes.recipe(run.profile, whole.name, model, seed=seed)
+            networks += training.learn(recipe, whole, learnt, phases=phases, device=run.device)
+        for state, trained in zip(states, networks, strict=True):
             for outlier, split in splits.items():
                 name = f"setup0/{whole.name}-{model}-{state}-{'made' if outlier else 'train'}"
-                frame = scored(run, name, imagewise.all_scores, trained, split)
+                frame = scored(run, name, imagewise.all_scores, trained, split, without=chosen["without"])
                 weight = _PAPER[outlier] / len(split)
                 frames.append(frame.assign(model=model, state=state, outlier=outlier, weight=weight))
     return pd.concat(frames, ignore_index=True)
@@ -94,6 +101,8 @@ def detection_table(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (seed, model, state), group in frame.groupby(["seed", "model", "state"], sort=False):
         for score in imagewise.NAMES:
+            if score not in group:
+                continue
             found = detection(group[score], group["outlier"], weight=group["weight"])
             counts = {"images": int((~group["outlier"]).sum()), "outliers": int(group["outlier"].sum())}
             rows.append({"seed": seed, "model": model, "state": state, "score": score, **counts, **found})
@@ -104,7 +113,7 @@ def curves(frame: pd.DataFrame) -> pd.DataFrame:
     """At most 400 points (x, y) of the ROC ("roc") and precision-recall ("pr") of each score and state; first seed."""
     frames = []
     for (model, state), group in _first_seed(frame).groupby(["model", "state"], sort=False):
-        for score in imagewise.NAMES:
+        for score in _DRAWN:
             ranks = group[score].rank(method="dense")
             false, true, _ = roc_curve(group["outlier"], ranks)
             precision, recall, _ = precision_recall_curve(group["outlier"], ranks, sample_weight=group["weight"])

@@ -559,6 +559,16 @@ def test_numbers_that_depend_on_the_longest_or_largest_of_the_batch_are_refused(
             influence.metric_tensor(Called(call).double().eval(), x, wrt=wrt, chunk_size=chunk_size)
 
 
+@pytest.mark.parametrize("at", [0, 2, 9])
+def test_a_number_missing_at_the_end_of_one_example_is_seen(at: int) -> None:
+    """Padded by a single 0 it changes along its length as often as the others."""
+    x = torch.rand(10, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+    x[at, 3] = 0
+    net = Called(lambda m, x: to_the_longest(m, x[..., None].expand(-1, -1, 4))).double().eval()
+    with pytest.raises(RuntimeError, match="depend on the other"):
+        influence.metric_tensor(net, x, wrt="layers")
+
+
 @pytest.mark.parametrize("wrt", ["input", "layers"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_gradients_that_are_not_finite_are_refused(count: int, wrt: str) -> None:

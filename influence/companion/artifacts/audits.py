@@ -34,7 +34,6 @@ from .stability import (
     comparison,
     fig_alpha_sigma,
     fig_generalisation,
-    fig_jpeg_quality,
     table_certified,
 )
 
@@ -138,6 +137,12 @@ def _definitions_of_layers(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
     return by_definition(subject, images=2, layers=6, device=run.device).assign(**subject.columns)
 
 
+def _suspicion(run: Run, model: nn.Module, split: Split) -> pd.DataFrame:
+    """Every score of the images, and what rounding may decide of them."""
+    frame = imagewise.all_scores(model, split, device=run.device, without=run.parameters["without"])
+    return frame.assign(near_cut=_near_cut(_of_image(run, model, split), split.labels.to(run.device), [1e-8, 1e-3]))
+
+
 def _wrong_labels(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
     frames = []
     for kind, of_kind in examples.groupby("kind"):
@@ -147,21 +152,15 @@ def _wrong_labels(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
             _require(recipe)
             model = training.fit(recipe, recipe.dataset(), device=run.device).model
             split = _having(recipe.dataset().valid, group["image"])
-            frame = imagewise.all_scores(model, split, device=run.device, without=run.parameters["without"])
-            near = _near_cut(_of_image(run, model, split), split.labels.to(run.device), [1e-8, 1e-3])
-            wrong = (split.labels != verified[split.index]).numpy()
-            frames.append(frame.assign(kind=kind, model="noisy-resnet20", wrong=wrong, near_cut=near))
+            about = {"kind": kind, "model": "noisy-resnet20", "wrong": (split.labels != verified[split.index]).numpy()}
+            frames.append(_suspicion(run, model, split).assign(**about))
     return pd.concat(frames)
 
 
 def _before_fine_tuning(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
-    frames = []
-    for subject, split, about in _by_network(run, examples.assign(dataset=run.parameters["dataset"])):
-        model = subject.trained.model
-        frame = imagewise.all_scores(model, split, device=run.device)
-        near = _near_cut(_of_image(run, model, split), split.labels.to(run.device), [1e-8, 1e-3])
-        frames.append(frame.assign(state="before", outlier=False, near_cut=near, **about))
-    return pd.concat(frames)
+    found = _by_network(run, examples.assign(dataset=run.parameters["dataset"]))
+    frames = [_suspicion(run, subject.trained.model, split).assign(**about) for subject, split, about in found]
+    return pd.concat(frames).assign(state="before", outlier=False)
 
 
 def _accuracies(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
@@ -232,30 +231,17 @@ def _changes(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(frames)
 
 
-def _arms_of(module: Any) -> Callable[[Run, pd.DataFrame], pd.DataFrame]:
-    """How rows of a table of `comparison.measure` are measured anew, for the arms that this module compares."""
-
-    def again(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
-        chosen = getattr(module, "arms", comparison.standard)(run.parameters)
-        return comparison.measured_again(run, run.parameters["dataset"], chosen, examples)
-
-    return again
-
-
-def _several_data_sets(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
-    chosen = comparison.standard(run.parameters)
-    groups = examples.groupby("dataset", sort=False)
-    return pd.concat(
-        comparison.measured_again(run, str(name), chosen, group).assign(dataset=name) for name, group in groups
-    )
-
-
-def _all_layers(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
-    chosen, name = fig_alpha_sigma.of_all_layers(run.parameters), run.parameters["dataset"]
-    return pd.concat(
-        comparison.measured_again(run, name, chosen, group, part=str(part)).assign(part=part)
-        for part, group in examples.groupby("part", sort=False)
-    )
+def _runs(
+    run: Run, examples: pd.DataFrame, *, arms: Callable[[dict[str, Any]], dict[str, Any]] = comparison.standard
+) -> pd.DataFrame:
+    """Rows of a table of `comparison.measure` for these arms, of one data set and part or of several."""
+    chosen, frames = arms(run.parameters), []
+    one = {"dataset": run.parameters.get("dataset"), "part": "test"}
+    examples = examples.assign(**{name: value for name, value in one.items() if name not in examples})
+    for (name, part), group in examples.groupby(list(one), sort=False):
+        rows = comparison.measured_again(run, str(name), chosen, group, part=str(part))
+        frames.append(rows.assign(dataset=name, part=part))
+    return pd.concat(frames)
 
 
 def _traces(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
@@ -380,12 +366,17 @@ AUDITS: dict[str, dict[str, Audit]] = {
         ),
         "parts": replace(_SETUP3["scores"], again=partial(_both_parts, epsilon=EPSILON)),
     },
-    "stability/fig_jpeg_quality": {"runs": Audit(_CELL, _arms_of(fig_jpeg_quality), atol=_RUNS)},
-    "stability/fig_generalisation": {"runs": Audit(_CELL, _arms_of(fig_generalisation), atol=_RUNS)},
-    "stability/table_classification": {"runs": Audit(("dataset", *_CELL), _several_data_sets, atol=_RUNS)},
+    "stability/fig_jpeg_quality": {"runs": Audit(_CELL, _runs, atol=_RUNS)},
+    "stability/fig_generalisation": {"runs": Audit(_CELL, partial(_runs, arms=fig_generalisation.arms), atol=_RUNS)},
+    "stability/table_classification": {"runs": Audit(("dataset", *_CELL), _runs, atol=_RUNS)},
     # Last layers are trained for it, and not published.
     "stability/fig_alpha_sigma": {
-        "runs": Audit(("part", *_CELL), _all_layers, where="arm.str.startswith('all ')", atol=_RUNS)
+        "runs": Audit(
+            ("part", *_CELL),
+            partial(_runs, arms=fig_alpha_sigma.of_all_layers),
+            where="arm.str.startswith('all ')",
+            atol=_RUNS,
+        )
     },
     # Accuracies of a hundred and of a thousand images, of which one may change sides.
     "stability/table_certified": {

@@ -1,7 +1,7 @@
 """Every example must have logits of its own, the same in any batch and in every call: checked here, never assumed.
 
-Each chunk is called again in two halves, without a graph, and its shortest examples one by one; the gradients must keep
-the examples apart. In the first chunk the first example is called alone too.
+Each chunk is called again without a graph: in two halves, and its shortest examples and some others one by one, as all
+are of a small chunk; the gradients must keep the examples apart. In the first chunk the first one is called alone too.
 """
 
 from __future__ import annotations
@@ -22,12 +22,16 @@ from influence.memory import is_out_of_memory
 
 # Calls of a model that draws random numbers, of which none may differ.
 _REPEATS = 8
-# Examples of every chunk that are called one by one beside the two halves of it: those that a model may have cut to the
-# longest of the batch, so many of tokens and of numbers.
-_TOKENS, _NUMBERS = 8, 2
+# Examples of every chunk that are called one by one: all of a small one, else beside the two halves of it the shortest,
+# which a model may have cut to the longest of the batch, and as many others.
+_ALONE = 8
 # Entries of a gradient below this share of the example's largest may be rounding.
 _NOISE = {torch.float64: 1e-10, torch.float32: 1e-4}
 _NOISE_OF_HALF = 5e-2
+# How far the gradient of an example alone may be from that in a batch, relative to its length: a ReLU at its kink may
+# be open in one of them.
+_KINK = {torch.float64: 1e-6, torch.float32: 0.1}
+_KINK_OF_HALF = 0.5
 
 
 def alone(model: nn.Module, inputs: Inputs) -> Tensor:
@@ -113,21 +117,17 @@ def require_independent(model: nn.Module, inputs: Inputs, batched: Tensor, dtype
 def _apart(inputs: Inputs) -> list[Tensor]:
     """Which examples are called together, without the others: an index ``(n,)`` for each call."""
     examples = len(inputs)
-    order = torch.randperm(examples, generator=torch.Generator().manual_seed(examples), device="cpu")
-    apart = list(order.to(inputs.device).tensor_split(2))
+    order = torch.randperm(examples, generator=torch.Generator().manual_seed(examples), device="cpu").to(inputs.device)
+    if examples <= _ALONE:
+        return list(order.split(1))
     # Padding repeats one value: the examples that change least along their length are the shortest. One value alone
     # repeats nothing, but is 0 in most data.
     discrete = [tensor for tensor in inputs.tensors if not (tensor.is_floating_point() or tensor.is_complex())]
     rows = [tensor.reshape(examples, -1) for tensor in discrete or inputs.tensors]
     lengths = torch.stack([(row[:, 1:] != row[:, :-1]).sum(dim=1) + (row != 0).sum(dim=1) for row in rows]).sum(dim=0)
-    shortest = lengths.argsort(stable=True)
-    if not discrete:
-        shortest = shortest[:_NUMBERS]
-        apart += shortest[lengths[shortest] < lengths.max()].split(1)
-    elif examples > 2:  # else the halves are single examples
-        # Padding may follow a token as another token does: even the shortest may change as often as the longest.
-        apart += shortest[:_TOKENS].split(1)
-    return [chosen for chosen in apart if len(chosen)]
+    shortest = lengths.argsort(stable=True)[: _ALONE // 2]
+    others = order[~torch.isin(order, shortest)][: _ALONE // 2]
+    return [*order.tensor_split(2), *shortest.split(1), *others.split(1)]
 
 
 def require_reproducible(first: Tensor, again: Tensor, dtype: torch.dtype) -> None:
@@ -157,6 +157,25 @@ def require_doubled(grads: Tensor, doubled: Tensor, dtype: torch.dtype) -> None:
         raise RuntimeError(
             "the model's backward pass is not linear: something in it, such as a hook that clips gradients, makes its "
             "derivatives depend on their own size. Remove it."
+        )
+
+
+def require_same_gradient(x: Tensor, moved: Tensor, single: Tensor, batched: Tensor, dtype: torch.dtype) -> None:
+    """Refuse an example x whose gradient by itself (``single``) is another than in its batch, all of one shape.
+
+    A gradient by which x as a whole moves less than the rounding of ``moved``, the sum that it is of, is rounding too.
+
+    Raises:
+        RuntimeError: If they differ, as by a hook that divides by the number of examples.
+    """
+    x, moved, single, batched = (values.detach().double() for values in (x, moved, single, batched))
+    size, rounding = torch.maximum(single.norm(), batched.norm()), 16 * torch.finfo(dtype).eps
+    differs = (single - batched).norm() > _KINK.get(dtype, _KINK_OF_HALF) * size
+    if bool(differs & (size * x.norm() > rounding * moved.abs().sum())):
+        raise RuntimeError(
+            "the gradient of an example's logits is another alone than in its batch: something in the model's backward "
+            "pass, such as a hook or an autograd.Function, depends on the batch. Remove it, or use chunk_size=1 if "
+            "each example is meant to be alone."
         )
 
 

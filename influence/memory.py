@@ -11,9 +11,9 @@ import torch
 
 Part = TypeVar("Part")
 
-# More examples at once gain nothing, and on a CPU they leave the cache.
+# More examples at once gain nothing, and on a CPU their gradients are new memory each time.
 _MOST = 64
-_MOST_BYTES_CPU = 2**29
+_MOST_BYTES_CPU = 2**30
 # Examples and input values in one backward pass that keep a processor busy, and passes for which it is worth while to
 # go forward again with copies of the examples.
 _MOST_COPIES, _MOST_VALUES, _FEWEST_PASSES = 32, 2**18, 16

@@ -23,6 +23,7 @@ from influence.independence import (
     require_finite_gradients,
     require_independent,
     require_same,
+    require_same_gradient,
 )
 from influence.inputs import Inputs, forward
 from influence.kernels.gram import products
@@ -125,7 +126,7 @@ class InputGrams:
     def __init__(self, model: nn.Module, patches: Patches | None = None) -> None:
         self._model, self._patches = model, patches
         self._generator = torch.Generator().manual_seed(0)
-        # The first example alone, with its logits, until they have been compared.
+        # The first example alone, with its logits and their graph, until they have been compared.
         self._first: tuple[Inputs, Tensor] | None = None
         self._bytes: int | None = None
 
@@ -136,11 +137,12 @@ class InputGrams:
             ValueError: If the Grams of its patches do not fit.
         """
         if self._bytes is None:
-            logits = alone(self._model, inputs[:1].with_leaf())
-            self._first = inputs[:1], logits.detach()
+            first = inputs[:1].with_leaf()
+            logits = alone(self._model, first)
+            self._first = first, logits
             classes, narrow = logits.shape[1] if passes is None else passes, NarrowLayer.of(logits)
             rows = classes if narrow is None or passes is not None else narrow.width
-            self._bytes = 2 * read_graph(logits, {}).bytes_per_example(passes=1) + 24 * rows * inputs[:1].x.numel()
+            self._bytes = read_graph(logits, {}).bytes_per_example(passes=1) + 24 * rows * inputs[:1].x.numel()
             if self._patches is not None:
                 blocks = len(self._patches.blocks(inputs.x.shape[1:]))
                 instead = "influence.patch_influence gives FI without them; a larger stride makes them fewer."
@@ -178,21 +180,40 @@ class InputGrams:
         dtype, chosen = read_graph(logits, {}).coarsest_dtype(), rows(logits)
         narrow = NarrowLayer.of(logits, chosen)
         if self._first is not None:
-            require_same(self._model, *self._first, logits[:1].detach(), dtype)
-            self._first = None
+            first, single = self._first
+            require_same(self._model, first, single.detach(), logits[:1].detach(), dtype)
         require_independent(self._model, inputs, logits.detach(), dtype)
+        jacobian = self._with_copies(inputs, logits, chosen, dtype)
+        if self._first is not None:
+            self._compare(chosen, narrow, jacobian[0], dtype)
+        return chosen, narrow, jacobian, dtype
+
+    def _compare(self, chosen: LogitRows, narrow: NarrowLayer | None, jacobian: Tensor, dtype: torch.dtype) -> None:
+        """Compare a random sum of the rows of the first example, of which this is the Jacobian, with autograd's."""
+        assert self._first is not None
+        (first, logits), self._first = self._first, None
+        v = torch.randn(chosen.count, generator=self._generator, dtype=torch.float64, device="cpu").to(jacobian.device)
+        seed = v @ chosen.seeds(torch.float64)[:, 0]
+        (grad,) = gradients(logits, [first.x], seed[None].to(logits.dtype))
+        weights = v if narrow is None else v @ narrow.contrasts[0]
+        ours = torch.tensordot(weights, jacobian.double(), dims=1)
+        require_same_gradient(first.x[0], seed * logits[0], grad[0], ours, dtype)
+
+    def _with_copies(self, inputs: Inputs, logits: Tensor, chosen: LogitRows, dtype: torch.dtype) -> Tensor:
+        """The Jacobian of ``_few_rows``, from as many copies of the examples as keep the processor busy."""
+        narrow = NarrowLayer.of(logits, chosen)
         count = chosen.count if narrow is None else narrow.width
         copies = copies_at_once(count, examples=len(inputs), values=inputs.x.numel())
         if copies > 1:
             try:
                 more = inputs.copies(copies).with_leaf()
-                return chosen, narrow, self._jacobian(more, forward(self._model, more), chosen, copies, dtype), dtype
+                return self._jacobian(more, forward(self._model, more), chosen, copies, dtype)
             except (RuntimeError, MemoryError) as error:
                 # A single example may have been refused for its copies, of which it shall not have any: it goes on to
                 # be looked at alone.
                 if len(inputs) > 1 and not is_out_of_memory(error):
                     raise
-        return chosen, narrow, self._jacobian(inputs, logits, chosen, 1, dtype), dtype
+        return self._jacobian(inputs, logits, chosen, 1, dtype)
 
     def _jacobian(self, inputs: Inputs, logits: Tensor, chosen: LogitRows, copies: int, dtype: torch.dtype) -> Tensor:
         """Jacobian of N examples, with copies of them in the batch: one or two keep no processor busy.

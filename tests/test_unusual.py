@@ -559,14 +559,60 @@ def test_numbers_that_depend_on_the_longest_or_largest_of_the_batch_are_refused(
             influence.metric_tensor(Called(call).double().eval(), x, wrt=wrt, chunk_size=chunk_size)
 
 
-@pytest.mark.parametrize("at", [0, 2, 9])
-def test_a_number_missing_at_the_end_of_one_example_is_seen(at: int) -> None:
+@pytest.mark.parametrize("count", [8, 20])
+@pytest.mark.parametrize("at", [0, 2, 7])
+def test_a_number_missing_at_the_end_of_one_example_is_seen(at: int, count: int) -> None:
     """Padded by a single 0 it changes along its length as often as the others."""
-    x = torch.rand(10, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+    x = torch.rand(count, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
     x[at, 3] = 0
     net = Called(lambda m, x: to_the_longest(m, x[..., None].expand(-1, -1, 4))).double().eval()
     with pytest.raises(RuntimeError, match="depend on the other"):
         influence.metric_tensor(net, x, wrt="layers")
+
+
+@pytest.mark.parametrize("wrt", ["input", "layers"])
+@pytest.mark.parametrize("count", [5, 40])
+def test_a_loop_that_stops_with_the_slowest_example_is_refused(count: int, wrt: str) -> None:
+    """Examples that share the largest number of steps are in both halves; those of fewer get others when alone."""
+
+    def settled(m: Called, x: Tensor) -> Tensor:
+        y = h = m.first(x)
+        for _ in range(100):
+            y, before = torch.tanh(h + 0.5 * y), y
+            if (y - before).abs().max() < 1e-2:
+                break
+        return y
+
+    x = 10 * torch.randn(count, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="depend on the other"):
+        influence.metric_tensor(Called(settled).double().eval(), x, wrt=wrt)
+
+
+class ByTheBatch(torch.autograd.Function):
+    """A mean that is taken in the backward pass alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """As it is."""
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """Over the number of examples."""
+        return grads[0] / len(grads[0])
+
+
+@pytest.mark.parametrize("classes", [3, 9])  # nine are more than the features
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_backward_pass_that_knows_the_size_of_the_batch(classes: int, dtype: torch.dtype) -> None:
+    """The gradients keep the examples apart and are linear; alone an example has others."""
+    net = Called(lambda m, x: ByTheBatch.apply(m.first(x)), classes=classes).to(dtype).eval()
+    x = torch.rand(4, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for function in (influence.metric_tensor, influence.worst_direction, partial(influence.trace, samples=2)):
+        with pytest.raises(RuntimeError, match="alone than in its batch"):
+            function(net, x)
+    alone = influence.metric_tensor(net, x[2:3]).gram
+    torch.testing.assert_close(influence.metric_tensor(net, x, chunk_size=1).gram[2:3], alone, rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("wrt", ["input", "layers"])

@@ -238,8 +238,9 @@ def _runs(
     chosen, frames = arms(run.parameters), []
     one = {"dataset": run.parameters.get("dataset"), "part": "test"}
     examples = examples.assign(**{name: value for name, value in one.items() if name not in examples})
-    for (name, part), group in examples.groupby(list(one), sort=False):
-        rows = comparison.measured_again(run, str(name), chosen, group, part=str(part))
+    for where, group in examples.groupby(list(one), sort=False):
+        name, part = map(str, where)
+        rows = comparison.measured_again(run, name, chosen, group, part=part)
         frames.append(rows.assign(dataset=name, part=part))
     return pd.concat(frames)
 

@@ -192,7 +192,9 @@ def metric_tensor(
     just as exact; the logger "influence" says so once. Relative to the largest entry, a Gram is exact to 1e-4 for a
     float32 network and to 1e-10 for a float64 one.
 
-    The model must treat the examples of a batch independently, as any network in evaluation mode does. Its mode, hooks,
+    The model must treat the examples of a batch independently, as any network in evaluation mode does. Each chunk is
+    called again: up to eight examples one by one, more of them in two halves and eight of them one by one. A dependence
+    that shows in none of these calls is not seen; ``chunk_size=8`` looks at every example. The model's mode, hooks,
     ``requires_grad`` and ``.grad`` are left as they were.
 
     Args:
@@ -218,7 +220,8 @@ def metric_tensor(
         ValueError: For an empty or non-finite ``x``, an output that is not finite or not ``(N, K)`` with K >= 2, an
             unknown ``wrt`` or module name, a module without parameters, patches of what is no image or whose
             Grams do not fit, a chunk size below 1, or an unknown backend.
-        RuntimeError: For a model with BatchNorm or Dropout in training mode, or logits that carry no gradient.
+        RuntimeError: For a model with BatchNorm or Dropout in training mode, logits that carry no gradient, or examples
+            whose logits or gradients depend on their batch.
 
     Example:
         >>> model = nn.Linear(5, 3)

@@ -154,10 +154,26 @@ def require_doubled(grads: Tensor, doubled: Tensor, dtype: torch.dtype) -> None:
         RuntimeError: If ``doubled`` is not -2 times ``grads``, both of any shape.
     """
     if bool((doubled + 2 * grads).abs().max() > 8 * _NOISE.get(dtype, _NOISE_OF_HALF) * grads.abs().max()):
-        raise RuntimeError(
-            "the model's backward pass is not linear: something in it, such as a hook that clips gradients, makes its "
-            "derivatives depend on their own size. Remove it."
-        )
+        _refuse_nonlinear()
+
+
+def require_additive(rows: Sequence[Tensor], mixed: Sequence[Tensor], weights: Tensor, dtype: torch.dtype) -> None:
+    """Refuse a backward pass that gives another gradient for a weighted sum of seeds than the sum of their gradients.
+
+    ``rows`` are gradients ``(m, *shape)`` of each tensor, ``mixed`` those of the sum, ``weights`` are ``(m,)``.
+    Gradients that cancel in one tensor are rounding of the size of the others.
+
+    Raises:
+        RuntimeError: If they differ, as behind a function that keeps the largest entries of a gradient.
+    """
+    tolerance = 8 * _NOISE.get(dtype, _NOISE_OF_HALF)
+    largest = max((float(made.abs().max()) for made in rows if made.numel()), default=0.0)
+    for made, one in zip(rows, mixed, strict=True):
+        weight = weights.to(made.device, torch.promote_types(made.dtype, torch.float32))
+        wide = made.to(weight.dtype)
+        limit = tolerance * (torch.tensordot(weight.abs(), wide.abs(), dims=1) + largest)
+        if bool(((torch.tensordot(weight, wide, dims=1) - one).abs() > limit).any()):
+            _refuse_nonlinear()
 
 
 def require_same_gradient(x: Tensor, moved: Tensor, single: Tensor, batched: Tensor, dtype: torch.dtype) -> None:
@@ -185,6 +201,13 @@ def refuse_dependent() -> None:
         "the gradient of an example's logits reaches other examples of its batch (statistics of the batch, attention "
         "or sorting across it), or a hook changes it: no example has a Jacobian of its own. Use fixed statistics, or "
         "chunk_size=1 if each example is meant to be alone."
+    )
+
+
+def _refuse_nonlinear() -> None:
+    raise RuntimeError(
+        "the model's backward pass is not linear: something in it, such as a hook that clips gradients, makes its "
+        "derivatives depend on their own size. Remove it."
     )
 
 

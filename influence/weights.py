@@ -191,7 +191,7 @@ class _WeightPasses(ParameterPasses):
         for name in found.keys() - self.refused.keys():
             self.totals[name] += found[name]
         for n in range(len(inputs) if self.refused else 0):
-            for name, jacobian in self._rows_of_refused(inputs[n : n + 1], score[n]):
+            for name, jacobian in self._rows_of_refused(inputs[n : n + 1], score[n], dtype):
                 if not jacobian.numel():
                     continue
                 flat, unseen = jacobian.reshape(1, len(jacobian), -1), partial(_rounding_unseen, jacobian.dtype)

@@ -718,6 +718,30 @@ def test_a_clipping_hook_on_a_parameter_is_refused_where_it_clips() -> None:
             call(net, x)
 
 
+class Largest(torch.autograd.Function):
+    """The two largest entries of each gradient alone: of twice the gradient they are twice as large."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """As it is."""
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """Zero elsewhere."""
+        places = grads[0].abs().topk(2, dim=1).indices
+        return torch.zeros_like(grads[0]).scatter(1, places, grads[0].gather(1, places))
+
+
+@pytest.mark.parametrize("wrt", ["input", "layers"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_backward_pass_that_is_only_homogeneous_is_refused(dtype: torch.dtype, wrt: str) -> None:
+    net = Called(lambda m, x: Largest.apply(m.first(x))).to(dtype).eval()
+    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with pytest.raises(RuntimeError, match=r"not linear|alone than in its batch"):
+        influence.metric_tensor(net, x, wrt=wrt)
+
+
 def test_an_example_that_is_meant_to_be_alone_has_no_copies() -> None:
     """With many classes a single example comes with copies of itself, which a mean over the batch would meet."""
     net = Called(lambda m, x: m.first(x) - m.first(x).mean(dim=0) / 2, classes=40).double().eval()

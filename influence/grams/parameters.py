@@ -27,6 +27,7 @@ from influence.independence import (
     Weighting,
     alone,
     gradients,
+    require_additive,
     require_doubled,
     require_finite_gradients,
     require_independent,
@@ -152,7 +153,7 @@ class ParameterPasses:
         require_finite_gradients(grads)
         return grads
 
-    def _rows_of_refused(self, inputs: Inputs, rows: LogitRows) -> Iterator[tuple[str, Tensor]]:
+    def _rows_of_refused(self, inputs: Inputs, rows: LogitRows, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Gradients ``(m, *shape)`` of the refused parameters for one example, row by row by autograd."""
         leaves = {name: parameter for name, parameter in self._parameters.items() if name in self.refused}
         logits = forward(self._model, inputs)
@@ -164,6 +165,12 @@ class ParameterPasses:
             for made, doubled in zip(found, gradients(logits, tensors, -2 * seeds[row]), strict=True):
                 if made.numel():
                     require_doubled(made[row], doubled, logits.dtype)
+        weights = torch.randn(len(seeds), generator=self._generator, device="cpu")
+        weights = (weights / weights.abs().sum()).to(
+            seeds
+        )  # no sum is larger than the seeds, and half a float overflows
+        mixed = gradients(logits, tensors, torch.tensordot(weights, seeds, dims=1))
+        require_additive(found, mixed, weights, dtype)
         yield from zip(leaves, found, strict=True)
 
     def _announce(self) -> None:
@@ -234,7 +241,7 @@ class ParameterGrams(ParameterPasses):
         self._announce()
         if self.refused:
             for n in range(len(inputs)):
-                for name, row in self._rows_of_refused(inputs[n : n + 1], chosen[n]):
+                for name, row in self._rows_of_refused(inputs[n : n + 1], chosen[n], dtype):
                     part = products(row.reshape(1, len(row), -1))[0]
                     for block in self._of[name]:
                         gram[n, block] += part

@@ -157,22 +157,30 @@ def require_doubled(grads: Tensor, doubled: Tensor, dtype: torch.dtype) -> None:
         _refuse_nonlinear()
 
 
-def require_additive(rows: Sequence[Tensor], mixed: Sequence[Tensor], weights: Tensor, dtype: torch.dtype) -> None:
+def require_additive(
+    leaves: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    mixed: Sequence[Tensor],
+    weights: Tensor,
+    moved: Tensor,
+    dtype: torch.dtype,
+) -> None:
     """Refuse a backward pass that gives another gradient for a weighted sum of seeds than the sum of their gradients.
 
-    ``rows`` are gradients ``(m, *shape)`` of each tensor, ``mixed`` those of the sum, ``weights`` are ``(m,)``.
-    Gradients that cancel in one tensor are rounding of the size of the others.
+    ``rows`` are gradients ``(m, *shape)`` of each leaf, ``mixed`` those of the sum, ``weights`` are ``(m,)``. What
+    cancels in one leaf is rounding of the size of the others; ``moved`` is as of ``require_same_gradient``.
 
     Raises:
         RuntimeError: If they differ, as behind a function that keeps the largest entries of a gradient.
     """
-    tolerance = 8 * _NOISE.get(dtype, _NOISE_OF_HALF)
+    tolerance, rounding = 8 * _NOISE.get(dtype, _NOISE_OF_HALF), _rounding(dtype) * moved.detach().abs().sum()
     largest = max((float(made.abs().max()) for made in rows if made.numel()), default=0.0)
-    for made, one in zip(rows, mixed, strict=True):
+    for leaf, made, one in zip(leaves, rows, mixed, strict=True):
         weight = weights.to(made.device, torch.promote_types(made.dtype, torch.float32))
         wide = made.to(weight.dtype)
-        limit = tolerance * (torch.tensordot(weight.abs(), wide.abs(), dims=1) + largest)
-        if bool(((torch.tensordot(weight, wide, dims=1) - one).abs() > limit).any()):
+        gap = (torch.tensordot(weight, wide, dims=1) - one).norm()
+        size = torch.tensordot(weight.abs(), wide.abs(), dims=1).norm() + largest
+        if bool((gap > tolerance * size) & (gap * leaf.detach().norm().to(gap) > rounding.to(gap.device))):
             _refuse_nonlinear()
 
 
@@ -185,9 +193,9 @@ def require_same_gradient(x: Tensor, moved: Tensor, single: Tensor, batched: Ten
         RuntimeError: If they differ, as by a hook that divides by the number of examples.
     """
     x, moved, single, batched = (values.detach().double() for values in (x, moved, single, batched))
-    size, rounding = torch.maximum(single.norm(), batched.norm()), 16 * torch.finfo(dtype).eps
+    size = torch.maximum(single.norm(), batched.norm())
     differs = (single - batched).norm() > _KINK.get(dtype, _KINK_OF_HALF) * size
-    if bool(differs & (size * x.norm() > rounding * moved.abs().sum())):
+    if bool(differs & (size * x.norm() > _rounding(dtype) * moved.abs().sum())):
         raise RuntimeError(
             "the gradient of an example's logits is another alone than in its batch: something in the model's backward "
             "pass, such as a hook or an autograd.Function, depends on the batch. Remove it, or use chunk_size=1 if "
@@ -202,6 +210,11 @@ def refuse_dependent() -> None:
         "or sorting across it), or a hook changes it: no example has a Jacobian of its own. Use fixed statistics, or "
         "chunk_size=1 if each example is meant to be alone."
     )
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """How far rounding may move a sum, relative to the size of its terms."""
+    return (1e3 if dtype in _NOISE else 16) * torch.finfo(dtype).eps
 
 
 def _refuse_nonlinear() -> None:

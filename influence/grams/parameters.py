@@ -169,8 +169,8 @@ class ParameterPasses:
         weights = (weights / weights.abs().sum()).to(
             seeds
         )  # no sum is larger than the seeds, and half a float overflows
-        mixed = gradients(logits, tensors, torch.tensordot(weights, seeds, dims=1))
-        require_additive(found, mixed, weights, dtype)
+        seed = torch.tensordot(weights, seeds, dims=1)
+        require_additive(tensors, found, gradients(logits, tensors, seed), weights, seed * logits, dtype)
         yield from zip(leaves, found, strict=True)
 
     def _announce(self) -> None:

@@ -184,6 +184,12 @@ def require_additive(
             _refuse_nonlinear()
 
 
+def random_weights(count: int, generator: torch.Generator) -> Tensor:
+    """Weights ``(m,)`` float64 of both signs that add up to 1 in size: no sum of seeds overflows where they do not."""
+    drawn = torch.randn(count, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn / drawn.abs().sum()
+
+
 def require_same_gradient(x: Tensor, moved: Tensor, single: Tensor, batched: Tensor, dtype: torch.dtype) -> None:
     """Refuse an example x whose gradient by itself (``single``) is another than in its batch, all of one shape.
 

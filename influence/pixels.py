@@ -18,6 +18,7 @@ from influence.independence import (
     alone,
     darkness,
     gradients,
+    random_weights,
     refuse_dependent,
     require_doubled,
     require_finite_gradients,
@@ -192,7 +193,7 @@ class InputGrams:
         """Compare a random sum of the rows of the first example, of which this is the Jacobian, with autograd's."""
         assert self._first is not None
         (first, logits), self._first = self._first, None
-        v = torch.randn(chosen.count, generator=self._generator, dtype=torch.float64, device="cpu").to(jacobian.device)
+        v = random_weights(chosen.count, self._generator).to(jacobian.device)
         seed = v @ chosen.seeds(torch.float64)[:, 0]
         (grad,) = gradients(logits, [first.x], seed[None].to(logits.dtype))
         weights = v if narrow is None else v @ narrow.contrasts[0]

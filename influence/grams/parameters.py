@@ -27,6 +27,7 @@ from influence.independence import (
     Weighting,
     alone,
     gradients,
+    random_weights,
     require_additive,
     require_doubled,
     require_finite_gradients,
@@ -165,10 +166,7 @@ class ParameterPasses:
             for made, doubled in zip(found, gradients(logits, tensors, -2 * seeds[row]), strict=True):
                 if made.numel():
                     require_doubled(made[row], doubled, logits.dtype)
-        weights = torch.randn(len(seeds), generator=self._generator, device="cpu")
-        weights = (weights / weights.abs().sum()).to(
-            seeds
-        )  # no sum is larger than the seeds, and half a float overflows
+        weights = random_weights(len(seeds), self._generator).to(seeds)
         seed = torch.tensordot(weights, seeds, dims=1)
         require_additive(tensors, found, gradients(logits, tensors, seed), weights, seed * logits, dtype)
         yield from zip(leaves, found, strict=True)

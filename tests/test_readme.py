@@ -319,6 +319,20 @@ def test_tables_of_benchmarks(name: str, table: Callable[[], str]) -> None:
     assert body.strip() == table(), "renew it: --table of the module in benchmarks/"
 
 
+def test_the_readme_has_the_times_of_the_engine_table() -> None:
+    """Of ResNet50, K = 10, batch 4, all layers; a loop over autograd is no package."""
+    rows = [r for r in benchmarks.results(RESULTS) if (r["network"], r["classes"], r["batch"]) == ("resnet50", 10, 4)]
+    ratios = {r["method"]: r["ratio"] for r in rows if "ratio" in r}
+    others = [ratio for name, ratio in ratios.items() if not name.startswith(("influence", "autograd"))]
+    said = re.search(
+        r"about (\w+) as long as .*?packages take (\d+) to (\d+) times as long",
+        README.read_text(encoding="utf-8"),
+        re.DOTALL,
+    )
+    assert said and (said[1], *map(int, said.groups()[1:])) == ("twice", round(min(others)), round(max(others)))
+    assert round(ratios["influence"]) == 2
+
+
 def test_links_of_benchmarks() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", BENCHMARKS)
     assert links and all((ROOT / "benchmarks" / link).exists() for link in links)

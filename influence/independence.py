@@ -145,6 +145,11 @@ def require_reproducible(first: Tensor, again: Tensor, dtype: torch.dtype) -> No
         )
 
 
+def may_be_linear(dtype: torch.dtype) -> bool:
+    """Whether a backward pass can be linear where ``dtype`` is the coarsest: eight bits round small gradients to 0."""
+    return torch.finfo(dtype).bits >= 16
+
+
 def require_doubled(grads: Tensor, doubled: Tensor, dtype: torch.dtype) -> None:
     """Refuse a backward pass that gives other gradients for seeds than a half of its own for -2 times the seeds.
 

@@ -18,6 +18,7 @@ from influence.independence import (
     alone,
     darkness,
     gradients,
+    may_be_linear,
     random_weights,
     refuse_dependent,
     require_doubled,
@@ -244,6 +245,7 @@ class InputGrams:
                 seed = (mixed * lit[:, None]).unflatten(0, (copies, examples))
                 if rows(seed).flatten(0, 1)[~lit].any():
                     refuse_dependent()
-            doubled = torch.cat([rows(-2 * part) for part in seeds.split(copies)])
-            require_doubled(jacobian, doubled, dtype)
+            if may_be_linear(dtype):
+                doubled = torch.cat([rows(-2 * part) for part in seeds.split(copies)])
+                require_doubled(jacobian, doubled, dtype)
         return jacobian.transpose(0, 1)

@@ -757,12 +757,12 @@ def test_examples_of_one_number_and_of_none() -> None:
         influence.metric_tensor(wide, torch.zeros(3, 0).double())
 
 
-def test_nested_tensors_and_eight_bits_take_the_slower_path(caplog: pytest.LogCaptureFixture) -> None:
+def test_nested_tensors_take_the_slower_path(caplog: pytest.LogCaptureFixture) -> None:
     def nested(m: Called, x: Tensor) -> Tensor:
         return torch.nested.to_padded_tensor(m.first(torch.nested.as_nested_tensor(list(x))), 0.0)
 
     plain = Called(lambda m, x: m.first(x)).double().eval()
-    x = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(2)).double()
+    x = torch.randn(3, 2, 4).double()
     through = Called(lambda m, x: nested(m, x).sum(dim=1)).double().eval()
     plain.call = lambda m, x: m.first(x).sum(dim=1)
     influence.grams.parameters._ANNOUNCED.clear()
@@ -771,8 +771,15 @@ def test_nested_tensors_and_eight_bits_take_the_slower_path(caplog: pytest.LogCa
             expected = influence.metric_tensor(plain, x, wrt=wrt).gram
             torch.testing.assert_close(influence.metric_tensor(through, x, wrt=wrt).gram, expected)
     assert "autograd path" in caplog.text
-    rounded = Called(lambda m, x: m.first(x) + m.first(x).to(torch.float8_e4m3fn).to(x.dtype)).eval()
-    assert influence.metric_tensor(rounded, x[:, 0].float(), wrt="layers").dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("scale", [1.0, 3e-3])
+def test_gradients_of_eight_bits_are_rounded_and_so_not_linear(scale: float) -> None:
+    rounded = Called(lambda m, x: m.first(x) + scale * m.first(x).to(torch.float8_e4m3fn).to(x.dtype)).eval()
+    for seed in range(20):
+        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))
+        for wrt in ("input", "layers"):
+            assert influence.metric_tensor(rounded, x, wrt=wrt).dtype == torch.float8_e4m3fn
 
 
 def test_grams_that_do_not_fit_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:

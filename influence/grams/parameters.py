@@ -27,6 +27,7 @@ from influence.independence import (
     Weighting,
     alone,
     gradients,
+    may_be_linear,
     random_weights,
     require_additive,
     require_doubled,
@@ -162,13 +163,14 @@ class ParameterPasses:
         rows_of_all = [gradients(logits, tensors, seed) for seed in seeds]
         found = [torch.stack(made) for made in zip(*rows_of_all, strict=True)]
         require_finite_gradients(found)
-        for row in _largest(found):
-            for made, doubled in zip(found, gradients(logits, tensors, -2 * seeds[row]), strict=True):
-                if made.numel():
-                    require_doubled(made[row], doubled, logits.dtype)
-        weights = random_weights(len(seeds), self._generator).to(seeds)
-        seed = torch.tensordot(weights, seeds, dims=1)
-        require_additive(tensors, found, gradients(logits, tensors, seed), weights, seed * logits, dtype)
+        if may_be_linear(dtype):
+            for row in _largest(found):
+                for made, doubled in zip(found, gradients(logits, tensors, -2 * seeds[row]), strict=True):
+                    if made.numel():
+                        require_doubled(made[row], doubled, logits.dtype)
+            weights = random_weights(len(seeds), self._generator).to(seeds)
+            seed = torch.tensordot(weights, seeds, dims=1)
+            require_additive(tensors, found, gradients(logits, tensors, seed), weights, seed * logits, dtype)
         yield from zip(leaves, found, strict=True)
 
     def _announce(self) -> None:

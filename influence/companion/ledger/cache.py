@@ -32,7 +32,7 @@ _LEDGER = ("companion/__init__.py", "companion/ledger/")
 # Modules that compute, judge and draw: a number depends on the definitions that compute it alone.
 _ARTIFACTS = "companion/artifacts/"
 # Files, each with the names in it that count; None: all of it.
-_Code = dict[Path, set[str] | None]
+_Code = dict[Path, frozenset[str] | None]
 _PARSING = threading.Lock()
 
 
@@ -120,7 +120,7 @@ def computing_hash(module: str, name: str | None = None) -> str:
     files = set(base.rglob("*.py")) if base.is_dir() else {f for f in [base.with_suffix(".py")] if f.is_file()}
     if root != paths.PACKAGE.name or not files:
         return _hash(_all_but(_RUNNER + _LEDGER))
-    return _hash(_reached([(file, None if name is None else {name}) for file in files]))
+    return _hash(_reached([(file, None if name is None else frozenset({name})) for file in files]))
 
 
 def _name(file: Path) -> str:
@@ -131,7 +131,7 @@ def _all_but(excluded: tuple[str, ...]) -> _Code:
     return dict.fromkeys(f for f in paths.PACKAGE.rglob("*.py") if not _name(f).startswith(excluded))
 
 
-def _reached(left: list[tuple[Path, set[str] | None]]) -> _Code:
+def _reached(left: list[tuple[Path, frozenset[str] | None]]) -> _Code:
     """Code of the package that is reached through imports, none of it of the runner or the ledger."""
     found: _Code = {}
     while left:
@@ -146,13 +146,18 @@ def _reached(left: list[tuple[Path, set[str] | None]]) -> _Code:
                 continue
             names = None if names is None else before | names
         found[file] = names
-        left += _imports(file, _definitions(file, names))
+        left += _imports(file, file.read_text(encoding="utf-8"), names)
     return found
 
 
-def _definitions(file: Path, names: set[str] | None) -> list[ast.stmt]:
+@cache
+def _statements(source: str) -> list[ast.stmt]:
+    return parsed(source).body
+
+
+def _definitions(source: str, names: frozenset[str] | None) -> list[ast.stmt]:
     """The statements of a file, in order: all, or those that define some names or what these use of the same file."""
-    statements = parsed(file.read_text(encoding="utf-8")).body
+    statements = _statements(source)
     if names is None:
         return statements
     defined = {name: i for i, statement in enumerate(statements) for name in _defined(statement)}
@@ -179,16 +184,17 @@ def _defined(statement: ast.stmt) -> list[str]:
     return [node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
 
 
-def _imports(file: Path, statements: list[ast.stmt]) -> list[tuple[Path, set[str] | None]]:
-    """Files of the package that statements of a file import, each with the names that they use of it."""
+@cache
+def _imports(file: Path, source: str, names: frozenset[str] | None) -> list[tuple[Path, frozenset[str] | None]]:
+    """Files of the package that the definitions of some names in a file import, each with the names they use of it."""
     package = (paths.PACKAGE.name, *file.relative_to(paths.PACKAGE).parent.parts)
-    nodes = [node for statement in statements for node in ast.walk(statement)]
+    nodes = [node for statement in _definitions(source, names) for node in ast.walk(statement)]
     read = {node.id for node in nodes if _reads(node)}
     attributes: dict[str, set[str]] = {}
     for node in nodes:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             attributes.setdefault(node.value.id, set()).add(node.attr)
-    files: list[tuple[Path, set[str] | None]] = []
+    files: list[tuple[Path, frozenset[str] | None]] = []
     for node in nodes:
         if isinstance(node, ast.Import):
             files += [(f, None) for alias in node.names for f in _module(alias.name.split("."))]
@@ -199,8 +205,8 @@ def _imports(file: Path, statements: list[ast.stmt]) -> list[tuple[Path, set[str
                 local = alias.asname or alias.name
                 if local in read or not _name(file).startswith(_ARTIFACTS):
                     module = _module([*base, alias.name])
-                    files += [(f, attributes.get(local, set())) for f in module]
-                    files += [(f, {alias.name}) for f in (() if module else _module(base))]
+                    files += [(f, frozenset(attributes.get(local, ()))) for f in module]
+                    files += [(f, frozenset({alias.name})) for f in (() if module else _module(base))]
     return files
 
 
@@ -217,7 +223,7 @@ def _hash(code: _Code) -> str:
     for file in sorted(code, key=_name):
         source = file.read_text(encoding="utf-8")
         if code[file] is not None:
-            source = "\n".join(map(ast.unparse, _definitions(file, code[file])))
+            source = "\n".join(map(ast.unparse, _definitions(source, code[file])))
         sha.update(f"{_name(file)}\0{code_digest(source)}\n".encode())
     return sha.hexdigest()
 

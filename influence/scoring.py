@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from influence.checks import require_count, require_deterministic, require_labels
+from influence.independence import require_independent
 from influence.inputs import Inputs
 from influence.last_layer import head
 from influence.measures import Estimator, Exact, Influence, Released, first_order_influence, log_ceiling
@@ -68,10 +69,11 @@ def score(
         chunk_size: Examples computed at once. None: 32, fewer for many classes of large inputs, and half of it again
             each time memory runs out.
         closed_form: None computes the metric tensor of every example. A number: compute it for so many examples of the
-            first batch, and take a form that needs a forward pass alone for the whole data set where it holds for
-            these: FI = (1 - P_y) / P_y where all have full rank K - 1 (the rank in the table is then theirs); FI of the
-            features of a last linear layer with fewer than K - 1 of them where FI of the input equals it. Trace and
-            lambda_max, which need the rest of the network, are NaN.
+            first batch, and take a form without a backward pass for the whole data set where it holds for these: FI =
+            (1 - P_y) / P_y where all have full rank K - 1 (the rank in the table is then theirs); FI of the features of
+            a last linear layer with fewer than K - 1 of them where FI of the input equals it. Each batch takes two
+            forward passes: one more proves that its examples are independent. Trace and lambda_max, which need the rest
+            of the network, are NaN.
         progress: Whether to show a bar.
 
     Returns:
@@ -83,6 +85,7 @@ def score(
         ValueError: If the loader is empty, shuffles or has no labels where they are to be taken, the folder holds the
             scores of another run, of other data or of a model that computed something else, a number is below 1, or a
             closed form is asked for where neither holds or the estimator is not ``Exact``.
+        TypeError, RuntimeError: As ``metric_tensor``.
 
     Example:
         >>> import tempfile
@@ -244,37 +247,44 @@ def _closed_form(
     result = first_order_influence(metric, estimator=estimator)
     full = metric.log_probs.shape[1] - 1
     if bool((result.rank == full).all()):
-        return partial(_from_logits, model, metric.blocks)
+        return partial(_from_logits, model, metric.dtype, metric.blocks)
     found, features_differ = head(model, sample) if wrt == "input" else None, ""
     if found is not None:
         features = first_order_influence(metric_tensor(*found), result.labels, estimator=estimator)
         same = torch.isclose(result.fi, features.fi, rtol=_SAME, atol=0) & (result.rank == features.rank)
         if bool(same.all()):
-            return partial(_from_features, model, estimator)
+            return partial(_from_features, model, metric.dtype, estimator)
         features_differ = f", and FI is not that of the last layer's {found[1].shape[1]} features either"
     worst = metric.blocks[int(result.rank.amin(dim=0).argmin())]
     raise ValueError(
         f"closed_form needs a metric tensor of full rank K - 1 = {full}, got rank {int(result.rank.min())} for "
         f"{worst!r} in a sample of {len(sample)}, as where a layer has fewer than {full} values{features_differ}. FI "
-        f"then depends on the perturbation: leave closed_form out, for up to {full} backward passes instead of one "
-        "forward pass."
+        f"then depends on the perturbation: leave closed_form out, for up to {full} backward passes more."
     )
 
 
-def _from_features(model: nn.Module, estimator: Estimator, x: Tensor, labels: Tensor | None) -> pd.DataFrame:
+def _from_features(
+    model: nn.Module, dtype: torch.dtype, estimator: Estimator, x: Tensor, labels: Tensor | None
+) -> pd.DataFrame:
     """Rows of one batch from what the last layer sees."""
     found = head(model, x)
     if found is None:
         raise ValueError("the model's last layer made the logits of the first batch, but not of this one.")
     layer, features = found
+    with torch.no_grad():
+        require_independent(model, Inputs.of(x), layer(features), dtype)
     size = max(1, min(_CHUNK, _FEW_VALUES // layer.classes**2))
     return _rows(layer, features, labels, wrt="input", estimator=estimator, chunk_size=size, spectrum=False)
 
 
-def _from_logits(model: nn.Module, blocks: tuple[str, ...], x: Tensor, labels: Tensor | None) -> pd.DataFrame:
-    """Rows of one batch at full rank."""
+def _from_logits(
+    model: nn.Module, dtype: torch.dtype, blocks: tuple[str, ...], x: Tensor, labels: Tensor | None
+) -> pd.DataFrame:
+    """Rows of one batch at full rank, of a model whose coarsest dtype is this."""
+    inputs = Inputs.of(x)
     with torch.no_grad():
-        logits = Inputs.of(x).logits(model)
+        logits = inputs.logits(model)
+        require_independent(model, inputs, logits, dtype)
     log_probs = torch.log_softmax(logits.double(), dim=1)
     labels = log_probs.argmax(dim=1) if labels is None else labels
     labels = require_labels(labels, examples=len(x), classes=logits.shape[1], device=logits.device)

@@ -145,6 +145,27 @@ def test_a_model_that_squeezes_a_single_example(tmp_path: Path, closed_form: int
     pd.testing.assert_frame_equal(*found)
 
 
+class OfItsBatch(nn.Module):
+    """Features that look at the largest of the batch."""
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, features), nn.Linear(features, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = torch.tanh(self.body(x))
+        return self.head((features + features.amax(dim=0, keepdim=True)) / 2)
+
+
+@pytest.mark.parametrize(("features", "classes"), [(5, 3), (3, 10)])
+def test_no_closed_form_of_examples_that_depend_on_each_other(tmp_path: Path, features: int, classes: int) -> None:
+    model = OfItsBatch(features, classes).eval()
+    for rows in (7, 20):
+        batch = [torch.randn(rows, 4, generator=torch.Generator().manual_seed(0))]
+        with pytest.raises(RuntimeError, match="depend on the other examples"):
+            influence.score(model, batch, tmp_path, closed_form=1, labels="predicted", progress=False)
+
+
 def test_a_run_that_left_no_scores_binds_nobody(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown module"):
         influence.score(network(), data(), tmp_path, wrt=["nothing"], progress=False)

@@ -69,10 +69,11 @@ examples:
 
   python -c "import influence; print(influence.read_scores('build/scores').nlargest(5, 'fi'))"
 
-Where the metric tensor has full rank (K - 1), FI is (1 - P)/P: --closed-form then takes one forward pass instead of
-K - 1 backward passes, after checking --check examples. A network whose last layer sees fewer than K - 1 features never
-has full rank for its input: there FI is that of the features, from one forward pass too, where the checked examples
-agree. Where neither holds, the run is refused, with the rank that was found. Trace and lambda_max are then missing.
+Where the metric tensor has full rank (K - 1), FI is (1 - P)/P: --closed-form then takes two forward passes (one proves
+that examples are independent) instead of K - 1 backward passes, after checking --check examples. A network whose last
+layer sees fewer than K - 1 features never has full rank for its input: there FI is that of the features, from these
+passes too, where the checked examples agree. Where neither holds, the run is refused, with the rank that was found.
+Trace and lambda_max are then missing.
 """
 _RUN_EXAMPLES = """\
 examples:
@@ -399,7 +400,7 @@ def _parser() -> _Parser:
     add("--images", type=_count, default=0, metavar="N", help="a random sample of N; 0 for all (default)")
     add("--predicted", action="store_true", help="f = -log P of the predicted class, not of the label")
     add("--released", type=float, metavar="E", help="the authors' released estimator with constant E")
-    add("--closed-form", action="store_true", help="one forward pass where that is enough (see below)")
+    add("--closed-form", action="store_true", help="forward passes alone where they are enough (see below)")
     add("--check", type=_positive, default=4, metavar="N", help="examples whose rank is checked (default: 4)")
     add("--classes", type=_count, default=0, metavar="K", help="outputs of a torchvision network")
     add("--size", type=_count, default=0, metavar="PIXELS", help="height and width of a folder's images")

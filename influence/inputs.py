@@ -14,6 +14,8 @@ from influence.checks import require_finite, require_logits
 from influence.grams.graph import topological
 
 Batch = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+# Name of a tensor that is the whole batch.
+_ALONE = ("x",)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Inputs:
             ValueError: If there is no example, the tensors have different numbers of them, or one is not finite.
         """
         if isinstance(x, Tensor):
-            batch = cls((x,), ("x",))
+            batch = cls((x,), _ALONE)
         elif isinstance(x, Mapping):
             batch = cls(tuple(x.values()), tuple(map(str, x)), by_keyword=True)
         elif isinstance(x, tuple | list):
@@ -98,7 +100,7 @@ class Inputs:
         return len(self.tensors[0])
 
     def __getitem__(self, examples: slice | Tensor) -> Inputs:
-        return replace(self, tensors=tuple(tensor[examples] for tensor in self.tensors))
+        return self.each(lambda tensor: tensor[examples])
 
     @property
     def x(self) -> Tensor:
@@ -110,9 +112,20 @@ class Inputs:
         """Where the batch is."""
         return self.tensors[0].device
 
+    @property
+    def batch(self) -> Batch:
+        """What ``of`` reads as the same."""
+        if self.by_keyword:
+            return dict(zip(self.names, self.tensors, strict=True))
+        return self.tensors[0] if self.names == _ALONE else self.tensors
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same with every tensor changed."""
+        return replace(self, tensors=tuple(map(change, self.tensors)))
+
     def copies(self, count: int) -> Inputs:
         """The whole batch so many times."""
-        return replace(self, tensors=tuple(t.repeat(count, *[1] * (t.ndim - 1)) for t in self.tensors))
+        return self.each(lambda tensor: tensor.repeat(count, *[1] * (tensor.ndim - 1)))
 
     def with_leaf(self) -> Inputs:
         """The same with the perturbed tensor as a leaf that takes a gradient."""

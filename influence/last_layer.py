@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge
 
 from influence.contrasts import Classes, LogitRows
 from influence.grams.rules import Node
-from influence.inputs import Inputs
+from influence.inputs import Batch, Inputs
 
 # Where the features enter each kind of node that a linear layer leaves in the graph.
 _PLACES = {"AddmmBackward0": 1, "MmBackward0": 0}
@@ -97,7 +97,7 @@ class Head(nn.Module):
         return logits
 
 
-def head(model: nn.Module, x: Tensor) -> tuple[Head, Tensor] | None:
+def head(model: nn.Module, x: Batch) -> tuple[Head, Tensor] | None:
     """The linear layer whose output is the logits, and its input, the features ``(N, d)``; None where there is none.
 
     FI does not depend on the coordinates of a perturbation: where the input moves the d features in all directions, FI

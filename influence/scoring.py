@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from influence.checks import require_count, require_deterministic, require_labels
 from influence.independence import require_independent
-from influence.inputs import Inputs
+from influence.inputs import Batch, Inputs
 from influence.last_layer import head
 from influence.measures import Estimator, Exact, Influence, Released, first_order_influence, log_ceiling
 from influence.memory import in_chunks
@@ -60,7 +60,9 @@ def score(
 
     Args:
         model: As for ``metric_tensor``; batches are moved to its device.
-        loader: Yields ``(x, labels, ...)``, or ``x`` for predicted classes, each time the same in the same order.
+        loader: Yields ``(x, labels, ...)``, x as for ``metric_tensor`` (several tensors in a tuple of their own), or a
+            mapping with "labels" or "label" beside what the model takes, as data collators of transformers do; for
+            predicted classes labels are not needed. Each time the same in the same order.
         path: The folder; ``read_scores`` or ``pandas.read_parquet`` read it.
         wrt: As for ``metric_tensor``.
         estimator: As for ``first_order_influence``. What ``Released`` finds near its cut is computed again in float64.
@@ -125,7 +127,7 @@ def score(
     def mine(number: int) -> bool:
         return number % world == rank and not file_of(folder, number).exists()
 
-    rows_of: Callable[[Tensor, Tensor | None], pd.DataFrame] | None = None
+    rows_of: Callable[[Inputs, Tensor | None], pd.DataFrame] | None = None
     rows: list[pd.DataFrame] = []
     digests: list[str] = []
     compared = False
@@ -135,7 +137,7 @@ def score(
             number, place = divmod(batch.place, batches_per_shard)
             file = file_of(folder, number)
             if batch.wanted:
-                x = _like(model, batch.x)
+                x = _like(model, batch.inputs)
                 if rows_of is None and closed_form is not None:
                     rows_of = _closed_form(model, x, wrt, estimator, closed_form)
                 elif rows_of is None:
@@ -152,7 +154,7 @@ def score(
                 require_same(file, place, batch)
                 if not compared:
                     with torch.no_grad():
-                        logits = Inputs.of(_like(model, batch.x[: chunk_size or _CHUNK])).logits(model)
+                        logits = _like(model, batch.inputs[: chunk_size or _CHUNK]).logits(model)
                     require_same_model(file, batch.numbers[: len(logits)], logits)
                     compared = True
     return folder
@@ -161,7 +163,7 @@ def score(
 def refine(
     result: Influence,
     model: nn.Module,
-    x: Tensor,
+    x: Batch,
     *,
     wrt: Wrt = "input",
     estimator: Estimator | None = None,
@@ -172,7 +174,7 @@ def refine(
     Args:
         result: From ``first_order_influence``.
         model: The model; a float64 copy of it does the work.
-        x: ``(N, ...)``, what ``result`` was computed for.
+        x: What ``result`` was computed for.
         wrt: As for ``metric_tensor``.
         estimator: As for ``first_order_influence``.
         chunk_size: As for ``metric_tensor``.
@@ -183,9 +185,11 @@ def refine(
     chosen = result.near_cut.any(dim=1).nonzero().squeeze(1)
     if not len(chosen):
         return result
-    near = x[chosen.to(x.device)]
-    near = near.double() if near.is_floating_point() else near
-    metric = metric_tensor(copy.deepcopy(model).double(), near, wrt=wrt, chunk_size=chunk_size)
+    inputs = Inputs.of(x)
+    near = inputs[chosen.to(inputs.device)].each(
+        lambda tensor: tensor.double() if tensor.is_floating_point() else tensor
+    )
+    metric = metric_tensor(copy.deepcopy(model).double(), near.batch, wrt=wrt, chunk_size=chunk_size)
     better = first_order_influence(metric, result.labels[chosen], estimator=estimator)
     names = ("fi", "alignment", "rank", "near_cut", "ceiling")
     return replace(result, **{n: getattr(result, n).index_copy(0, chosen, getattr(better, n)) for n in names})
@@ -193,7 +197,7 @@ def refine(
 
 def _rows(
     model: nn.Module,
-    x: Tensor,
+    x: Inputs,
     labels: Tensor | None,
     *,
     wrt: Wrt,
@@ -204,11 +208,11 @@ def _rows(
     """Rows of one batch, whose examples count from 0, with trace and lambda_max or without."""
 
     def compute(part: slice) -> pd.DataFrame:
-        images, given = x[part], None if labels is None else labels[part]
-        metric = metric_tensor(model, images, wrt=wrt, chunk_size=len(images))
+        few, given = x[part], None if labels is None else labels[part]
+        metric = metric_tensor(model, few.batch, wrt=wrt, chunk_size=len(few))
         result = first_order_influence(metric, given, estimator=estimator)
         if isinstance(estimator, Released):
-            result = refine(result, model, images, wrt=wrt, estimator=estimator, chunk_size=len(images))
+            result = refine(result, model, few.batch, wrt=wrt, estimator=estimator, chunk_size=len(few))
         table = result.to_dataframe()
         table["example"] += part.start
         table["trace"] = metric.trace().cpu().flatten().numpy() if spectrum else np.nan
@@ -219,36 +223,39 @@ def _rows(
     return pd.concat(in_chunks(compute, len(x), size, may_halve=chunk_size is None), ignore_index=True)
 
 
-def _examples_at_once(model: nn.Module, x: Tensor, wrt: Wrt) -> int:
+def _examples_at_once(model: nn.Module, x: Inputs, wrt: Wrt) -> int:
     """Examples whose Jacobian and Grams stay small, by numbers that do not depend on the machine."""
     with torch.no_grad():
-        classes = Inputs.of(x[:1]).logits(model).shape[1]
-    values = x[0].numel() if wrt == "input" else 0
+        classes = x[:1].logits(model).shape[1]
+    of_input = isinstance(wrt, str) and wrt.partition(":")[0] == "input"
+    values = x.perturbing(str(wrt).partition(":")[2] or None).x[0].numel() if of_input else 0
     # A Gram is float64, and a few of its size are alive at once.
     return max(1, _MOST_VALUES // (classes * (values + 16 * classes)))
 
 
-def _like(model: nn.Module, x: Tensor) -> Tensor:
+def _like(model: nn.Module, x: Inputs) -> Inputs:
     """Inputs where the model's parameters are, floating ones in their precision."""
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, dtype=x.dtype))
-    return x.to(parameter) if x.is_floating_point() else x.to(parameter.device)
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is None:
+        return x
+    return x.each(lambda tensor: tensor.to(parameter) if tensor.is_floating_point() else tensor.to(parameter.device))
 
 
 def _closed_form(
-    model: nn.Module, x: Tensor, wrt: Wrt, estimator: Estimator, count: int
-) -> Callable[[Tensor, Tensor | None], pd.DataFrame]:
+    model: nn.Module, x: Inputs, wrt: Wrt, estimator: Estimator, count: int
+) -> Callable[[Inputs, Tensor | None], pd.DataFrame]:
     """What makes the rows of a batch from its inputs and labels by a forward pass.
 
     Raises:
         ValueError: If there is no such way for a sample of the batch.
     """
     sample = x[torch.linspace(0, len(x) - 1, min(count, len(x))).round().long().to(x.device)]
-    metric = metric_tensor(model, sample, wrt=wrt, chunk_size=1)
+    metric = metric_tensor(model, sample.batch, wrt=wrt, chunk_size=1)
     result = first_order_influence(metric, estimator=estimator)
     full = metric.log_probs.shape[1] - 1
     if bool((result.rank == full).all()):
         return partial(_from_logits, model, metric.dtype, metric.blocks)
-    found, features_differ = head(model, sample) if wrt == "input" else None, ""
+    found, features_differ = head(model, sample.batch) if wrt == "input" else None, ""
     if found is not None:
         features = first_order_influence(metric_tensor(*found), result.labels, estimator=estimator)
         same = torch.isclose(result.fi, features.fi, rtol=_SAME, atol=0) & (result.rank == features.rank)
@@ -264,27 +271,26 @@ def _closed_form(
 
 
 def _from_features(
-    model: nn.Module, dtype: torch.dtype, estimator: Estimator, x: Tensor, labels: Tensor | None
+    model: nn.Module, dtype: torch.dtype, estimator: Estimator, x: Inputs, labels: Tensor | None
 ) -> pd.DataFrame:
     """Rows of one batch from what the last layer sees."""
-    found = head(model, x)
+    found = head(model, x.batch)
     if found is None:
         raise ValueError("the model's last layer made the logits of the first batch, but not of this one.")
     layer, features = found
     with torch.no_grad():
-        require_independent(model, Inputs.of(x), layer(features), dtype)
+        require_independent(model, x, layer(features), dtype)
     size = max(1, min(_CHUNK, _FEW_VALUES // layer.classes**2))
-    return _rows(layer, features, labels, wrt="input", estimator=estimator, chunk_size=size, spectrum=False)
+    return _rows(layer, Inputs.of(features), labels, wrt="input", estimator=estimator, chunk_size=size, spectrum=False)
 
 
 def _from_logits(
-    model: nn.Module, dtype: torch.dtype, blocks: tuple[str, ...], x: Tensor, labels: Tensor | None
+    model: nn.Module, dtype: torch.dtype, blocks: tuple[str, ...], x: Inputs, labels: Tensor | None
 ) -> pd.DataFrame:
     """Rows of one batch at full rank, of a model whose coarsest dtype is this."""
-    inputs = Inputs.of(x)
     with torch.no_grad():
-        logits = inputs.logits(model)
-        require_independent(model, inputs, logits, dtype)
+        logits = x.logits(model)
+        require_independent(model, x, logits, dtype)
     log_probs = torch.log_softmax(logits.double(), dim=1)
     labels = log_probs.argmax(dim=1) if labels is None else labels
     labels = require_labels(labels, examples=len(x), classes=logits.shape[1], device=logits.device)

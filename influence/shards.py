@@ -8,8 +8,9 @@ import itertools
 import json
 import os
 import re
+import sys
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from influence.inputs import Inputs
 from influence.measures import log_ceiling
 
 TEMPORARY = ".tmp-"
@@ -33,6 +35,8 @@ _MADE_FROM = b"influence.made_from"
 _MOST_COMPARED = 32
 # Difference of the log of a ceiling, in units of the largest logit, that another device may make.
 _ROUNDING = 5e-3
+# Under which names a batch that is a mapping holds its labels.
+_TARGETS = ("labels", "label")
 # Where data sets keep their labels, or all they hold.
 _LABELS = ("targets", "labels", "tensors")
 # What else decides how a DataLoader makes a batch.
@@ -45,22 +49,22 @@ class Batch:
 
     place: int
     numbers: Sequence[int]
-    x: Tensor
+    inputs: Inputs
     labels: Tensor | None
     wanted: bool
     is_last: bool
 
     def __post_init__(self) -> None:
-        """Refuse examples without a number, and values that are none."""
-        if len(self.x) != len(self.numbers):
-            raise ValueError(f"loader must keep the examples of a batch, got {len(self.x)} of {len(self.numbers)}.")
-        if self.x.is_floating_point() and len(bad := (~torch.isfinite(self.x.flatten(1)).all(1)).nonzero()):
-            raise ValueError(f"x must be finite, got NaN or infinity in example {self.numbers[int(bad[0])]}.")
+        """Refuse examples without a number."""
+        if len(self.inputs) != len(self.numbers):
+            count = len(self.inputs)
+            raise ValueError(f"loader must keep the examples of a batch, got {count} of {len(self.numbers)}.")
 
     @property
     def digest(self) -> str:
         """Of all that its rows are made from."""
-        return _digest(self.numbers, self.x, self.labels)
+        named = list(self.inputs.names) if self.inputs.by_keyword else []
+        return _digest([*self.numbers, *named], *self.inputs.tensors, self.labels)
 
 
 def batches(
@@ -88,14 +92,14 @@ def batches(
         for (i, wanted), content in zip(chosen, part, strict=True):
             counted = range(ends[i] - len(indices[i]), ends[i])
             numbers = [int(index) for index in indices[i]] if has_numbers else counted
-            yield Batch(i, numbers, *_unpack(content, labels), wanted, i == last)
+            yield Batch(i, numbers, *_unpack(content, labels, numbers), wanted, i == last)
         return
     start, i, wanted = 0, -1, False
     for i, (content, following) in enumerate(itertools.pairwise(itertools.chain(loader, [None]))):
         wanted = mine(i // per_file) if i % per_file == 0 else wanted
-        x, given = _unpack(content, labels)
-        yield Batch(i, range(start, start + len(x)), x, given, wanted, following is None)
-        start += len(x)
+        inputs, given = _unpack(content, labels, range(start, sys.maxsize))
+        yield Batch(i, range(start, start + len(inputs)), inputs, given, wanted, following is None)
+        start += len(inputs)
     _require_some(i + 1)
     _require_no_more(folder, i // per_file)
 
@@ -105,28 +109,40 @@ def _require_some(count: int) -> None:
         raise ValueError("loader must yield some examples, got none. Check the data set and its path.")
 
 
-def _unpack(batch: Any, labels: str) -> tuple[Tensor, Tensor | None]:
+def _unpack(batch: Any, labels: str, numbers: Sequence[int]) -> tuple[Inputs, Tensor | None]:
     """Inputs and labels of what a loader yielded; no labels where they are "predicted"."""
-    if isinstance(batch, Tensor):
-        batch = [batch]
-    if not isinstance(batch, list | tuple) or not batch or not isinstance(batch[0], Tensor):
+    if isinstance(batch, Mapping):
+        without = {name: value for name, value in batch.items() if name not in _TARGETS}
+        parts: list[Any] = [without, *(batch[name] for name in _TARGETS if name in batch)]
+    else:
+        parts = list(batch) if isinstance(batch, list | tuple) else [batch]
+    if not parts or not isinstance(parts[0], Tensor | list | tuple | Mapping):
+        found = type(parts[0] if parts else batch).__name__
         raise ValueError(
-            f"loader must yield x or (x, labels, ...), got {type(batch).__name__}. Use a collate_fn that returns these."
+            "loader must yield x, (x, labels, ...) or a mapping with 'labels', x as for metric_tensor, got "
+            f"{found}. Use a collate_fn that returns these."
         )
+    x = parts[0]
+    for tensor in x.values() if isinstance(x, Mapping) else [x] if isinstance(x, Tensor) else x:
+        if isinstance(tensor, Tensor) and tensor.ndim and tensor.is_floating_point():
+            bad = (~torch.isfinite(tensor).reshape(len(tensor), -1).all(1)).nonzero()
+            if len(bad):
+                raise ValueError(f"x must be finite, got NaN or infinity in example {numbers[int(bad[0])]}.")
+    inputs = Inputs.of(x)
     if labels == "predicted":
-        return batch[0], None
-    if len(batch) < 2:
+        return inputs, None
+    if len(parts) < 2:
         raise ValueError(
-            "loader must yield (x, labels, ...), got x alone. Give it the labels, or pass labels='predicted' for the "
-            "classes that the model predicts."
+            "loader must yield (x, labels, ...), or 'labels' in a mapping, got x alone. Give it the labels, or pass "
+            "labels='predicted' for the classes that the model predicts."
         )
-    return batch[0], torch.as_tensor(batch[1])
+    return inputs, torch.as_tensor(parts[1])
 
 
 # -- what a file was made from, and all that must be the same in one folder --------------------------------------------
 
 
-def _digest(numbers: Sequence[int], *tensors: Tensor | None) -> str:
+def _digest(numbers: Sequence[int | str], *tensors: Tensor | None) -> str:
     result = hashlib.sha256(repr(list(numbers)).encode())
     for tensor in tensors:
         if tensor is not None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -143,6 +144,72 @@ def test_a_model_that_squeezes_a_single_example(tmp_path: Path, closed_form: int
         for number, model in enumerate((Tempered(squeeze=True), Tempered()))
     ]
     pd.testing.assert_frame_equal(*found)
+
+
+class OfWords(nn.Module):
+    """A classifier of padded tokens that is called as those of transformers are."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.table, self.body, self.head = nn.Embedding(11, 6), nn.Linear(6, features), nn.Linear(features, 4)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        words = self.body(self.table(input_ids)) * attention_mask[..., None]
+        return self.head(torch.tanh(words.sum(dim=1) / attention_mask.sum(dim=1, keepdim=True)))
+
+
+def words(rows: slice = slice(None)) -> dict[str, torch.Tensor]:
+    ids = torch.randint(1, 11, (20, 7), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(7) <= torch.arange(20)[:, None] % 7).float()
+    return {"input_ids": (ids * mask.long())[rows], "attention_mask": mask[rows], "labels": torch.arange(20)[rows] % 4}
+
+
+@pytest.mark.parametrize("closed_form", [None, 3])
+def test_batches_of_several_tensors(tmp_path: Path, closed_form: int | None) -> None:
+    model, options = OfWords(5).eval(), {"wrt": "layers", "batches_per_shard": 1, "progress": False}
+    everything = words()
+    labels = everything.pop("labels")
+    metric = influence.metric_tensor(model, everything, wrt="layers")
+    expected = influence.first_order_influence(metric, labels).to_dataframe()
+
+    # As a collator does, which pads to the longest of a batch.
+    def collated() -> Iterator[dict[str, torch.Tensor]]:
+        for start in range(0, 20, 6):
+            batch = words(slice(start, start + 6))
+            longest = int(batch["attention_mask"].sum(dim=1).max())
+            yield {name: value[:, :longest] if value.ndim > 1 else value for name, value in batch.items()}
+
+    loaders = {
+        "mapping": list(collated()),
+        "pair": [({k: v for k, v in b.items() if k != "labels"}, b["labels"]) for b in collated()],
+        "tuple": [((b["input_ids"], b["attention_mask"]), b["labels"]) for b in collated()],
+        "singular": [{"label" if k == "labels" else k: v for k, v in b.items()} for b in collated()],
+    }
+    for name, loader in loaders.items():
+        path = influence.score(model, loader, tmp_path / name, closed_form=closed_form, **options)
+        found = influence.read_scores(path)
+        pd.testing.assert_frame_equal(found[list(expected)], expected, check_exact=False, rtol=1e-4)
+        if closed_form is None:
+            assert np.allclose(found["trace"], metric.trace().flatten(), rtol=1e-4)
+    kept = tmp_path / "mapping" / "part-000002.parquet"
+    kept.unlink()
+    for batch in loaders["mapping"]:
+        batch["attention_mask"] = batch["attention_mask"].clone()
+    influence.score(model, loaders["mapping"], tmp_path / "mapping", closed_form=closed_form, **options)
+    assert kept.exists()
+    loaders["mapping"][0]["attention_mask"][3, 0] = 0.5
+    with pytest.raises(ValueError, match="holds scores of other data"):
+        influence.score(model, loaders["mapping"], tmp_path / "mapping", closed_form=closed_form, **options)
+
+
+def test_one_of_several_tensors_is_perturbed(tmp_path: Path) -> None:
+    model, batch = OfWords(5).eval(), words()
+    given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    estimator = influence.Released(0.01)
+    path = influence.score(model, [batch], tmp_path, wrt="input", estimator=estimator, progress=False)
+    metric = influence.metric_tensor(model.double(), {**given, "attention_mask": given["attention_mask"].double()})
+    expected = influence.first_order_influence(metric, batch["labels"], estimator=estimator)
+    assert np.allclose(influence.read_scores(path)["fi"], expected.fi[:, 0], rtol=1e-3)
 
 
 class OfItsBatch(nn.Module):
@@ -291,8 +358,12 @@ def test_errors(tmp_path: Path) -> None:
         influence.score(network(), shuffled, tmp_path)
     with pytest.raises(ValueError, match="batches_per_shard"):
         influence.score(network(), data(), tmp_path, batches_per_shard=0)
-    with pytest.raises(ValueError, match="loader must yield"):
+    with pytest.raises(ValueError, match=r"loader must yield .* got int"):
+        influence.score(network(), [1], tmp_path, progress=False)
+    with pytest.raises(TypeError, match=r"x must hold tensors .*, got int as 'x'"):
         influence.score(network(), [{"x": 1}], tmp_path, progress=False)
+    with pytest.raises(ValueError, match="'labels' in a mapping, got x alone"):
+        influence.score(network(), [{"input": torch.zeros(2, 6)}], tmp_path, progress=False)
     with pytest.raises(ValueError, match="no scores"):
         influence.read_scores(tmp_path / "nowhere")
 

@@ -1,7 +1,8 @@
 """Every example must have logits of its own, the same in any batch and in every call: checked here, never assumed.
 
 Each chunk is called again without a graph: in two halves, and its shortest examples and some others one by one, as all
-are of a small chunk; the gradients must keep the examples apart. In the first chunk the first one is called alone too.
+are of a small chunk; the gradients must keep the examples apart. In the first chunk those of the first example,
+of the input those of the last one too, must be what they are alone.
 """
 
 from __future__ import annotations

@@ -187,19 +187,25 @@ class InputGrams:
         require_independent(self._model, inputs, logits.detach(), dtype)
         jacobian = self._with_copies(inputs, logits, chosen, dtype)
         if self._first is not None:
-            self._compare(chosen, narrow, jacobian[0], dtype)
+            self._compare(inputs, chosen, narrow, jacobian, dtype)
         return chosen, narrow, jacobian, dtype
 
-    def _compare(self, chosen: LogitRows, narrow: NarrowLayer | None, jacobian: Tensor, dtype: torch.dtype) -> None:
-        """Compare a random sum of the rows of the first example, of which this is the Jacobian, with autograd's."""
+    def _compare(
+        self, inputs: Inputs, chosen: LogitRows, narrow: NarrowLayer | None, jacobian: Tensor, dtype: torch.dtype
+    ) -> None:
+        """Compare a random sum of the rows ``(N, m, ...)`` of the first and the last example with autograd's, alone."""
         assert self._first is not None
-        (first, logits), self._first = self._first, None
-        v = random_weights(chosen.count, self._generator).to(jacobian.device)
-        seed = v @ chosen.seeds(torch.float64)[:, 0]
-        (grad,) = gradients(logits, [first.x], seed[None].to(logits.dtype))
-        weights = v if narrow is None else v @ narrow.contrasts[0]
-        ours = torch.tensordot(weights, jacobian.double(), dims=1)
-        require_same_gradient(first.x[0], seed * logits[0], grad[0], ours, dtype)
+        compared, self._first = {0: self._first}, None
+        if len(inputs) > 1:  # a model may detach a part of its batch, or a hook change that
+            last = inputs[-1:].with_leaf()
+            compared[len(inputs) - 1] = last, forward(self._model, last)
+        for n, (one, logits) in compared.items():
+            v = random_weights(chosen.count, self._generator).to(jacobian.device)
+            seed = v @ chosen.seeds(torch.float64)[:, n]
+            (grad,) = gradients(logits, [one.x], seed[None].to(logits.dtype))
+            weights = v if narrow is None else v @ narrow.contrasts[n]
+            ours = torch.tensordot(weights, jacobian[n].double(), dims=1)
+            require_same_gradient(one.x[0], seed * logits[0], grad[0], ours, dtype)
 
     def _with_copies(self, inputs: Inputs, logits: Tensor, chosen: LogitRows, dtype: torch.dtype) -> Tensor:
         """The Jacobian of ``_few_rows``, from as many copies of the examples as keep the processor busy."""

@@ -617,6 +617,23 @@ def test_a_backward_pass_that_knows_the_size_of_the_batch(classes: int, dtype: t
     torch.testing.assert_close(influence.metric_tensor(net, x, chunk_size=1).gram[2:3], alone, rtol=0.05, atol=0)
 
 
+def half_detached(x: Tensor) -> Tensor:
+    """As where the other half of a batch is a teacher's."""
+    return torch.cat([x[: (len(x) + 1) // 2], x[(len(x) + 1) // 2 :].detach()])
+
+
+@pytest.mark.parametrize("change", [half_detached, backward_by(lambda grad: torch.cat([grad[:1], 2 * grad[1:]]))])
+def test_a_backward_pass_that_knows_the_place_in_the_batch(change: Callable[[Tensor], Tensor]) -> None:
+    """The gradients of the first example are the same alone, those of the last are not."""
+    for classes in (3, 9):
+        net = Called(lambda m, x: m.first(change(x)), classes=classes).double().eval()
+        x = torch.rand(5, 4, generator=torch.Generator().manual_seed(0)).double()
+        for function in (influence.metric_tensor, influence.worst_direction, partial(influence.trace, samples=2)):
+            with pytest.raises(RuntimeError, match="alone than in its batch"):
+                function(net, x)
+            function(net, x, chunk_size=1)
+
+
 @pytest.mark.parametrize("wrt", ["input", "layers"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_gradients_that_are_not_finite_are_refused(count: int, wrt: str) -> None:

@@ -215,6 +215,16 @@ def require_same_gradient(x: Tensor, moved: Tensor, single: Tensor, batched: Ten
         )
 
 
+def unreached(reached: Tensor) -> int | None:
+    """The example that no gradient reaches in most places ``(places, N)`` where one reaches others; None: none.
+
+    A model may detach a part of its batch: alone such an example has a gradient.
+    """
+    count = (reached.any(dim=1, keepdim=True) & ~reached).sum(dim=0)
+    example = int(count.argmax())
+    return example if bool(count[example]) else None
+
+
 def refuse_dependent() -> None:
     """Refuse a batch in which a gradient of one example's logits reaches another example."""
     raise RuntimeError(
@@ -301,9 +311,10 @@ class Weighting:
         weights = self.weights.view(1, -1, *(1,) * (seeds.ndim - 2))
         return (torch.tensordot(self.mixture.to(seeds), seeds, dims=1)[None] * weights).to(seeds.dtype)
 
-    def holds(self, grads: Tensor, row: Tensor, dim: int) -> bool:
-        """Whether gradients ``(m, ...)`` of the seeds and of the row, ``(...)``, have the examples along ``dim`` of it.
+    def reached(self, grads: Tensor, row: Tensor, dim: int) -> Tensor | None:
+        """Which examples have a gradient other than 0, ``(N,)``, where they lie along ``dim`` of the row; else None.
 
+        ``grads``, ``(m, ...)``, are the gradients of the seeds, ``row``, ``(...)``, is that of the row.
         A dimension may have several entries of one example after another.
         """
         # In the order of memory nothing is copied.
@@ -315,8 +326,8 @@ class Weighting:
         )
         others = [d for d in range(row.ndim) if d != dim]
         weights = self.weights.to(row.dtype).view(-1, *(1,) * (row.ndim - dim - 1))
-        wrong = _largest(torch.addcmul(row, mixed, weights, value=-1), others)
-        return bool((wrong <= self.noise * _largest(row, others)).all())
+        largest, wrong = _largest(row, others), _largest(torch.addcmul(row, mixed, weights, value=-1), others)
+        return largest > 0 if bool((wrong <= self.noise * largest).all()) else None
 
 
 def _largest(values: Tensor, dims: list[int]) -> Tensor:

@@ -26,6 +26,7 @@ from influence.independence import (
     require_independent,
     require_same,
     require_same_gradient,
+    unreached,
 )
 from influence.inputs import Inputs, forward
 from influence.kernels.gram import products
@@ -186,26 +187,27 @@ class InputGrams:
             require_same(self._model, first, single.detach(), logits[:1].detach(), dtype)
         require_independent(self._model, inputs, logits.detach(), dtype)
         jacobian = self._with_copies(inputs, logits, chosen, dtype)
-        if self._first is not None:
-            self._compare(inputs, chosen, narrow, jacobian, dtype)
-        return chosen, narrow, jacobian, dtype
-
-    def _compare(
-        self, inputs: Inputs, chosen: LogitRows, narrow: NarrowLayer | None, jacobian: Tensor, dtype: torch.dtype
-    ) -> None:
-        """Compare a random sum of the rows ``(N, m, ...)`` of the first and the last example with autograd's, alone."""
-        assert self._first is not None
-        compared, self._first = {0: self._first}, None
-        if len(inputs) > 1:  # a model may detach a part of its batch, or a hook change that
-            last = inputs[-1:].with_leaf()
-            compared[len(inputs) - 1] = last, forward(self._model, last)
-        for n, (one, logits) in compared.items():
+        for n in self._compared(jacobian):
+            one, logits = self._first if n == 0 and self._first is not None else self._alone(inputs, n)
+            # A random sum of the rows.
             v = random_weights(chosen.count, self._generator).to(jacobian.device)
             seed = v @ chosen.seeds(torch.float64)[:, n]
             (grad,) = gradients(logits, [one.x], seed[None].to(logits.dtype))
             weights = v if narrow is None else v @ narrow.contrasts[n]
             ours = torch.tensordot(weights, jacobian[n].double(), dims=1)
             require_same_gradient(one.x[0], seed * logits[0], grad[0], ours, dtype)
+        self._first = None
+        return chosen, narrow, jacobian, dtype
+
+    def _compared(self, jacobian: Tensor) -> list[int]:
+        """Which examples of a chunk are compared with autograd's: both ends of the first chunk, and one unreached."""
+        compared = set() if self._first is None else {0, len(jacobian) - 1}
+        missed = unreached(jacobian.flatten(1).any(dim=1)[None])
+        return sorted(compared if missed is None else {*compared, missed})
+
+    def _alone(self, inputs: Inputs, example: int) -> tuple[Inputs, Tensor]:
+        one = inputs[example : example + 1].with_leaf()
+        return one, forward(self._model, one)
 
     def _with_copies(self, inputs: Inputs, logits: Tensor, chosen: LogitRows, dtype: torch.dtype) -> Tensor:
         """The Jacobian of ``_few_rows``, from as many copies of the examples as keep the processor busy."""
@@ -245,7 +247,7 @@ class InputGrams:
         weighting = Weighting.draw(repeated, dtype, self._generator)
         mixed = weighting.row(repeated)[0]
         weighted = rows(mixed.unflatten(0, (copies, examples))).flatten(0, 1)
-        if not weighting.holds(jacobian.repeat(1, copies, *[1] * (jacobian.ndim - 2)), weighted, dim=0):
+        if weighting.reached(jacobian.repeat(1, copies, *[1] * (jacobian.ndim - 2)), weighted, dim=0) is None:
             # It may be rounding of what is zero: an example whose logits get no gradient must have exactly none.
             for lit in darkness(len(logits)).to(logits.device):
                 seed = (mixed * lit[:, None]).unflatten(0, (copies, examples))

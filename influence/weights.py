@@ -187,6 +187,9 @@ class _WeightPasses(ParameterPasses):
             self.refused.update(dict.fromkeys(wrong, "its gradient is not autograd's"))
             self.add(inputs, labels, chosen, seeds)
             return
+        if self._refuse_what_is_missed(inputs, logits, score, dtype):
+            self.add(inputs, labels, chosen, seeds)
+            return
         self._announce()
         for name in found.keys() - self.refused.keys():
             self.totals[name] += found[name]

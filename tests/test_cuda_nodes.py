@@ -58,7 +58,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
     monkeypatch.setattr(pixels, "require_same_gradient", lambda *_: None)
     monkeypatch.setattr(independence, "_random_state", lambda device: [])
     monkeypatch.setattr(independence, "_agree", lambda *_: True)
-    monkeypatch.setattr(independence.Weighting, "holds", lambda *_, **__: True)
+    monkeypatch.setattr(independence.Weighting, "reached", lambda self, *_, **__: torch.ones(len(self.weights)))
+    for module in (parameters, pixels):
+        monkeypatch.setattr(module, "unreached", lambda reached: None)
     monkeypatch.setattr(contraction, "root", lambda gram: gram)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 2**34)
     monkeypatch.setattr(

@@ -634,6 +634,26 @@ def test_a_backward_pass_that_knows_the_place_in_the_batch(change: Callable[[Ten
             function(net, x, chunk_size=1)
 
 
+@pytest.mark.parametrize("classes", [3, 9])
+@pytest.mark.parametrize("count", [2, 5, 20])
+def test_a_batch_that_is_detached_in_part(count: int, classes: int, caplog: pytest.LogCaptureFixture) -> None:
+    """No gradient is what rules and PyTorch find in the batch; alone there is one."""
+    net = Called(lambda m, x: half_detached(m.first(x)), classes=classes).double().eval()
+    x = torch.rand(count, 4, generator=torch.Generator().manual_seed(0)).double()
+    influence.grams.parameters._ANNOUNCED.clear()
+    with caplog.at_level(logging.WARNING, logger="influence"):
+        gram = influence.metric_tensor(net, x, wrt="layers").gram
+    assert "first.weight: a batch keeps its gradient from an example" in caplog.text
+    torch.testing.assert_close(gram, influence.metric_tensor(net, x, wrt="layers", chunk_size=1).gram)
+    found, expected = (influence.weight_influence(net, x, "predicted", chunk_size=n) for n in (None, 1))
+    torch.testing.assert_close(found.trace, expected.trace)
+    draws = [
+        influence.trace(net, x, wrt="layers", samples=2, generator=torch.Generator().manual_seed(0), chunk_size=n)
+        for n in (None, 1)
+    ]
+    torch.testing.assert_close(*draws)
+
+
 @pytest.mark.parametrize("wrt", ["input", "layers"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_gradients_that_are_not_finite_are_refused(count: int, wrt: str) -> None:

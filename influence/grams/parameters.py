@@ -35,6 +35,7 @@ from influence.independence import (
     require_independent,
     require_reproducible,
     require_same,
+    unreached,
 )
 from influence.inputs import Inputs, forward
 from influence.kernels.gram import products
@@ -89,6 +90,8 @@ class ParameterPasses:
         self._compared = False
         # Logits of the first example alone, until they have been compared.
         self._first: Tensor | None = None
+        # Which examples of the chunk a gradient reached at each site.
+        self._reached: list[tuple[Site, Tensor]] = []
         self.refused: dict[str, str] = {}
 
     @property
@@ -97,6 +100,7 @@ class ParameterPasses:
         return list(self._parameters.values())
 
     def _forward(self, inputs: Inputs, rows: Callable[[Tensor], R]) -> Pass[R]:
+        self._reached.clear()
         logits = forward(self._model, inputs)
         graph = read_graph(logits, {name: p for name, p in self._parameters.items() if name not in self.refused})
         self.refused.update(graph.refused)
@@ -124,7 +128,8 @@ class ParameterPasses:
         def collect(site: Site, grad: Tensor) -> None:
             del waiting[site.node]
             try:
-                layout = _layout(site, grad, truth.pop(site.node), weighting)
+                layout, reached = _layout(site, grad, truth.pop(site.node), weighting)
+                self._reached.append((site, reached.to(seeds.device)))
                 take(list(RULES[site.node.name()].gradients(site, grad, layout)))  # type: ignore[misc]
             except Exception as error:  # whatever a rule stumbles over, autograd has another way
                 if is_out_of_memory(error):
@@ -154,6 +159,20 @@ class ParameterPasses:
         grads = gradients(logits, self.perturbed, seed)
         require_finite_gradients(grads)
         return grads
+
+    def _refuse_what_is_missed(self, inputs: Inputs, logits: Tensor, rows: LogitRows, dtype: torch.dtype) -> bool:
+        """Whether alone an example has a gradient of a parameter that no gradient reached in the chunk."""
+        missed = unreached(torch.stack([reached for _, reached in self._reached])) if self._reached else None
+        if missed is None:
+            return False
+        names = {operand.name for site, reached in self._reached if not reached[missed] for operand in site.operands}
+        one = slice(missed, missed + 1)
+        weights = random_weights(rows.count, self._generator).to(logits.device)
+        seed = torch.tensordot(weights, rows[missed].seeds(torch.float64), dims=1).to(logits.dtype)
+        grads = zip(self._parameters, self._by_pytorch(inputs[one], logits[one], seed, dtype), strict=True)
+        wrong = {name for name, grad in grads if name in names - self.refused.keys() and bool(grad.any())}
+        self.refused.update(dict.fromkeys(wrong, "a batch keeps its gradient from an example"))
+        return bool(wrong)
 
     def _rows_of_refused(self, inputs: Inputs, rows: LogitRows, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Gradients ``(m, *shape)`` of the refused parameters for one example, row by row by autograd."""
@@ -231,13 +250,15 @@ class ParameterGrams(ParameterPasses):
             quadratic = self._add(made.graph, made.seeds, gram, dtype, made.probes)
         else:
             quadratic = self._through_features(made.graph, narrow, gram, dtype, made.probes)
-        one = made.logits[:1].detach()
+        logits = made.logits.detach()
         del made, narrow
         if squares:
             self._compared = True
             if self._refuse_what_differs(torch.stack(squares), quadratic, dtype):
-                require_reproducible(squares[0], self._squares(inputs[:1], one, seeds[0], dtype), dtype)
+                require_reproducible(squares[0], self._squares(inputs[:1], logits[:1], seeds[0], dtype), dtype)
                 return self(inputs, rows)
+        if self._refuse_what_is_missed(inputs, logits, chosen, dtype):
+            return self(inputs, rows)
         self._announce()
         if self.refused:
             for n in range(len(inputs)):
@@ -326,8 +347,10 @@ def _quadratic(parts: Sequence[tuple[str, Tensor]], probes: Tensor) -> dict[str,
     return {name: own for (name, _), own in zip(parts, three, strict=True)}
 
 
-def _layout(site: Site, grads: Tensor, row: Tensor | None, weighting: Weighting) -> Layout:
+def _layout(site: Site, grads: Tensor, row: Tensor | None, weighting: Weighting) -> tuple[Layout, Tensor]:
     """The layout of our gradients ``(m, ...)`` at a site: every example's is PyTorch's ``(...)``, with its weight.
+
+    And which examples they reach, ``(N,)`` bool.
 
     Where two would do, they differ only in entries without a gradient.
     """
@@ -342,8 +365,9 @@ def _layout(site: Site, grads: Tensor, row: Tensor | None, weighting: Weighting)
     grads = grads.reshape(len(grads), *shape)
     row = in_order_of(grads, row.reshape(shape))
     for i in places:
-        if weighting.holds(grads, row, i):
-            return Layout(math.prod(shape[:i]), examples)
+        reached = weighting.reached(grads, row, i)
+        if reached is not None:
+            return Layout(math.prod(shape[:i]), examples), reached
     if places:
         raise ValueError("its gradient is changed on the way, or its examples cannot be told apart")
     raise ValueError("it has no batch dimension")

@@ -7,7 +7,7 @@ of the input those of the last one too, must be what they are alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,6 +223,44 @@ def unreached(reached: Tensor) -> int | None:
     count = (reached.any(dim=1, keepdim=True) & ~reached).sum(dim=0)
     example = int(count.argmax())
     return example if bool(count[example]) else None
+
+
+def require_differentiable(
+    model: nn.Module, inputs: Inputs, cut: Mapping[str, nn.Parameter], logits: Tensor, dtype: torch.dtype
+) -> None:
+    """Refuse parameters, of which the graph of logits ``(N, K)`` holds none, where these change smoothly with them.
+
+    A choice that they make, as of an expert by argmax, jumps instead: its derivative is 0.
+
+    Raises:
+        RuntimeError: If they do, as where a model calls its frozen part under torch.no_grad().
+    """
+
+    def moved(names: Sequence[str], step: float) -> Tensor:
+        generator, held = torch.Generator().manual_seed(0), {name: cut[name].data for name in names}
+        try:
+            for name, data in held.items():
+                noise = torch.randn(data.shape, generator=generator, dtype=torch.float64, device="cpu")
+                cut[name].data = data + (step * data.abs().amax().clamp(min=0.1) * noise.to(data.device)).to(data.dtype)
+            with torch.no_grad():
+                return (inputs.logits(model) - logits).double().abs().max()
+        finally:
+            for name, data in held.items():
+                cut[name].data = data
+
+    def matter(names: Sequence[str]) -> bool:
+        step = 1e-3 if dtype in _NOISE else 2e-2
+        little, more = moved(names, step), moved(names, 10 * step)
+        return bool((little > torch.finfo(dtype).eps * logits.abs().max()) & (little < more / 2))
+
+    names = [name for name, parameter in cut.items() if parameter.numel()]
+    if names and matter(names):
+        first = next((name for name in names if matter([name])), names[0])
+        raise RuntimeError(
+            f"the logits depend on {first!r} and carry no gradient of it: the model calls that part under "
+            "torch.no_grad(), or detaches what it makes. Remove that, name the other modules in wrt, or take "
+            "trainable_only=True if it is frozen."
+        )
 
 
 def refuse_dependent() -> None:

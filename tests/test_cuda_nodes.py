@@ -55,6 +55,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
         monkeypatch.setattr(module, "require_doubled", lambda *_: None)
     monkeypatch.setattr(parameters, "_largest", lambda found: {0})
     monkeypatch.setattr(parameters, "require_additive", lambda *_: None)
+    monkeypatch.setattr(parameters, "require_differentiable", lambda *_: None)
     monkeypatch.setattr(pixels, "require_same_gradient", lambda *_: None)
     monkeypatch.setattr(independence, "_random_state", lambda device: [])
     monkeypatch.setattr(independence, "_agree", lambda *_: True)

@@ -654,6 +654,45 @@ def test_a_batch_that_is_detached_in_part(count: int, classes: int, caplog: pyte
     torch.testing.assert_close(*draws)
 
 
+def without_grad(m: Called, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return m.first(x)
+
+
+def as_data(m: Called, x: Tensor) -> Tensor:
+    return F.linear(x, m.first.weight.data, m.first.bias)
+
+
+@pytest.mark.parametrize("call", [without_grad, as_data, lambda m, x: m.first(x).detach()])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_part_that_is_cut_off_from_gradients(call: Callable[[Any, Tensor], Tensor], dtype: torch.dtype) -> None:
+    """Its gradients are 0, its derivatives are not."""
+    net = Called(call).to(dtype).eval()
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = {name: (p.data_ptr(), p.clone()) for name, p in net.named_parameters()}
+    for wrt in ("layers", "parameters", ["first.weight", "head"]):
+        with pytest.raises(RuntimeError, match=r"depend on 'first.weight' and carry no gradient"):
+            influence.metric_tensor(net, x, wrt=wrt)
+    with pytest.raises(RuntimeError, match=r"depend on 'first.weight' and carry no gradient"):
+        influence.weight_influence(net, x)
+    for name, parameter in net.named_parameters():
+        assert parameter.data_ptr() == before[name][0] and torch.equal(parameter, before[name][1])
+    net.first.requires_grad_(False)
+    assert influence.metric_tensor(net, x, wrt="layers", trainable_only=True).blocks == ("head",)
+
+
+def test_parameters_that_nothing_depends_on_or_that_choose_have_no_derivative() -> None:
+    def chosen(m: Called, x: Tensor) -> Tensor:
+        return m.experts[m.router(x).argmax(dim=1)] * m.first(x)
+
+    net = Called(chosen).double().eval()
+    net.router, net.unused = nn.Linear(4, 6).double(), nn.Linear(2, 2).double()
+    net.experts = nn.Parameter(torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double())
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).double()
+    metric = influence.metric_tensor(net, x, wrt=["router", "unused", "first"])
+    assert not metric.gram[:, :2].any() and bool(metric.trace()[:, 2].all())
+
+
 @pytest.mark.parametrize("wrt", ["input", "layers"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_gradients_that_are_not_finite_are_refused(count: int, wrt: str) -> None:

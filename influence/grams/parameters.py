@@ -30,6 +30,7 @@ from influence.independence import (
     may_be_linear,
     random_weights,
     require_additive,
+    require_differentiable,
     require_doubled,
     require_finite_gradients,
     require_independent,
@@ -90,6 +91,8 @@ class ParameterPasses:
         self._compared = False
         # Logits of the first example alone, until they have been compared.
         self._first: Tensor | None = None
+        # Parameters that no logits have depended on.
+        self._unused: set[str] = set()
         # Which examples of the chunk a gradient reached at each site.
         self._reached: list[tuple[Site, Tensor]] = []
         self.refused: dict[str, str] = {}
@@ -107,6 +110,12 @@ class ParameterPasses:
         dtype, chosen = graph.coarsest_dtype(), rows(logits)
         seeds = chosen.seeds(logits.dtype)
         require_independent(self._model, inputs, logits.detach(), dtype)
+        found = {operand.name for site in graph.sites.values() for operand in site.operands}
+        cut = {
+            name: p for name, p in self._parameters.items() if name not in found | self.refused.keys() | self._unused
+        }
+        require_differentiable(self._model, inputs, cut, logits.detach(), dtype)
+        self._unused.update(cut)
         compared = 0 if self._compared else 1 if len(inputs) < 2 * _FOR_EACH_COMPARED else 2
         drawn = torch.randn(compared, chosen.count, generator=self._generator, dtype=torch.float64, device="cpu")
         return Pass(logits, graph, dtype, chosen, seeds, drawn.to(seeds.device))

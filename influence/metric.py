@@ -220,8 +220,8 @@ def metric_tensor(
         ValueError: For an empty or non-finite ``x``, an output that is not finite or not ``(N, K)`` with K >= 2, an
             unknown ``wrt`` or module name, a module without parameters, patches of what is no image or whose
             Grams do not fit, a chunk size below 1, or an unknown backend.
-        RuntimeError: For a model with BatchNorm or Dropout in training mode, logits that carry no gradient, or none of a
-            parameter that they depend on, or examples whose logits or gradients depend on their batch.
+        RuntimeError: For a model with BatchNorm or Dropout in training mode, logits that carry no gradient, or none of
+            a parameter that they depend on, or examples whose logits or gradients depend on their batch.
 
     Example:
         >>> model = nn.Linear(5, 3)

@@ -237,11 +237,12 @@ def require_differentiable(
     """
 
     def moved(names: Sequence[str], step: float) -> Tensor:
-        generator, held = torch.Generator().manual_seed(0), {name: cut[name].data for name in names}
+        held = {name: cut[name].data for name in names}
         try:
-            for name, data in held.items():
-                noise = torch.randn(data.shape, generator=generator, dtype=torch.float64, device="cpu")
-                cut[name].data = data + (step * data.abs().amax().clamp(min=0.1) * noise.to(data.device)).to(data.dtype)
+            for seed, (name, data) in enumerate(held.items()):
+                generator = torch.Generator(data.device).manual_seed(seed)
+                noise = torch.randn(data.shape, generator=generator, dtype=torch.float32, device=data.device)
+                cut[name].data = data + (step * data.abs().amax().clamp(min=0.1) * noise).to(data.dtype)
             with torch.no_grad():
                 return (inputs.logits(model) - logits).double().abs().max()
         finally:

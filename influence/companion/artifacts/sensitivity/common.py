@@ -52,13 +52,16 @@ MEASURES = {
 }
 
 
+# Of the scores of an image: what the rest follows from.
+_PUBLISHED = ["image", "label", "predicted", "loss", "ceiling", "exact", "released", "rank"]
+
+
 def predicted_influence(run: Run) -> dict[str, pd.DataFrame]:
     """Setup 3: FI of the whole image, f = -log P(y_pred), for training and test images of each network.
 
     Returns:
-        "scores", one row per data set, model, seed, part ("train", "test") and image: image, label, predicted,
-        p_predicted, loss (nats, true class), margin (nats, predicted class), ceiling, exact, released, rank, position
-        (of a Manhattan plot by true class).
+        "scores", one row per data set, model, seed, part ("train", "test") and image: image, label, predicted, loss
+        (nats, true class), ceiling (of the predicted class), exact, released, rank.
     """
     images, epsilon = run.parameters["images"], run.parameters["epsilon"]
     frames = [both_parts(run, network, images=images or None, epsilon=epsilon) for network in networks(run)]
@@ -71,7 +74,7 @@ def both_parts(run: Run, network: Subject, *, images: int | None, epsilon: float
     for part, split in (("train", network.dataset.train), ("test", network.dataset.test)):
         sample, name = split.sample(images, seed=network.seed), f"setup3/{network.name}-{part}"
         frame = scored(run, name, predicted_class_scores, network.trained, sample, epsilon=epsilon)
-        frames.append(frame.assign(part=part, **network.columns))
+        frames.append(frame[_PUBLISHED].assign(part=part, **network.columns))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -83,6 +86,7 @@ def gap(frame: pd.DataFrame) -> pd.DataFrame:
         (probability that a test image's value exceeds a training image's, ties half) with its 95% interval.
     """
     rows = []
+    frame = frame.assign(margin=np.log1p(frame["ceiling"]))
     for (name, model, network), group in frame.groupby(["dataset", "model", "seed"], sort=False):
         parts = {str(part): rest for part, rest in group.groupby("part")}
         hits = {f"accuracy_{part}": float((rest["label"] == rest["predicted"]).mean()) for part, rest in parts.items()}

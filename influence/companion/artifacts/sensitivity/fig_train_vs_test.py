@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from ... import style
 from ...ledger.reference import Estimate
+from ...scores.imagewise import positions
 from ..common import over_seeds
 from .common import MEASURES, gap, manhattan, predicted_influence
 
@@ -48,7 +49,8 @@ def draw(scores: pd.DataFrame) -> Figure:
     for row, (name, model, group) in zip(grid, groups, strict=True):
         for axes, part in zip(row, ("train", "test"), strict=True):
             chosen = group[group["part"] == part]
-            manhattan(axes, chosen["position"], chosen["released"], chosen["label"])
+            position = pd.Series(positions(chosen["label"].to_numpy()), chosen.index)
+            manhattan(axes, position, chosen["released"], chosen["label"])
             axes.set_title(f"{part}, {len(chosen)} images, seed {scores['seed'].min()}", fontsize=9)
             axes.set_xlabel("class")
         row[0].set(ylim=(0, 1.05 * group["released"].max()), ylabel=f"{name}\n{model}\nreleased FI, $y_{{pred}}$")

@@ -12,6 +12,7 @@ from scipy import stats
 
 from ... import style
 from ...ledger.reference import Estimate
+from ...ledger.results import Run
 from ..common import over_seeds
 from .common import predicted_influence
 
@@ -20,7 +21,11 @@ TAIL = 0.95  # the quantile of the claim
 _REPEATS = 200
 _LINEAR = 1e-3  # below it the axis of the figure is linear
 
-compute = predicted_influence
+
+def compute(run: Run) -> dict[str, pd.DataFrame]:
+    """Of `predicted_influence` the rows of "scores" with exact and released FI alone."""
+    scores = predicted_influence(run)["scores"]
+    return {"scores": scores[["dataset", "model", "seed", "part", "image", "exact", "released"]]}
 
 
 def quantiles(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

@@ -114,8 +114,8 @@ def test_a_reverse_pass_for_each_feature(bias: bool) -> None:
 
     model[2].register_forward_hook(listen)
     influence.metric_tensor(model, X)
-    # And one in which each example has a weight of its own, and one of the first example alone.
-    assert sizes == [len(X)] * (FEATURES + 1) + [1]
+    # And one in which each example has a weight of its own, and one each of the first and the last example alone.
+    assert sizes == [len(X)] * (FEATURES + 1) + [1, 1]
 
 
 # -- copies -----------------------------------------------------------------------------------------------------------
@@ -137,8 +137,8 @@ def test_copies_change_nothing_but_the_passes(examples: int, wrt: str | influenc
     x = torch.randn(examples, 2, 3, 3, dtype=torch.float64)
     metric = influence.metric_tensor(model, x, wrt=wrt)
     copies = {1: 4, 3: 4, 20: 1}[examples]  # 64 contrasts, at least 16 passes, at most 32 examples
-    # One more in which each example has a weight of its own, and one of the first example alone.
-    assert passes == [copies * examples] * (64 // copies + 1) + [1]
+    # One more in which each example has a weight of its own, and one each of the first and the last example alone.
+    assert passes == [copies * examples] * (64 // copies + 1) + [1] * min(examples, 2)
     logits, jacobian = truth.input_jacobian(model, x[-1])
     if wrt == "input":
         torch.testing.assert_close(metric.gram[-1, 0], contrast_gram(logits, jacobian), rtol=1e-10, atol=1e-12)

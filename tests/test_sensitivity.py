@@ -114,8 +114,8 @@ class Counting(nn.Module):
 
 @pytest.mark.parametrize("wrt", ["input", "layers"])
 def test_passes_do_not_depend_on_the_classes(wrt: str) -> None:
-    """One for each sample; one more shows that the examples are independent, one is of the first example alone, and the
-    rules of the parameters check themselves with a few.
+    """One for each sample; one more shows that the examples are independent, two are of single examples, and the rules of
+    the parameters check themselves with a few.
     """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), Counting(), nn.Linear(5, 20), nn.Tanh(), nn.Linear(20, 1000)).eval()
@@ -128,7 +128,7 @@ def test_passes_do_not_depend_on_the_classes(wrt: str) -> None:
 
     passes(1)
     assert passes(20) - passes(8) == 12
-    assert 10 <= passes(8) <= (10 if wrt == "input" else 14)
+    assert 10 <= passes(8) <= (11 if wrt == "input" else 14)
 
 
 def test_errors() -> None:

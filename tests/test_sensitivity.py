@@ -114,8 +114,8 @@ class Counting(nn.Module):
 
 @pytest.mark.parametrize("wrt", ["input", "layers"])
 def test_passes_do_not_depend_on_the_classes(wrt: str) -> None:
-    """One for each sample; one more shows that the examples are independent, two are of single examples, and the rules of
-    the parameters check themselves with a few.
+    """One for each sample; one more shows that the examples are independent, two are of single examples, and the rules
+    of the parameters check themselves with a few.
     """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), Counting(), nn.Linear(5, 20), nn.Tanh(), nn.Linear(20, 1000)).eval()

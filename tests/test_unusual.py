@@ -837,8 +837,7 @@ def test_nested_tensors_take_the_slower_path(caplog: pytest.LogCaptureFixture) -
     def nested(m: Called, x: Tensor) -> Tensor:
         return torch.nested.to_padded_tensor(m.first(torch.nested.as_nested_tensor(list(x))), 0.0)
 
-    plain = Called(lambda m, x: m.first(x)).double().eval()
-    x = torch.randn(3, 2, 4).double()
+    plain, x = Called(lambda m, x: m.first(x)).double().eval(), torch.randn(3, 2, 4).double()
     through = Called(lambda m, x: nested(m, x).sum(dim=1)).double().eval()
     plain.call = lambda m, x: m.first(x).sum(dim=1)
     influence.grams.parameters._ANNOUNCED.clear()

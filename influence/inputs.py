@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from influence.checks import require_finite, require_logits
+from influence.checks import require_logits
 from influence.grams.graph import topological
 
 Batch = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -38,8 +38,8 @@ class Inputs:
     autocast: torch.dtype | None = None
 
     @classmethod
-    def of(cls, x: Batch) -> Inputs:
-        """Read a batch.
+    def of(cls, x: Batch, numbers: Sequence[int] | None = None) -> Inputs:
+        """Read a batch, of whose examples the ``numbers`` are told where one is not finite; None: their places.
 
         Raises:
             TypeError: If it is neither a tensor nor a tuple or a mapping of tensors.
@@ -63,7 +63,12 @@ class Inputs:
                 raise TypeError(f"x must hold tensors (N, ...), got {type(tensor).__name__} as {name!r}.")
             if tensor.ndim == 0 or tensor.shape[0] == 0:
                 raise ValueError(f"x must hold at least one example, (N, ...), got shape {tuple(tensor.shape)}.")
-            require_finite(tensor, name=name, hint="Check the data.")
+            if not tensor.is_floating_point():
+                continue
+            bad = (~torch.isfinite(tensor).reshape(len(tensor), -1).all(dim=1)).nonzero()
+            if len(bad):
+                example = int(bad[0]) if numbers is None else numbers[int(bad[0])]
+                raise ValueError(f"{name} must be finite, got NaN or infinity in example {example}. Check the data.")
         if len({len(tensor) for tensor in batch.tensors}) > 1:
             counts = dict(zip(batch.names, map(len, batch.tensors), strict=True))
             raise ValueError(f"all tensors of x must have the examples as first dimension, got lengths {counts}.")

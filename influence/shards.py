@@ -122,14 +122,15 @@ def _unpack(batch: Any, labels: str, numbers: Sequence[int]) -> tuple[Inputs, Te
             "loader must yield x, (x, labels, ...) or a mapping with 'labels', x as for metric_tensor, got "
             f"{found}. Use a collate_fn that returns these."
         )
-    x = parts[0]
-    for tensor in x.values() if isinstance(x, Mapping) else [x] if isinstance(x, Tensor) else x:
-        if isinstance(tensor, Tensor) and tensor.ndim and tensor.is_floating_point():
-            bad = (~torch.isfinite(tensor).reshape(len(tensor), -1).all(1)).nonzero()
-            if len(bad):
-                raise ValueError(f"x must be finite, got NaN or infinity in example {numbers[int(bad[0])]}.")
-    inputs = Inputs.of(x)
+    inputs = Inputs.of(parts[0], numbers)
     if labels == "predicted":
+        second = None if isinstance(batch, Mapping) or len(parts) < 2 else parts[1]
+        if isinstance(second, Tensor) and (second.ndim != 1 or second.is_floating_point()):
+            raise ValueError(
+                f"loader must yield x alone or (x, labels, ...), got {second.dtype} {tuple(second.shape)} in the place "
+                "of the labels, which the model would never see. Put several inputs in a tuple of their own, as in "
+                "((x, mask),), or leave the rest out."
+            )
         return inputs, None
     if len(parts) < 2:
         raise ValueError(

@@ -342,6 +342,14 @@ def test_labels_are_required_or_called_predicted(tmp_path: Path) -> None:
     assert table["label"].tolist() == network()(x).argmax(dim=1).tolist()
 
 
+@pytest.mark.parametrize("second", [torch.ones(29, 6), torch.ones(29, 6, dtype=torch.long), torch.ones(29)])
+def test_a_second_input_is_not_taken_for_labels_that_nobody_wants(tmp_path: Path, second: torch.Tensor) -> None:
+    x = data().dataset.tensors[0]
+    given = DataLoader(TensorDataset(x, second), batch_size=8)
+    with pytest.raises(ValueError, match=r"in the place of the labels.*\(\(x, mask\),\)"):
+        influence.score(network(), given, tmp_path, labels="predicted", progress=False)
+
+
 def test_an_unfinished_run_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
     folder = influence.score(network(), data(), tmp_path, batches_per_shard=2, progress=False)
     assert len(influence.read_scores(folder)) == 29

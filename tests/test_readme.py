@@ -94,8 +94,9 @@ MEASURED = {
     r"at α = .1 it is \S+ and (\S+) points": ((_OTHERS, f"{_GENERALISES}_at_0.1"), 100),
     r"At α = 1 it is \S+ and (\S+) points": ((_OTHERS, f"{_GENERALISES}_strong"), 100),
     r"clean and noisy images without the loss: (\S+)\.": ((_OTHERS, f"{_GENERALISES}_mixed"), 100),
-    r"makes the trace (\S+) times as large": (("bridge/fig_trace", "ratio_of_traces"), 1),
-    r"effects in reverse \((\S+)\)": (("beyond/fig_cross_sample", "cross_sample_fi_orders_changes"), 1),
+    r"makes the trace (\S+) times as large in the mean": (("bridge/fig_trace", "ratio_of_mean_traces"), 1),
+    r"but (\S+) in the geometric mean": (("bridge/fig_trace", "ratio_of_traces"), 1),
+    r"it reverses leave-one-out effects \((\S+)\)": (("beyond/fig_cross_sample", "cross_sample_fi_orders_changes"), 1),
 }
 _WORDS = {"one": "1"}
 

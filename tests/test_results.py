@@ -9,6 +9,7 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -443,6 +444,28 @@ def test_table_is_computed_once(workspace: Workspace, table: pd.DataFrame) -> No
     with pytest.warns(UserWarning, match="computed again"):
         pd.testing.assert_frame_equal(cache.table("a/t", {"seed": 1, "sizes": (1, 2)}, compute), fresh)
     assert not list(workspace.root.rglob(".tmp-*"))
+
+
+def test_a_table_that_is_found_counts_the_seconds_that_it_took(
+    workspace: Workspace, table: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(cache, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def inner() -> pd.DataFrame:
+        now[0] += 5
+        return table
+
+    def outer() -> pd.DataFrame:
+        now[0] += 2
+        return cache.table("t/inner", {}, inner).assign(more=1)
+
+    for key in ({"seed": 1}, {"seed": 1}, {"seed": 2}, {"seed": 2}):
+        began = cache.clock()
+        frame = cache.table("t/outer", key, outer)
+        assert cache.clock() - began == 7
+        assert frame.attrs == {}
+    assert now == [5 + 2 + 2]
 
 
 def test_failed_write_leaves_the_former_file(tmp_path: Path) -> None:

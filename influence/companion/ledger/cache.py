@@ -12,6 +12,7 @@ import hashlib
 import json
 import subprocess
 import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -34,6 +35,9 @@ _ARTIFACTS = "companion/artifacts/"
 # Files, each with the names in it that count; None: all of it.
 _Code = dict[Path, frozenset[str] | None]
 _PARSING = threading.Lock()
+# Under which name a file says how long its table took.
+_SECONDS = "seconds"
+_spared = 0.0
 
 
 def sha256(file: Path) -> str:
@@ -72,6 +76,11 @@ def code_digest(source: str) -> str:
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
 
 
+def clock() -> float:
+    """Seconds on a clock that goes forward, where a table is found, by what it took when it was computed."""
+    return time.perf_counter() + _spared
+
+
 def table(name: str, key: Mapping[str, Any], compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     """A table that is computed once for each key and each state of the computing code.
 
@@ -83,12 +92,22 @@ def table(name: str, key: Mapping[str, Any], compute: Callable[[], pd.DataFrame]
     path = paths.cache_dir() / "tables" / f"{name}-{digest}.parquet"
     if path.exists():
         try:
-            return pd.read_parquet(path)
+            return _read(path, found=True)
         except Exception as error:  # a damaged file must not stop a run that can make it anew
             warnings.warn(f"{path.name} cannot be read and is computed again: {error}", stacklevel=2)
+    began = clock()
     frame = compute()
+    frame.attrs[_SECONDS] = clock() - began
     atomic_write(path, lambda temporary: frame.to_parquet(temporary))
-    return pd.read_parquet(path)
+    return _read(path, found=False)
+
+
+def _read(path: Path, *, found: bool) -> pd.DataFrame:
+    global _spared
+    frame = pd.read_parquet(path)
+    seconds = frame.attrs.pop(_SECONDS, 0.0)
+    _spared += seconds if found else 0.0
+    return frame
 
 
 @cache

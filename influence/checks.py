@@ -20,16 +20,19 @@ def require_count(**values: object) -> None:
             raise ValueError(f"{name} must be a whole number >= 1, got {value!r}. Use None for the default.")
 
 
-def require_finite(tensor: Tensor, *, name: str, hint: str) -> None:
-    """Refuse NaN and infinity in a floating tensor with ValueError: how many, and where the first one is."""
+def require_finite(tensor: Tensor, *, name: str, hint: str, numbers: Sequence[int] | None = None) -> None:
+    """Refuse NaN and infinity in a floating tensor with ValueError: where the first one is.
+
+    That is told as one of the examples ``(N, ...)`` where these have ``numbers``, else as an index.
+    """
     if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
         return
-    bad = ~torch.isfinite(tensor)
-    first = tuple(bad.nonzero()[0].tolist())
-    raise ValueError(
-        f"{name} must be finite, got {int(bad.sum())} NaN or infinite entries of {tensor.numel()}, "
-        f"the first at index {first}. {hint}"
-    )
+    bad = (~torch.isfinite(tensor)).nonzero()
+    first = tuple(bad[0].tolist())
+    found = f"{len(bad)} NaN or infinite entries of {tensor.numel()}, the first at index {first}"
+    if numbers is not None:
+        found = f"NaN or infinity in example {numbers[first[0]]}"
+    raise ValueError(f"{name} must be finite, got {found}. {hint}")
 
 
 def require_logits(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from influence.checks import require_logits
+from influence.checks import require_finite, require_logits
 from influence.grams.graph import topological
 
 Batch = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -63,7 +63,7 @@ class Inputs:
                 raise TypeError(f"x must hold tensors (N, ...), got {type(tensor).__name__} as {name!r}.")
             if tensor.ndim == 0 or tensor.shape[0] == 0:
                 raise ValueError(f"x must hold at least one example, (N, ...), got shape {tuple(tensor.shape)}.")
-            require_finite(tensor, name, numbers or range(len(tensor)))
+            require_finite(tensor, name=name, hint="Check the data.", numbers=numbers or range(len(tensor)))
         if len({len(tensor) for tensor in batch.tensors}) > 1:
             counts = dict(zip(batch.names, map(len, batch.tensors), strict=True))
             raise ValueError(f"all tensors of x must have the examples as first dimension, got lengths {counts}.")
@@ -143,15 +143,6 @@ class Inputs:
             # A model that ends in squeeze() drops the dimension of a single example.
             output = logits[None]
         return require_logits(output, examples=len(self))
-
-
-def require_finite(tensor: Tensor, name: str, numbers: Sequence[int]) -> None:
-    """Refuse NaN and infinity in a floating tensor ``(N, ...)`` with ValueError, by the number of its first example."""
-    if tensor.is_floating_point():
-        bad = (~torch.isfinite(tensor)).nonzero()
-        if len(bad):
-            example = numbers[int(bad[0, 0])]
-            raise ValueError(f"{name} must be finite, got NaN or infinity in example {example}. Check the data.")
 
 
 def forward(model: Callable[..., object], x: Inputs | Batch) -> Tensor:

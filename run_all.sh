@@ -13,7 +13,7 @@
 # The last option of list, check, report, zoo and score may be --help.
 #
 #   --profile NAME        smoke (default: no download, no GPU, minutes), cpu (MNIST and CIFAR-10, hours), paper (one GPU)
-#   --only STEM...        these notebooks alone, such as sensitivity/fig_outliers
+#   --only STEM...        these notebooks alone, such as sensitivity/fig_layers
 #   --recompute           compute anew what other profiles than smoke only draw (says which data it needs, and whence)
 #   --retrain             the same on networks that are trained here for it, kept in build/cache/retrained/
 #   --force               run again what is unchanged as well

@@ -1,9 +1,9 @@
 """From a notebook to its files: one call at the start, one at the end.
 
-    run = companion.start("sensitivity/fig_outliers", globals())
-    tables = run.tables(fig_outliers.compute)
+    run = companion.start("sensitivity/fig_outlier_ranking", globals())
+    tables = run.tables(fig_outlier_ranking.compute)
     ...
-    run.save(figures=figure, table=table, findings=fig_outliers.claims(tables))
+    run.save(figures=figure, table=table, findings=fig_outlier_ranking.claims(tables))
 
 `save` writes figures, tables, data and provenance of the artifact below `results/PROFILE/`, and last its row in the
 ledger: an artifact is there when its row is. Nothing but provenance holds a time, a machine or a version, so the same
@@ -18,6 +18,7 @@ import io
 import json
 import os
 import platform
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -257,6 +258,8 @@ def start(stem: str, namespace: Mapping[str, Any]) -> Run:
     merged = notebook.merge({**read_profile(profile).get(stem, {}), **own}, profile=profile)
     device = _deterministic_device(merged.get("seeds"))
     print(f"profile {profile}, device {device.type}")
+    if left_open := [f"{name} = {merged[name]}" for name in given if name not in own]:
+        print(textwrap.fill("of the profile: " + ", ".join(left_open), width=120))
     recompute = bool(merged.get("recompute", True))
     run = Run(
         stem, profile, merged, device, recompute=recompute, _notebook=notebook, _key=manifest.key(notebook, merged)

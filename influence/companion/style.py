@@ -149,6 +149,14 @@ def pdf(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def subplots(
+    rows: int = 1, columns: int = 1, *, height: float, width: float = 1.0, **options: Any
+) -> tuple[Figure, Any]:
+    """A figure and its axes, as pyplot makes them, which would keep the figure; inches high, text pages wide."""
+    figure = Figure(figsize=(WIDTH * width, height))
+    return figure, figure.subplots(rows, columns, **options)
+
+
 def class_colours(n_classes: int) -> list[tuple[float, float, float]]:
     """One colour for each class of a Manhattan plot."""
     return list(sns.color_palette("tab10" if n_classes <= 10 else "husl", n_classes))

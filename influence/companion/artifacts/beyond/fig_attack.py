@@ -207,8 +207,7 @@ def claims(found: pd.DataFrame) -> dict[str, list[Estimate]]:
 def draw(found: pd.DataFrame) -> Figure:
     """Share of predictions changed by each choice, Wilson's 95% intervals, and FI's share less each other's."""
     groups = list(found.groupby(["dataset", "model", "seed"], sort=False))
-    figure = Figure(figsize=(style.WIDTH, 0.7 + 1.8 * len(groups)))
-    grid = figure.subplots(len(groups), 2, squeeze=False)
+    figure, grid = style.subplots(len(groups), 2, height=0.7 + 1.8 * len(groups), squeeze=False)
     for row, ((name, model, _), group) in zip(grid, groups, strict=True):
         part = group.set_index("choice").loc[list(CHOICES)]
         for place, choice in enumerate(CHOICES):
@@ -235,8 +234,7 @@ def draw_maps(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """An image of each network, the FI of its values (mean over channels), and the image after the published attack."""
     keys = ["dataset", "model", "seed"]
     groups = list(tables["pictures"].groupby(keys, sort=False))
-    figure = Figure(figsize=(style.WIDTH, 0.4 + 2.4 * len(groups)))
-    grid = figure.subplots(len(groups), 3, squeeze=False)
+    figure, grid = style.subplots(len(groups), 3, height=0.4 + 2.4 * len(groups), squeeze=False)
     for row, (key, pictures) in zip(grid, groups, strict=True):
         values = tables["maps"][tables["maps"][keys].eq(key).all(axis=1)]
         fi = values.pivot_table(index="row", columns="column", values="fi", aggfunc="mean").to_numpy()

@@ -127,8 +127,7 @@ def beside(tables: Mapping[str, pd.DataFrame]) -> dict[str, list[Estimate]]:
 
 def draw(summary: pd.DataFrame) -> Figure:
     """Accuracy lost against the share taken away, one line for each ranking: weights set to 0, in 4 bits; pixels."""
-    figure = Figure(figsize=(style.WIDTH * 1.25, 3.4))
-    panels = figure.subplots(1, 3)
+    figure, panels = style.subplots(1, 3, height=3.4, width=1.25)
     kinds = [("weights", "set to 0"), ("weights", "4 bits"), ("pixels", "covered")]
     for axes, (what, treatment) in zip(panels, kinds, strict=True):
         part = summary[(summary["what"] == what) & (summary["treatment"] == treatment)]

@@ -342,8 +342,8 @@ def with_and_without(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def draw(table: pd.DataFrame) -> Figure:
     """AUROC of each score for each task: means over kinds of network with 95% t intervals; dotted: what is to beat."""
     tasks = list(table["task"].unique())
-    figure = Figure(figsize=(style.WIDTH * 1.25, 3.3))
-    for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks), sharey=True)), tasks, strict=True):
+    figure, panels = style.subplots(1, len(tasks), height=3.3, width=1.25, sharey=True, squeeze=False)
+    for axes, task in zip(panels[0], tasks, strict=True):
         part = table[table["task"] == task].set_index("score").loc[list(SCORES)]
         for place, score in enumerate(SCORES):
             row, colour = part.loc[[score]], style.SCORES.get(score, ("#D55E00", ""))[0]
@@ -371,9 +371,8 @@ def draw_ranks(table: pd.DataFrame, ranked: pd.DataFrame) -> Figure:
     names = _attacks(table)
     before = list(dict.fromkeys(kind.partition(_CONTINUED)[0] for kind in table["kind"]))
     colours = style.class_colours(len(before))
-    figure = Figure(figsize=(style.WIDTH * 1.15, 4.1))
-    panels = np.atleast_1d(figure.subplots(1, len(names)))
-    for axes, name in zip(panels, names, strict=True):
+    figure, panels = style.subplots(1, len(names), height=4.1, width=1.15, squeeze=False)
+    for axes, name in zip(panels[0], names, strict=True):
         for kind, part in table.groupby("kind", sort=False):
             base, _, arm = str(kind).partition(_CONTINUED)
             place = before.index(base)
@@ -389,5 +388,5 @@ def draw_ranks(table: pd.DataFrame, ranked: pd.DataFrame) -> Figure:
         axes.set(xlabel=r"median $\lambda_{max}$(G), per squared pixel range", ylabel="accuracy lost (points)")
     images = int(table["images"].iloc[0])
     figure.suptitle(f"{images} test images of each network; 95% bootstrap intervals over kinds", fontsize=8)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return figure

@@ -224,8 +224,7 @@ def claims(runs: pd.DataFrame) -> dict[str, Estimate | list[Estimate]]:
 def draw(found: pd.DataFrame) -> Figure:
     """Gain over the control in points of each member (rows) on each measure; bold where the interval excludes 0."""
     part = found[found["kind"] != OUTPUT]
-    figure = Figure(figsize=(style.WIDTH * 1.75, 1.6 + 0.36 * (part["arm"].nunique() - 1)))
-    axes = figure.subplots()
+    figure, axes = style.subplots(height=1.6 + 0.36 * (part["arm"].nunique() - 1), width=1.75)
     comparison.gain_matrix(axes, part, across="measure", names=NAMES.__getitem__, size=6)
     axes.tick_params(labelsize=8)
     seeds, images = int(found["seeds"].iloc[0]), part.groupby("measure")["n"].first()
@@ -236,9 +235,8 @@ def draw(found: pd.DataFrame) -> Figure:
 
 def draw_outputs(found: pd.DataFrame) -> Figure:
     """KL under the noise and trace of G of each member over those of the control: geometric means over seeds."""
-    figure = Figure(figsize=(style.WIDTH, 2.9))
     part = found[(found["kind"] == OUTPUT) & (found["arm"] != CONTROL)]
-    panels = figure.subplots(1, 2, sharey=True)
+    figure, panels = style.subplots(1, 2, height=2.9, sharey=True)
     for axes, measure, words in zip(panels, (KL, TRACE), ("KL under the noise", r"tr $G$"), strict=True):
         group = part[part["measure"] == measure]
         mean, low, high = (np.exp(group[name].clip(-_OPEN, _OPEN)) for name in ("gain", "gain_low", "gain_high"))

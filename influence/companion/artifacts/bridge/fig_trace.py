@@ -259,8 +259,7 @@ def draw_law(reached: pd.DataFrame) -> Figure:
     names = list(reached["network"].unique())
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(style.WIDTH, 0.6 + 2.1 * rows))
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    figure, grid = style.subplots(rows, columns, height=0.6 + 2.1 * rows, squeeze=False, sharex=True, sharey=True)
     colours = ("#D55E00", "#E69F00", "#0072B2")
     for axes, name in zip(grid.flat, names, strict=False):
         group = reached[reached["network"] == name]
@@ -291,8 +290,7 @@ def draw_law(reached: pd.DataFrame) -> Figure:
 
 def draw(table: pd.DataFrame, changes: pd.DataFrame) -> Figure:
     """Stability loss and (sigma^2 / 2) tr G against sigma; and what training does to the measures."""
-    figure = Figure(figsize=(style.WIDTH, 3.2))
-    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    figure, (left, right) = style.subplots(1, 2, height=3.2, width_ratios=[3, 2])
     tint = colours(list(table["arm"].unique()))
     for arm, group in table.groupby("arm", sort=False):
         colour = tint[str(arm)]

@@ -131,8 +131,9 @@ def draw_auroc(table: pd.DataFrame, by: str, *, share: float | None = None) -> F
     columns = list(table[by].unique())
     models = list(table["model"].unique())
     scores = list(table["score"].unique())
-    figure = Figure(figsize=(style.WIDTH * 1.15, 0.5 + 0.24 * len(scores) * 2))
-    grid = figure.subplots(2, len(columns), squeeze=False, sharey=True, sharex="row")
+    figure, grid = style.subplots(
+        2, len(columns), height=0.5 + 0.24 * len(scores) * 2, width=1.15, squeeze=False, sharey=True, sharex="row"
+    )
     for measure, row in zip(("auroc", "ap"), grid, strict=True):
         for axes, value in zip(row, columns, strict=True):
             part = table[table[by] == value]

@@ -198,8 +198,7 @@ def largest(network: Subject, scores: pd.DataFrame, people: pd.DataFrame, *, cou
 def draw(scores: pd.DataFrame) -> Figure:
     """Manhattan plots of released FI (full, zoomed) and exact FI, and both against their ceiling; first seed."""
     groups = style.first_seed(scores)
-    figure = Figure(figsize=(style.WIDTH * 1.05, 1.45 * len(groups)))
-    grid = figure.subplots(len(groups), 4, squeeze=False)
+    figure, grid = style.subplots(len(groups), 4, height=1.45 * len(groups), width=1.05, squeeze=False)
     for (left, zoomed, middle, right), (name, model, group) in zip(grid, groups, strict=True):
         for axes in (left, zoomed):
             manhattan(axes, group["position"], group["released"], group["label"])
@@ -235,8 +234,7 @@ def draw_images(images: pd.DataFrame) -> Figure:
     images = images[images["seed"] == images["seed"].min()]
     groups = list(images.groupby(["dataset", "model", "estimator"], sort=False))
     count = int(images["place"].max())
-    figure = Figure(figsize=(0.9 * style.WIDTH, 1.25 * len(groups)))
-    grid = figure.subplots(len(groups), count, squeeze=False)
+    figure, grid = style.subplots(len(groups), count, height=1.25 * len(groups), width=0.9, squeeze=False)
     for row, ((name, model, estimator), group) in zip(grid, groups, strict=True):
         for axes, (_, image) in zip(row, group.iterrows(), strict=True):
             style.picture(axes, unpacked(image))

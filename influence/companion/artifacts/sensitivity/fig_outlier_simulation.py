@@ -162,8 +162,7 @@ def draw_curves(points: pd.DataFrame, table: pd.DataFrame, state: str) -> Figure
     """ROC and precision-recall curves of FI and what it is compared with, in one state, a row a network; first seed."""
     table = _first_seed(table)
     models = list(points["model"].unique())
-    figure = Figure(figsize=(style.WIDTH, 2.6 * len(models)))
-    grid = figure.subplots(len(models), 2, squeeze=False)
+    figure, grid = style.subplots(len(models), 2, height=2.6 * len(models), squeeze=False)
     for row, model in zip(grid, models, strict=True):
         chosen = points[(points["model"] == model) & (points["state"] == state)]
         first = table[(table["model"] == model) & (table["state"] == state)].iloc[0]
@@ -192,8 +191,8 @@ def draw_intervals(table: pd.DataFrame) -> Figure:
 def draw_examples(images: pd.DataFrame) -> Figure:
     """Some made outliers with the label that they are given; first seed."""
     images = _first_seed(images)
-    figure = Figure(figsize=(style.WIDTH, 1.0))
-    for axes, (_, image) in zip(figure.subplots(1, len(images)), images.iterrows(), strict=True):
+    figure, panels = style.subplots(1, len(images), height=1.0)
+    for axes, (_, image) in zip(panels, images.iterrows(), strict=True):
         style.picture(axes, unpacked(image))
         axes.set_title(f"label {image['label']}", fontsize=7)
     return figure

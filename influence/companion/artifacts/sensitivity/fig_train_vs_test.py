@@ -44,8 +44,7 @@ _MARKS = {"exact": "o", "released": "s", "loss": "D", "margin": "^"}
 def draw(scores: pd.DataFrame) -> Figure:
     """The paper's figure: paired Manhattan plots of released FI on one range, training left, test right; first seed."""
     groups = style.first_seed(scores)
-    figure = Figure(figsize=(style.WIDTH, 1.8 * len(groups)))
-    grid = figure.subplots(len(groups), 2, squeeze=False, sharey="row")
+    figure, grid = style.subplots(len(groups), 2, height=1.8 * len(groups), squeeze=False, sharey="row")
     for row, (name, model, group) in zip(grid, groups, strict=True):
         for axes, part in zip(row, ("train", "test"), strict=True):
             chosen = group[group["part"] == part]
@@ -61,8 +60,7 @@ def draw_effects(gaps: pd.DataFrame) -> Figure:
     """Probability that a test image's value exceeds a training image's, through FI and through the loss."""
     networks = gaps[["dataset", "model"]].drop_duplicates().to_numpy().tolist()
     seeds, images = gaps["seed"].nunique(), int(gaps["images"].max())
-    figure = Figure(figsize=(style.WIDTH, 0.9 + 0.6 * len(networks)))
-    axes = figure.subplots()
+    figure, axes = style.subplots(height=0.9 + 0.6 * len(networks))
     for place, measure in enumerate(_MARKS):
         part = gaps[gaps["measure"] == measure].groupby(["dataset", "model"], sort=False)
         found = [over_seeds(g["effect"], g["effect_low"], g["effect_high"], n=images) for _, g in part]

@@ -283,8 +283,7 @@ def draw_areas(maps: pd.DataFrame, image: pd.Series, *, column: str = "exact") -
         column: what is mapped, "exact", "released" or "alignment".
     """
     sizes, channels = sorted(maps["size"].unique()), int(maps["channel"].max()) + 1
-    figure = Figure(figsize=(style.WIDTH * 1.25, 1.75 * (channels + 1)))
-    grid = figure.subplots(channels + 1, len(sizes), squeeze=False)
+    figure, grid = style.subplots(channels + 1, len(sizes), height=1.75 * (channels + 1), width=1.25, squeeze=False)
     top = float(maps[column].max())  # one range from 0 for all maps, as in the paper
     for row in range(channels):
         for axes, size in zip(grid[row], sizes, strict=True):
@@ -340,8 +339,9 @@ def draw_intervention(table: pd.DataFrame) -> Figure:
     first = table[table["seed"] == table["seed"].min()]
     groups = list(first.groupby(["dataset", "model"], sort=False))
     changes = list(first["change"].unique())
-    figure = Figure(figsize=(style.WIDTH * 1.25, 0.5 + 2.0 * len(groups)))
-    grid = figure.subplots(len(groups), len(changes), squeeze=False, sharey="row")
+    figure, grid = style.subplots(
+        len(groups), len(changes), height=0.5 + 2.0 * len(groups), width=1.25, squeeze=False, sharey="row"
+    )
     for row, ((name, model), group) in zip(grid, groups, strict=True):
         targets = group[["target", "count"]].drop_duplicates().to_numpy().tolist()
         rankings = list(group["ranking"].unique())

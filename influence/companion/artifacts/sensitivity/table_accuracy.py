@@ -95,11 +95,8 @@ _PARTS = {"train": ("#999999", "o"), "validation": ("#56B4E9", "s"), "test": ("#
 def draw(table: pd.DataFrame) -> Figure:
     """Accuracy and calibration error of each network on its images with its gate, one row of panels per data set."""
     counts = table.groupby("dataset", sort=False)["network"].nunique()
-    height = 1.0 * len(counts) + 0.42 * counts.sum() + 0.4
-    figure = Figure(figsize=(style.WIDTH, height))
-    panels = figure.subplots(
-        len(counts), 2, squeeze=False, sharey="row", height_ratios=[1.5 + int(count) for count in counts]
-    )
+    height, ratios = 1.0 * len(counts) + 0.42 * counts.sum() + 0.4, 1.5 + counts
+    figure, panels = style.subplots(len(counts), 2, height=height, squeeze=False, sharey="row", height_ratios=ratios)
     for (left, right), name in zip(panels, counts.index, strict=True):
         group = table[table["dataset"] == name]
         _by_network(left, group, "accuracy", "")

@@ -80,9 +80,9 @@ def _interval(statistic: Callable[..., Any], generator: np.random.Generator, *sa
 def draw(table: pd.DataFrame) -> Figure:
     """Upper quantiles of released FI in both parts with 95% bootstrap intervals (the largest has none); first seed."""
     groups = style.first_seed(table[table["estimator"] == "released"])
-    figure = Figure(figsize=(style.WIDTH, 2.3 * ((len(groups) + 1) // 2)))
-    grid = figure.subplots((len(groups) + 1) // 2, 2, squeeze=False).ravel()
-    for axes, (name, model, group) in zip(grid, groups, strict=False):
+    rows = (len(groups) + 1) // 2
+    figure, grid = style.subplots(rows, 2, height=2.3 * rows, squeeze=False)
+    for axes, (name, model, group) in zip(grid.flat, groups, strict=False):
         for part, colour, shift in (("train", style.COLOURS["exact"], -0.1), ("test", style.COLOURS["released"], 0.1)):
             rows = group[group["part"] == part].reset_index(drop=True)
             bars = np.nan_to_num(style.error_bars(rows, "value", ""))
@@ -94,6 +94,6 @@ def draw(table: pd.DataFrame) -> Figure:
         about = f"seed {rows['seed'].iloc[0]}, {rows['images'].iloc[0]} images each"
         axes.set_title(f"{name}, {model}, {about}", fontsize=7)
         axes.legend(fontsize=7)
-    for axes in grid[len(groups) :]:
+    for axes in grid.flat[len(groups) :]:
         axes.set_axis_off()
     return figure

@@ -167,8 +167,7 @@ def draw(table: pd.DataFrame, *, images: int) -> Figure:
         "fgsm": (r"$\ell_\infty$ radius of FGSM", "accuracy"),
         "pgd": (r"$\ell_\infty$ radius of PGD", "accuracy"),
     }
-    figure = Figure(figsize=(style.WIDTH, 3.0))
-    panels = figure.subplots(1, 3, sharey=True)
+    figure, panels = style.subplots(1, 3, height=3.0, sharey=True)
     tint = colours(list(table["arm"].unique()))
     for axes, (quantity, (x, y)) in zip(panels, quantities.items(), strict=True):
         for arm, group in table[table["quantity"] == quantity].groupby("arm", sort=False):

@@ -186,10 +186,11 @@ def error_bars(frame: pd.DataFrame, name: str, ends: str | None = None) -> np.nd
     return np.clip([frame[name] - frame[f"{ends}low"], frame[f"{ends}high"] - frame[name]], 0, None)
 
 
-def picture(axes: Axes, pixels: np.ndarray, *, largest: float = 255) -> None:
+def picture(axes: Axes, pixels: np.ndarray, title: str = "", *, largest: float = 255) -> None:
     """An image (H, W, C) without ticks, grey where it has one channel."""
     axes.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=largest)
     axes.set(xticks=[], yticks=[])
+    axes.set_title(title, fontsize=7)
 
 
 def by_share(axes: Axes, table: pd.DataFrame, name: str, ends: str | None = None, *, apart: float, middle: int) -> None:

@@ -23,7 +23,7 @@ from ...scores.detection import bootstrap_interval, columns, share_interval
 from ...scores.imagewise import chunks, table
 from ...scores.pixelwise import top_entries
 from ...zoo import training
-from ..common import Subject, networks, scored
+from ..common import Subject, groups, networks, scored
 
 PUBLISHED = "published"  # every value that passes the threshold
 CHOICES = {
@@ -165,12 +165,11 @@ def summary(attacks: pd.DataFrame) -> pd.DataFrame:
         low, high, fi_less (share of FI's choice less this one's); passing and fi_less with 95% bootstrap intervals.
     """
     rows = []
-    keys = ["dataset", "model", "seed"]
-    for key, group in attacks.groupby(keys, sort=False):
+    for network, group in groups(attacks, "dataset", "model", "seed"):
         wide = group.pivot(index="image", columns="choice", values="changed").astype(float)
         for choice in CHOICES:
             part = group[group["choice"] == choice]
-            row = {**dict(zip(keys, key, strict=True)), "choice": choice, "images": len(part)}
+            row = {**network, "choice": choice, "images": len(part)}
             row |= {name: float(part[name].mean()) for name in ("values", "reached")}
             row |= columns("passing", bootstrap_interval(part["passing"]))
             row |= columns("changed", share_interval(int(part["changed"].sum()), len(part)), "")

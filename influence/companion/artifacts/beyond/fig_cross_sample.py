@@ -22,7 +22,7 @@ from ...scores.detection import columns, spearman
 from ...scores.evaluation import mean_interval
 from ...scores.leave_one_out import Regression, cross_sample_influence
 from ...zoo import last_layer, training
-from ..common import classifier, dataset, over_networks, scored
+from ..common import classifier, dataset, groups, over_networks, scored
 
 # Colour and name of what predicts the change; of these the first three have a sign.
 PREDICTORS = {
@@ -144,9 +144,9 @@ def summary(found: pd.DataFrame) -> pd.DataFrame:
     """The mean of `correlations` over networks with its 95% t interval, for each l2, among, kind and quantity."""
     long = found.melt(["seed", "l2", "quantity", "among"], ["size", "signed"], "kind", "spearman").dropna()
     rows = []
-    for (l2, among, kind, name), group in long.groupby(["l2", "among", "kind", "quantity"], sort=False):
-        about = {"l2": l2, "among": among, "kind": kind, "quantity": name, "networks": len(group)}
-        rows.append(about | columns("spearman", mean_interval(group["spearman"], within=(-1, 1)), ""))
+    for about, group in groups(long, "l2", "among", "kind", "quantity"):
+        interval = mean_interval(group["spearman"], within=(-1, 1))
+        rows.append({**about, "networks": len(group), **columns("spearman", interval, "")})
     return pd.DataFrame(rows)
 
 

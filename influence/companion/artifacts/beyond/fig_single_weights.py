@@ -14,7 +14,7 @@ from ...ledger.results import Run
 from ...scores.detection import columns
 from ...scores.evaluation import mean_interval
 from ...scores.weightwise import TREATMENTS, ablations, occlusions
-from ..common import networks, scored
+from ..common import groups, networks, scored
 from ..stability.comparison import paired
 
 # The share of the weights, and of an image's pixels, by which the claims are judged.
@@ -54,8 +54,8 @@ def table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     rows = []
     for what, changes in _changes(tables).items():
         counted = "weights" if what == "weights" else "pixels"
-        for (treatment, ranking, share), group in changes.groupby(["treatment", "ranking", "share"], sort=False):
-            row = {"what": what, "treatment": treatment, "ranking": ranking, "share": share, "networks": len(group)}
+        for about, group in groups(changes, "treatment", "ranking", "share"):
+            row = {"what": what, **about, "networks": len(group)}
             row |= {"images": int(group["images"].iloc[0]), "count": int(group[counted].iloc[0])}
             for column in ("lost", "risen"):
                 row |= columns(column, mean_interval(group[column]))

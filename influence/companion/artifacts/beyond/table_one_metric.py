@@ -29,7 +29,7 @@ from ...scores.detection import Interval, columns, detection, spearman, spearman
 from ...scores.evaluation import mean_interval
 from ...zoo import finetuning, pretrained, recipes, training
 from ...zoo.recipes import RecipeError
-from ..common import Network, named, scored
+from ..common import Network, groups, named, scored
 from .table_stability_family import arms
 
 WORST = "worst_direction"
@@ -45,7 +45,6 @@ SCORES = {
 LABELS, NOISE = "wrong labels", "noise"
 _CONTINUED = "+"  # between the name of a network and that of the arm that continued it
 _SHARE = 0.2  # of the labels that are flipped where people gave none
-_PGD_STEPS = 10
 _LEAST = 5  # examples of either sort without which a network says nothing about a task
 _TO_RESAMPLE = 8  # kinds of network without which there is no bootstrap over them
 _RESAMPLES = 2000
@@ -160,16 +159,7 @@ def flips(
             # A smaller ball lies within the larger: what was flipped there stays flipped.
             left = (~broken).nonzero()[:, 0]
             if len(left):
-                epsilon = radius / 255
-                moved = attacks.pgd(
-                    model,
-                    x[left],
-                    predicted[left],
-                    epsilon=epsilon,
-                    steps=_PGD_STEPS,
-                    step_size=epsilon / 4,
-                    generator=starts,
-                )
+                moved = attacks.pgd(model, x[left], predicted[left], epsilon=radius / 255, generator=starts)
                 with torch.no_grad():
                     broken = broken.index_put((left,), model(moved).argmax(1) != predicted[left])
             found[attack(radius)] = broken
@@ -193,12 +183,12 @@ def aurocs(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     tasks += [(name, right, name, "margin") for name in _attacks(right)]
     rows = []
     for task, frame, column, against in tasks:
-        for (kind, network), group in frame.groupby(["kind", "network"], sort=False):
+        for network, group in groups(frame, "kind", "network"):
             positive = group[column].to_numpy() > 0
             if min(positive.sum(), (~positive).sum()) < _LEAST:
                 continue
             values = {score: detection(group[score], positive, repeats=0)["auroc"] for score in SCORES}
-            about = {"task": task, "kind": kind, "network": network, "images": len(group), "positives": positive.sum()}
+            about = {"task": task, **network, "images": len(group), "positives": positive.sum()}
             rows += [
                 {**about, "score": score, "auroc": value, "difference": value - values[against]}
                 for score, value in values.items()
@@ -215,9 +205,9 @@ def summary(found: pd.DataFrame) -> pd.DataFrame:
         difference, difference_low, difference_high.
     """
     rows = []
-    for (task, score), group in found.groupby(["task", "score"], sort=False):
+    for about, group in groups(found, "task", "score"):
         kinds = group.groupby("kind", sort=False)[["auroc", "difference"]].mean()
-        row = {"task": task, "score": score, "kinds": len(kinds), "networks": len(group)}
+        row = {**about, "kinds": len(kinds), "networks": len(group)}
         row |= {name: float(group[name].mean()) for name in ("images", "positives")}
         for name, ends, least in (("auroc", "", 0), ("difference", "difference_", -1)):
             row |= columns(name, mean_interval(kinds[name], within=(least, 1)), ends)
@@ -232,9 +222,9 @@ def networks(flipped: pd.DataFrame) -> pd.DataFrame:
     classified rightly and flipped, in a column for each attack.
     """
     rows = []
-    for (kind, network), group in flipped.groupby(["kind", "network"], sort=False):
+    for about, group in groups(flipped, "kind", "network"):
         right = group["label"] == group["predicted"]
-        row = {"kind": kind, "network": network, "images": len(group)}
+        row = {**about, "images": len(group)}
         row |= {"accuracy": right.mean(), "error": 1 - right.mean()}
         row |= {name: 255.0**2 * group[name].median() for name in ("lambda_max", "trace")}
         row |= {"mean_lambda_max": 255.0**2 * group["lambda_max"].mean(), "loss": group["loss"].mean()}
@@ -328,14 +318,8 @@ def with_and_without(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     for chosen in (tables, few):
         found, table = aurocs(chosen), networks(chosen["flips"])
         claimed = claims(found, summary(found), ranks(table)).items()
-        shown = ("of", "value", "low", "high", "n")
-        rows = [
-            {"claim": item, **{name: getattr(e, name) for name in shown}}
-            for item, found in claimed
-            if not isinstance(found, bool)
-            for e in found
-        ]
-        sides.append(pd.DataFrame(rows).set_index(["claim", "of"]))
+        estimates = [pd.DataFrame(found).assign(claim=item) for item, found in claimed if not isinstance(found, bool)]
+        sides.append(pd.concat(estimates).set_index(["claim", "of"])[["value", "low", "high", "n"]])
     return sides[0].join(sides[1].add_prefix("without_")).reset_index()
 
 

@@ -45,7 +45,6 @@ NAMES = {
 ATTACK, KL, TRACE = "PGD", "KL", "trace"
 OUTPUT = "output"
 PGD_RADIUS = 2 / 255
-_PGD_STEPS = 10
 _OPEN = 99.0  # one network leaves a logarithm open: no infinity in a ledger
 
 
@@ -139,21 +138,20 @@ def _versions(split: Split, severities: Sequence[int], kind: str, name: str) -> 
 
 
 def again(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
-    """The rows of some seeds, arms and measures, computed anew; a TrainingError where a network is not published."""
-    chosen, found = run.parameters, []
+    """The rows of some seeds, arms and measures, by `comparison.again`."""
+    chosen = run.parameters
     split = dataset(run, chosen["dataset"]).test.sample(chosen["images"] or None)
     shown = partial(_versions, split, chosen["severities"])
-    for seed, arm, trained in comparison.published(run, chosen["dataset"], arms(chosen), examples):
-        measures = examples[(examples["seed"] == seed) & (examples["arm"] == arm)]["measure"]
-        one = measured(trained.model, split, chosen, run.device, shown, only=set(measures))
-        found.append(one.assign(seed=seed, arm=arm))
-    return pd.concat(found)
+
+    def rows(trained: training.Trained, seed: int, group: pd.DataFrame) -> pd.DataFrame:
+        return measured(trained.model, split, chosen, run.device, shown, only=set(group["measure"]))
+
+    return comparison.again(run, chosen["dataset"], arms(chosen), examples, rows)
 
 
 def _under_attack(model: nn.Module, split: Split, device: torch.device) -> float:
     generator = torch.Generator(device).manual_seed(training.mixed_seed(70_000))  # one start for every network
-    how: dict[str, Any] = {"steps": _PGD_STEPS, "step_size": PGD_RADIUS / 4, "generator": generator}
-    return attacks.accuracy(model, split, partial(attacks.pgd, epsilon=PGD_RADIUS, **how), device)
+    return attacks.accuracy(model, split, partial(attacks.pgd, epsilon=PGD_RADIUS, generator=generator), device)
 
 
 @torch.no_grad()

@@ -17,13 +17,12 @@ import influence
 
 from ... import style
 from ...images.data import Split
-from ...ledger import cache
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores.detection import columns
 from ...scores.evaluation import mean_interval
 from ...zoo import training
-from ..common import bound, dataset, named, over_networks
+from ..common import dataset, groups, named, over_networks, scored
 from ..overview import divergence
 from ..stability import comparison
 from ..stability.comparison import colours, label
@@ -51,20 +50,16 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     split = dataset(run, chosen["dataset"]).test.sample(chosen["images"])
     measured, others = [], []
     arms = comparison.standard(chosen)
+    table, options = f"trace/{chosen['dataset']}", {"sigmas": chosen["sigmas"], "draws": chosen["draws"]}
     for seed, arm, trained in comparison.networks(run, chosen["dataset"], arms, task="metric tensors"):
-        measured.append(_cached(run, trained.model, trained.key, split, seed).assign(seed=seed, arm=arm))
+        frame = scored(run, table, measures_of, trained, split, seed=seed, **options)
+        measured.append(frame.assign(seed=seed, arm=arm))
     for name in chosen["networks"]:
         network = named(run, name)
-        others.append(_cached(run, network.model, network.key, split, network.seed).assign(network=name))
+        frame = scored(run, table, measures_of, network, split, seed=network.seed, **options)
+        others.append(frame.assign(network=name))
     found = {"measures": pd.concat(measured, ignore_index=True)}
     return found | ({"networks": pd.concat(others, ignore_index=True)} if others else {})
-
-
-def _cached(run: Run, model: nn.Module, key: str, split: Split, seed: int) -> pd.DataFrame:
-    chosen = {name: run.parameters[name] for name in ("images", "sigmas", "draws")}
-    make = bound(measures_of, model, split, chosen["sigmas"], chosen["draws"], run.device, seed)
-    known = {"model": key, "seed": seed, "device": run.device.type, **chosen}
-    return cache.table(f"trace/{run.parameters['dataset']}", known, make)
 
 
 def measures_of(
@@ -167,12 +162,12 @@ def losses(measures: pd.DataFrame) -> pd.DataFrame:
         noise alone).
     """
     rows = []
-    for (arm, sigma), group in measures.groupby(["arm", "sigma"], sort=False):
+    for about, group in groups(measures, "arm", "sigma"):
         by_seed = group.groupby("seed").agg(
             loss=("loss", "mean"), limit=("limit", "mean"), variance=("loss_variance", "sum"), images=("image", "size")
         )
         error = np.sqrt(by_seed["variance"]) / by_seed["images"] / by_seed["limit"]
-        row = {"arm": arm, "sigma": sigma, "seeds": len(by_seed), "images": int(by_seed["images"].iloc[0])}
+        row = {**about, "seeds": len(by_seed), "images": int(by_seed["images"].iloc[0])}
         row |= columns("loss", mean_interval(by_seed["loss"]), "") | {"limit": float(by_seed["limit"].mean())}
         row |= {"ratio": float((by_seed["loss"] / by_seed["limit"]).mean())}
         rows.append(row | {"ratio_error": float(np.sqrt((error**2).sum()) / len(by_seed))})

@@ -20,7 +20,7 @@ from ...ledger.results import Run
 from ...scores.detection import columns
 from ...scores.evaluation import expected_calibration_error, mean_interval
 from ...zoo import recipes, training
-from ..common import named, scored
+from ..common import groups, named, scored
 
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
@@ -71,12 +71,10 @@ def quality(model: nn.Module, split: Split, device: torch.device) -> pd.DataFram
 def summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Mean over seeds of the networks' rows, with the 95% t intervals over seeds, in fractions."""
     rows, error = [], "calibration_error"
-    for (name, network, part), group in tables["networks"].groupby(["dataset", "network", "part"], sort=False):
+    for about, group in groups(tables["networks"], "dataset", "network", "part"):
         rows.append(
             {
-                "dataset": name,
-                "network": network,
-                "part": part,
+                **about,
                 "images": int(group["n"].iloc[0]),
                 "seeds": len(group),
                 **columns("accuracy", mean_interval(group["accuracy"], within=(0, 1)), ""),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from torch import Tensor, nn
-
-import influence
+from torch import nn
 
 from ..images import outliers
 from ..images.data import Split
@@ -20,7 +18,7 @@ from ..ledger import paths
 from ..ledger.audit import Audit
 from ..ledger.results import Run
 from ..scores import imagewise, pixelwise
-from ..scores.layerwise import score_layers, with_all
+from ..scores.layerwise import score_layers
 from ..zoo import finetuning, pretrained, published, recipes, training
 from .beyond import table_one_metric, table_stability_family
 from .bridge import fig_trace
@@ -66,8 +64,7 @@ def _by_network(
 ) -> Iterator[tuple[Subject, Split, dict[str, Any]]]:
     """For each network (and part, else this one) that examples name: it, their images, the columns that name it."""
     names = [name for name in ("dataset", "model", "seed", "part") if name in examples]
-    for _, group in examples.groupby(names, sort=False):
-        about = {name: group[name].iloc[0] for name in names}
+    for about, group in groups(examples, *names):
         data, model, seed = about["dataset"], about["model"], int(about["seed"])
         if f"{model}-{data}" not in pretrained.NAMES:
             _require(recipes.recipe(run.profile, data, model, seed=seed))
@@ -83,41 +80,12 @@ def _each(
     return pd.concat(score(subject, split).assign(**about) for subject, split, about in found)
 
 
-def _near_cut(metric: influence.MetricTensor, labels: Tensor | None, epsilons: Sequence[float]) -> np.ndarray:
-    """Whether rounding may decide FI, exact or released with one of these e, for each example and block, (N * B,)."""
-    near = influence.first_order_influence(metric, labels).near_cut
-    for epsilon in epsilons:
-        released = influence.first_order_influence(metric, labels, estimator=influence.Released(epsilon=epsilon))
-        near = near | released.near_cut
-    return near.flatten().cpu().numpy()
-
-
-def _of_image(run: Run, model: nn.Module, split: Split) -> influence.MetricTensor:
-    return influence.metric_tensor(model, training.pixels(split.images, run.device), wrt="input")
-
-
-def _of_layers(run: Run, model: nn.Module, split: Split) -> influence.MetricTensor:
-    return with_all(influence.metric_tensor(model, training.pixels(split.images, run.device), wrt="layers"))
-
-
 def _anew(
-    score: Callable[..., pd.DataFrame],
-    run: Run,
-    examples: pd.DataFrame,
-    *,
-    of: Callable[[Run, nn.Module, Split], influence.MetricTensor] = _of_image,
-    predicted: bool = False,
-    epsilon: float | None = None,
+    score: Callable[..., pd.DataFrame], run: Run, examples: pd.DataFrame, *, epsilon: float | None = None
 ) -> pd.DataFrame:
-    """Scores of the examples, for their labels or the predicted classes, and what rounding may decide of them."""
-    e = run.parameters["epsilon"] if epsilon is None else epsilon
-
-    def scores(subject: Subject, split: Split) -> pd.DataFrame:
-        model = subject.trained.model
-        near = _near_cut(of(run, model, split), None if predicted else split.labels.to(run.device), [e])
-        return score(model, split, epsilon=e, device=run.device).assign(near_cut=near)
-
-    return _each(run, examples, scores)
+    """Scores of the examples, by their network."""
+    options = {"epsilon": run.parameters["epsilon"] if epsilon is None else epsilon, "device": run.device}
+    return _each(run, examples, lambda subject, split: score(subject.trained.model, split, **options))
 
 
 def _rankings(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
@@ -128,8 +96,8 @@ def _rankings(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(answers=[answers[name][i] for name, i in zip(frame["dataset"], frame["image"], strict=True)])
 
 
-_both_parts = partial(_anew, imagewise.predicted_class_scores, predicted=True)
-_layers = partial(_anew, score_layers, of=_of_layers)
+_both_parts = partial(_anew, imagewise.predicted_class_scores)
+_layers = partial(_anew, score_layers)
 
 
 def _definitions(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
@@ -149,9 +117,7 @@ def _definitions_of_layers(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
 
 
 def _suspicion(run: Run, model: nn.Module, split: Split) -> pd.DataFrame:
-    """Every score of the images, and what rounding may decide of them."""
-    frame = imagewise.all_scores(model, split, device=run.device, without=run.parameters["without"])
-    return frame.assign(near_cut=_near_cut(_of_image(run, model, split), split.labels.to(run.device), [1e-8, 1e-3]))
+    return imagewise.all_scores(model, split, device=run.device, without=run.parameters["without"])
 
 
 def _mislabelled(run: Run, name: str, images: pd.Series) -> tuple[nn.Module, Split, np.ndarray]:
@@ -201,14 +167,11 @@ def _one_network(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
 
 
 def _units(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
-    (subject, split, _), *_ = _by_network(run, _one_network(run, examples))
-    whole, epsilons = subject.dataset.train, run.parameters["epsilons"]
-    factors = unit_factors(whole)
-    frame = imagewise.unit_scores(subject.trained.model, split, factors, epsilons, run.device)
-    metric, labels = _of_image(run, subject.trained.model, split), split.labels.to(run.device)
-    near = {unit: _near_cut(imagewise.in_unit(metric, factor), labels, epsilons) for unit, factor in factors.items()}
-    of_image = pd.DataFrame({"image": split.index} | near).melt("image", var_name="unit", value_name="near_cut")
-    return frame.merge(of_image, on=["image", "unit"])
+    def scores(subject: Subject, split: Split) -> pd.DataFrame:
+        factors, epsilons = unit_factors(subject.dataset.train), run.parameters["epsilons"]
+        return imagewise.unit_scores(subject.trained.model, split, factors, epsilons, run.device)
+
+    return _each(run, _one_network(run, examples), scores)
 
 
 def _definition_of_one(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
@@ -303,8 +266,7 @@ def _wrong_by_one_metric(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
 
 
 def _one_metric(run: Run, model: nn.Module, split: Split) -> pd.DataFrame:
-    frame = table_one_metric.scores(model, split, radius=run.parameters["radii"][0], device=run.device)
-    return frame.assign(near_cut=_near_cut(_of_image(run, model, split), split.labels.to(run.device), []))
+    return table_one_metric.scores(model, split, radius=run.parameters["radii"][0], device=run.device)
 
 
 _IMAGE = ("dataset", "model", "seed", "image")

@@ -81,8 +81,8 @@ def all_scores(
     where it names none.
 
     Returns:
-        One row per image: image (position in the set's published order), label, predicted, p_label, ceiling, rank, then
-        the scores.
+        One row per image: image (position in the set's published order), label, predicted, p_label, ceiling, rank,
+        near_cut (whether rounding may decide FI), then the scores.
     """
     if unknown := set(without) - set(NAMES):
         raise ValueError(f"unknown score {sorted(unknown)[0]!r}: there are {', '.join(NAMES)}")
@@ -95,7 +95,7 @@ def all_scores(
         if "cook" not in without:
             values["cook"] = local_influence(model, x, y)
         parts.append(table(values))
-    head = ["image", "label", "predicted", "p_label", "ceiling", "rank"]
+    head = ["image", "label", "predicted", "p_label", "ceiling", "rank", "near_cut"]
     return pd.concat(parts, ignore_index=True)[[*head, *(name for name in NAMES if name not in without)]]
 
 
@@ -169,10 +169,11 @@ def _from_metric(metric: influence.MetricTensor, y: Tensor) -> dict[str, Tensor]
         "trace": metric.trace()[:, 0],
         "lambda_max": metric.lambda_max()[:, 0],
     }
+    near = exact.near_cut
     for name, epsilon in (("released_1e-8", 1e-8), ("released_1e-3", 1e-3)):
-        estimator = influence.Released(epsilon=epsilon)
-        values[name] = influence.first_order_influence(metric, y, estimator=estimator).fi[:, 0]
-    return values
+        released = influence.first_order_influence(metric, y, estimator=influence.Released(epsilon=epsilon))
+        values[name], near = released.fi[:, 0], near | released.near_cut
+    return values | {"near_cut": near[:, 0]}
 
 
 def predicted_class_scores(model: nn.Module, split: Split, epsilon: float, device: torch.device) -> pd.DataFrame:
@@ -193,6 +194,7 @@ def predicted_class_scores(model: nn.Module, split: Split, epsilon: float, devic
             "exact": exact.fi[:, 0],
             "released": released.fi[:, 0],
             "rank": exact.rank[:, 0],
+            "near_cut": (exact.near_cut | released.near_cut)[:, 0],
         }
         parts.append(table(values))
     return pd.concat(parts, ignore_index=True)
@@ -220,10 +222,13 @@ def unit_scores(
                 ("jacobian_norm", np.nan, gradient_norm(metric, y), exact.rank[:, 0]),
                 ("trace", np.nan, metric.trace()[:, 0], exact.rank[:, 0]),
             ]
+            near = exact.near_cut
             for epsilon in epsilons:
                 released = influence.first_order_influence(metric, y, estimator=influence.Released(epsilon=epsilon))
                 found.append(("released", epsilon, released.fi[:, 0], released.rank[:, 0]))
+                near = near | released.near_cut
             common = {"image": split.index[rows], "loss": exact.ceiling.log1p(), "ceiling": exact.ceiling}
+            common["near_cut"] = near[:, 0]
             for name, epsilon, value, rank in found:
                 frame = table({**common, "value": value, "rank": rank})
                 frames.append(frame.assign(unit=unit, score=name, epsilon=epsilon))

@@ -93,7 +93,8 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
         found = scored(run, f"one-metric/labels-{name}", scores, trained, judged, radius=chosen["radii"][0])
         about = {"wrong": (given != verified).numpy(), "network": name, "kind": name.rpartition("-")[0]}
         labelled.append(found.assign(**about))
-    return {"flips": pd.concat(flipped, ignore_index=True), "labels": pd.concat(labelled, ignore_index=True)}
+    parts = {"flips": flipped, "labels": labelled}
+    return {name: pd.concat(frames, ignore_index=True).drop(columns="near_cut") for name, frames in parts.items()}
 
 
 def network(run: Run, name: str) -> Network:
@@ -117,7 +118,7 @@ def network(run: Run, name: str) -> Network:
 
 
 def scores(model: nn.Module, split: Split, *, radius: float, device: torch.device) -> pd.DataFrame:
-    """Image, label, predicted and the scores of `SCORES` of each image, y its label in the split.
+    """Image, label, predicted, near_cut and the scores of `SCORES` of each image, y its label in the split.
 
     The worst step is along the first eigenvector of G (`influence.worst_direction`), on the side where the loss of the
     predicted class rises, as long as the diagonal of a cube of half side `radius` (grey levels), so that it is as long
@@ -130,7 +131,7 @@ def scores(model: nn.Module, split: Split, *, radius: float, device: torch.devic
         length = radius * x[0].numel() ** 0.5
         with torch.no_grad():
             after.append(loss(model((x + length * direction).clamp(0, 255)), y).cpu())
-    columns = ["image", "label", "predicted", *(name for name in SCORES if name != WORST)]
+    columns = ["image", "label", "predicted", "near_cut", *(name for name in SCORES if name != WORST)]
     return frame[columns].assign(**{WORST: torch.cat(after).numpy()})
 
 

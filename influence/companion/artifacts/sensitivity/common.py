@@ -70,7 +70,7 @@ def both_parts(run: Run, network: Subject, *, images: int | None, epsilon: float
     for part, split in (("train", network.dataset.train), ("test", network.dataset.test)):
         sample, name = split.sample(images, seed=network.seed), f"setup3/{network.name}-{part}"
         frame = scored(run, name, predicted_class_scores, network.trained, sample, epsilon=epsilon)
-        frames.append(frame.assign(part=part, **network.columns))
+        frames.append(frame.drop(columns="near_cut").assign(part=part, **network.columns))
     return pd.concat(frames, ignore_index=True)
 
 

@@ -71,7 +71,7 @@ def of_kind(
         trained = classifier(run, dataset_name, model, seed=seed)
         frame = scored(run, f"labels/{dataset_name}-{model}", imagewise.all_scores, trained, split, without=without)
         frames.append(frame.assign(kind=kind, model=model, wrong=wrong))
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat(frames, ignore_index=True).drop(columns="near_cut")
 
 
 def _out_of_sample(run: Run, kind: str, *, seed: int, images: int | None, without: Sequence[str]) -> pd.DataFrame:
@@ -86,7 +86,7 @@ def _out_of_sample(run: Run, kind: str, *, seed: int, images: int | None, withou
     frame = pd.concat(frames, ignore_index=True)
     wrong = frame["label"].to_numpy() != verified.numpy()[frame["image"]]
     probs = frame.filter(like="probability_")
-    frame = frame.drop(columns=list(probs))
+    frame = frame.drop(columns=[*probs, "near_cut"])
     confident = less_than_its_class(probs.to_numpy(), frame["label"].to_numpy())
     frame = frame.assign(kind=kind, model="noisy-resnet20", wrong=wrong, **{CONFIDENT: confident})
     return frame.join(_in_training(run, kind), on="image")

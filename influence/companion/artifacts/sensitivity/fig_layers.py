@@ -50,7 +50,7 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
         layers = summary(scores)
         kinds = {name: _KINDS.get(type(module), "other") for name, module in trained.model.named_modules()}
         parts = {
-            "whole": scores[scores["number"] == 0].drop(columns=["number", "layer"]),
+            "whole": scores[scores["number"] == 0].drop(columns=["number", "layer", "near_cut"]),
             "layers": layers.assign(type=layers["layer"].map(kinds).fillna("all")),
             "released": scores.loc[scores["number"] > 0, ["number", "layer", "image", "released"]],
             "rounded": scored(run, f"setup2/rounded-{name}", rounding_scores, trained, tested, bits=_BITS),

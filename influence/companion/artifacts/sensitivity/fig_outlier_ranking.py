@@ -46,7 +46,7 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
         scores = scored(run, f"setup1/{network.name}", score_images, network.trained, split, epsilon=epsilon)
         people = called(network.dataset, run.parameters["labels"])
         answers = people.loc[scores["image"]].nunique(axis=1).to_numpy()
-        scores = scores.assign(answers=answers, **network.columns)
+        scores = scores.drop(columns="near_cut").assign(answers=answers, **network.columns)
         check = ceiling_check(network, device=run.device).assign(seed=network.seed)
         parts = {"scores": scores, "check": check, "pictures": largest(network, scores, people)}
         for name, frame in parts.items():
@@ -75,6 +75,7 @@ def score_images(
         values = {"image": split.index[rows], "label": y, "predicted": metric.log_probs.argmax(1)}
         values |= {"p_label": log_p.exp(), "loss": -log_p, "ceiling": exact.ceiling, "exact": exact.fi[:, 0]}
         values |= {"released": released.fi[:, 0], "rank": exact.rank[:, 0]}
+        values["near_cut"] = (exact.near_cut | released.near_cut)[:, 0]
         parts.append(table(values).assign(classes=metric.log_probs.shape[1]))
     frame = pd.concat(parts, ignore_index=True)
     frame["position"] = positions(frame["label"].to_numpy())

@@ -83,7 +83,7 @@ def simulation(run: Run, learnt: Split, *, seed: int, states: Sequence[str] = ST
                 frame = scored(run, name, imagewise.all_scores, trained, split, without=chosen["without"])
                 weight = _PAPER[outlier] / len(split)
                 frames.append(frame.assign(model=model, state=state, outlier=outlier, weight=weight))
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat(frames, ignore_index=True).drop(columns="near_cut")
 
 
 def examples(made: Split, classes: Sequence[str], *, count: int) -> pd.DataFrame:

@@ -96,7 +96,8 @@ def sensitivity(run: Run, network: Subject, *, images: int | None, epsilons: Seq
     train = network.dataset.train
     split = train.sample(images, seed=network.seed)
     options: dict[str, Any] = {"factors": unit_factors(train), "epsilons": epsilons}
-    return scored(run, f"meaning/{network.name}", imagewise.unit_scores, network.trained, split, **options)
+    found = scored(run, f"meaning/{network.name}", imagewise.unit_scores, network.trained, split, **options)
+    return found.drop(columns="near_cut")
 
 
 def unit_factors(train: Split) -> dict[str, float]:

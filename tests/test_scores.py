@@ -32,7 +32,7 @@ def images() -> data.Split:
 def test_scores_against_autograd(images: data.Split) -> None:
     model = relu_network()
     table = imagewise.all_scores(model, images)
-    assert table.columns[6:].tolist() == list(imagewise.NAMES)
+    assert table.columns[7:].tolist() == list(imagewise.NAMES)
     for i in range(len(images)):
         x, y = images.images[i : i + 1].double().requires_grad_(), images.labels[i]
         network = relu_network().double()
@@ -64,17 +64,7 @@ def test_local_influence_is_the_largest_eigenvalue_of_the_hessian(images: data.S
     assert torch.allclose(found, largest, rtol=1e-6) is not smooth
 
 
-def test_several_labels_share_one_metric(images: data.Split) -> None:
-    other = (images.labels + 1) % 10
-    both = imagewise.all_scores(
-        relu_network(), images, given={"a": images.labels, "b": other}, without=["cook", "grand"]
-    )
-    for name, labels in (("a", images.labels), ("b", other)):
-        alone = imagewise.all_scores(
-            relu_network(), data.Split(images.images, labels, images.index), without=["cook", "grand"]
-        )
-        part = both[both["given"] == name].drop(columns="given").reset_index(drop=True)
-        assert part.equals(alone[part.columns])
+def test_an_unknown_score_cannot_be_left_out(images: data.Split) -> None:
     with pytest.raises(ValueError, match="unknown score 'curvature'"):
         imagewise.all_scores(relu_network(), images, without=["curvature"])
 

@@ -47,12 +47,12 @@ def digits() -> data.Split:
 
 
 def test_an_estimate_over_seeds_has_the_wider_interval() -> None:
-    low, high = pd.Series([0.3, 0.4, 0.5]), pd.Series([0.7, 0.8, 0.9])
-    one = common.over_seeds(pd.Series([0.5]), low[:1], high[:1], n=9, of="a")
+    found = pd.DataFrame({"a": [0.59, 0.6, 0.61], "a_low": [0.3, 0.4, 0.5], "a_high": [0.7, 0.8, 0.9], "images": 9})
+    one = common.over_seeds(found[:1].assign(a=0.5), "a", of="a")
     assert one == reference.Estimate(0.5, 0.3, 0.7, 9, "a")
-    alike = common.over_seeds(pd.Series([0.59, 0.6, 0.61]), low, high, n=9)
+    alike = common.over_seeds(found, "a")
     assert (alike.low, alike.high, alike.n, alike.df) == pytest.approx((0.4, 0.8, 9, None))
-    apart = common.over_seeds(pd.Series([0.4, 0.6, 0.8]), low, high, n=9)
+    apart = common.over_seeds(found.assign(a=[0.4, 0.6, 0.8]), "a")
     half = 4.302653 * 0.2 / 3**0.5
     assert (apart.low, apart.high, apart.n, apart.df) == pytest.approx((0.6 - half, 0.6 + half, 3, 2))
 

@@ -149,6 +149,14 @@ def pdf(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def subplots(
+    rows: int = 1, columns: int = 1, *, height: float, width: float = 1.0, **options: Any
+) -> tuple[Figure, Any]:
+    """A figure and its axes, as pyplot makes them, which would keep the figure; inches high, text pages wide."""
+    figure = Figure(figsize=(WIDTH * width, height))
+    return figure, figure.subplots(rows, columns, **options)
+
+
 def class_colours(n_classes: int) -> list[tuple[float, float, float]]:
     """One colour for each class of a Manhattan plot."""
     return list(sns.color_palette("tab10" if n_classes <= 10 else "husl", n_classes))
@@ -178,10 +186,11 @@ def error_bars(frame: pd.DataFrame, name: str, ends: str | None = None) -> np.nd
     return np.clip([frame[name] - frame[f"{ends}low"], frame[f"{ends}high"] - frame[name]], 0, None)
 
 
-def picture(axes: Axes, pixels: np.ndarray, *, largest: float = 255) -> None:
+def picture(axes: Axes, pixels: np.ndarray, title: str = "", *, largest: float = 255) -> None:
     """An image (H, W, C) without ticks, grey where it has one channel."""
     axes.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=largest)
     axes.set(xticks=[], yticks=[])
+    axes.set_title(title, fontsize=7)
 
 
 def by_share(axes: Axes, table: pd.DataFrame, name: str, ends: str | None = None, *, apart: float, middle: int) -> None:

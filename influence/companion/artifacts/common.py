@@ -77,17 +77,30 @@ def networks(run: Run) -> Iterator[Subject]:
         yield Subject(classifier(run, name, model, seed=seed), dataset(run, name), model, seed)
 
 
-def over_seeds(values: pd.Series, low: pd.Series, high: pd.Series, *, n: int, of: str = "") -> Estimate:
-    """An estimate from one value for each seed, each with its interval over `n` images: their mean.
+def groups(frame: pd.DataFrame, *keys: str) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """The rows that agree in some columns, each set after what these columns say; in the order of the table."""
+    for values, group in frame.groupby(list(keys), sort=False):
+        yield dict(zip(keys, values, strict=True)), group
+
+
+def by_network(table: pd.DataFrame, column: str, *keys: str) -> list[Estimate]:
+    """Of a column, `over_seeds` for each network; some columns name it, `dataset` and `model` where none is given."""
+    found = groups(table, *(keys or ("dataset", "model")))
+    return [over_seeds(group, column, of=" ".join(about.values())) for about, group in found]
+
+
+def over_seeds(group: pd.DataFrame, column: str, *, of: str = "") -> Estimate:
+    """The mean of a column with a value for each seed, each with its interval over `images`, in COLUMN_low and _high.
 
     Of the 95% t interval over seeds and the mean of the intervals over images it has the wider one: three seeds may
     agree by chance, and then the images leave more open than they do. The mean of the intervals holds whether the seeds
     share their images or not, since the error of a mean is at most the mean of the errors. One seed has its own.
     """
-    over_images = Estimate(float(values.mean()), float(low.mean()), float(high.mean()), n, of)
-    if len(values) == 1:
+    value, low, high = (float(group[f"{column}{end}"].mean()) for end in ("", "_low", "_high"))
+    over_images = Estimate(value, low, high, int(group["images"].iloc[0]), of)
+    if len(group) == 1:
         return over_images
-    return max(over_networks(values, of), over_images, key=lambda e: e.high - e.low)
+    return max(over_networks(group[column], of), over_images, key=lambda e: e.high - e.low)
 
 
 def over_networks(values: ArrayLike, of: str = "", *, within: float = np.inf) -> Estimate:

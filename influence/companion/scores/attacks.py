@@ -37,14 +37,14 @@ def pgd(
     labels: Tensor,
     *,
     epsilon: float,
-    steps: int,
-    step_size: float,
+    steps: int = 10,
+    step_size: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Several such steps, each projected back into the ball and the pixel range, from (N, C, H, W) floats 0..255.
 
-    The model takes these; `epsilon`, the radius of the ball, and `step_size` are of pixels in [0, 1]. With a generator
-    the start is uniform in the ball, else it is the image.
+    The model takes these; `epsilon`, the radius of the ball, and `step_size`, a quarter of it where None, are of pixels
+    in [0, 1]. With a generator the start is uniform in the ball, else it is the image.
 
     Raises:
         ValueError: a negative radius, or a model in training mode.
@@ -55,6 +55,7 @@ def pgd(
         raise ValueError("expected a model in evaluation mode: call model.eval() first")
     radius = 255 * epsilon
     low, high = (x - radius).clamp(min=0), (x + radius).clamp(max=255)
+    step = 255 * (epsilon / 4 if step_size is None else step_size)
     moved = x.detach().clone()
     if generator is not None:
         start = torch.rand(x.shape, generator=generator, device=generator.device).to(x.device)
@@ -62,5 +63,5 @@ def pgd(
     for _ in range(steps):
         moved.requires_grad_(True)
         (gradient,) = torch.autograd.grad(F.cross_entropy(model(moved), labels, reduction="sum"), moved)
-        moved = (moved.detach() + 255 * step_size * gradient.sign()).clamp(low, high)
+        moved = (moved.detach() + step * gradient.sign()).clamp(low, high)
     return moved.detach()

@@ -72,38 +72,31 @@ def all_scores(
     model: nn.Module,
     split: Split,
     *,
-    given: Mapping[str, Tensor] | None = None,
     device: torch.device | str = "cpu",
     without: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Every score of `NAMES` for each image of a split, by a model of raw pixels in evaluation mode.
 
-    `given` has, by name, (N,) labels to score instead of `split.labels`; one metric tensor serves them all. `without`
-    leaves scores out, such as the dear ones "grand" (gradients of all parameters) and "cook"; a ValueError where it
-    names none.
+    `without` leaves scores out, such as the dear ones "grand" (gradients of all parameters) and "cook"; a ValueError
+    where it names none.
 
     Returns:
-        One row per image (and name in `given`, which is a column then): image (position in the set's published order),
-        label, predicted, p_label, ceiling, rank, then the scores.
+        One row per image: image (position in the set's published order), label, predicted, p_label, ceiling, rank,
+        near_cut (whether rounding may decide FI), then the scores.
     """
     if unknown := set(without) - set(NAMES):
         raise ValueError(f"unknown score {sorted(unknown)[0]!r}: there are {', '.join(NAMES)}")
-    kinds = {"": split.labels} if given is None else dict(given)
     parts = []
-    for rows, x, _ in chunks(split, _CHUNK, device, "scores"):
-        image = influence.metric_tensor(model, x, wrt="input")
-        parameters = None if "grand" in without else influence.metric_tensor(model, x, wrt="parameters")
-        for kind, labels in kinds.items():
-            y = labels[rows].to(device)
-            values = _from_metric(image, y)
-            if parameters is not None:
-                values["grand"] = gradient_norm(parameters, y)
-            if "cook" not in without:
-                values["cook"] = local_influence(model, x, y)
-            parts.append(table({"image": split.index[rows], "label": y, **values}).assign(given=kind))
-    frame = pd.concat(parts, ignore_index=True)
-    head = ["image", "label", "predicted", "p_label", "ceiling", "rank"] + (["given"] if given is not None else [])
-    return frame[[*head, *(name for name in NAMES if name not in without)]]
+    for rows, x, y in chunks(split, _CHUNK, device, "scores"):
+        values = {"image": split.index[rows], "label": y}
+        values |= _from_metric(influence.metric_tensor(model, x, wrt="input"), y)
+        if "grand" not in without:
+            values["grand"] = gradient_norm(influence.metric_tensor(model, x, wrt="parameters"), y)
+        if "cook" not in without:
+            values["cook"] = local_influence(model, x, y)
+        parts.append(table(values))
+    head = ["image", "label", "predicted", "p_label", "ceiling", "rank", "near_cut"]
+    return pd.concat(parts, ignore_index=True)[[*head, *(name for name in NAMES if name not in without)]]
 
 
 def gradient_norm(metric: influence.MetricTensor, labels: Tensor) -> Tensor:
@@ -176,14 +169,15 @@ def _from_metric(metric: influence.MetricTensor, y: Tensor) -> dict[str, Tensor]
         "trace": metric.trace()[:, 0],
         "lambda_max": metric.lambda_max()[:, 0],
     }
+    near = exact.near_cut
     for name, epsilon in (("released_1e-8", 1e-8), ("released_1e-3", 1e-3)):
-        estimator = influence.Released(epsilon=epsilon)
-        values[name] = influence.first_order_influence(metric, y, estimator=estimator).fi[:, 0]
-    return values
+        released = influence.first_order_influence(metric, y, estimator=influence.Released(epsilon=epsilon))
+        values[name], near = released.fi[:, 0], near | released.near_cut
+    return values | {"near_cut": near[:, 0]}
 
 
 def predicted_class_scores(model: nn.Module, split: Split, epsilon: float, device: torch.device) -> pd.DataFrame:
-    """FI of the whole image for f = -log P(y_pred), exact and released, and the losses, for each image of a split."""
+    """FI of the whole image for f = -log P(y_pred), exact and released, and the loss, for each image of a split."""
     parts = []
     for rows, x, y in chunks(split, _CHUNK, device, "FI of the predicted class"):
         metric = influence.metric_tensor(model, x, wrt="input")
@@ -194,19 +188,16 @@ def predicted_class_scores(model: nn.Module, split: Split, epsilon: float, devic
             "image": split.index[rows],
             "label": y,
             "predicted": exact.labels,
-            "p_predicted": metric.log_probs.amax(1).exp(),
             # log1p of the ceiling is -log P with all of its digits, also where P is within 1e-16 of 1.
             "loss": true.ceiling.log1p(),
-            "margin": exact.ceiling.log1p(),
             "ceiling": exact.ceiling,
             "exact": exact.fi[:, 0],
             "released": released.fi[:, 0],
             "rank": exact.rank[:, 0],
+            "near_cut": (exact.near_cut | released.near_cut)[:, 0],
         }
         parts.append(table(values))
-    frame = pd.concat(parts, ignore_index=True)
-    frame["position"] = positions(frame["label"].to_numpy())
-    return frame
+    return pd.concat(parts, ignore_index=True)
 
 
 def positions(labels: np.ndarray) -> np.ndarray:
@@ -231,10 +222,13 @@ def unit_scores(
                 ("jacobian_norm", np.nan, gradient_norm(metric, y), exact.rank[:, 0]),
                 ("trace", np.nan, metric.trace()[:, 0], exact.rank[:, 0]),
             ]
+            near = exact.near_cut
             for epsilon in epsilons:
                 released = influence.first_order_influence(metric, y, estimator=influence.Released(epsilon=epsilon))
                 found.append(("released", epsilon, released.fi[:, 0], released.rank[:, 0]))
+                near = near | released.near_cut
             common = {"image": split.index[rows], "loss": exact.ceiling.log1p(), "ceiling": exact.ceiling}
+            common["near_cut"] = near[:, 0]
             for name, epsilon, value, rank in found:
                 frame = table({**common, "value": value, "rank": rank})
                 frames.append(frame.assign(unit=unit, score=name, epsilon=epsilon))

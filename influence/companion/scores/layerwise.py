@@ -45,6 +45,7 @@ def score_layers(model: nn.Module, split: Split, *, epsilon: float, device: torc
                 "kept": released.rank,
                 "trace": metric.trace(),
                 "effective_rank": effective_rank(metric),
+                "near_cut": exact.near_cut | released.near_cut,
             }
         )
         frame.insert(6, "layer", list(metric.blocks) * len(rows))

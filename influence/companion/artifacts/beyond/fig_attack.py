@@ -23,7 +23,7 @@ from ...scores.detection import bootstrap_interval, columns, share_interval
 from ...scores.imagewise import chunks, table
 from ...scores.pixelwise import top_entries
 from ...zoo import training
-from ..common import Subject, networks, scored
+from ..common import Subject, groups, networks, scored
 
 PUBLISHED = "published"  # every value that passes the threshold
 CHOICES = {
@@ -165,12 +165,11 @@ def summary(attacks: pd.DataFrame) -> pd.DataFrame:
         low, high, fi_less (share of FI's choice less this one's); passing and fi_less with 95% bootstrap intervals.
     """
     rows = []
-    keys = ["dataset", "model", "seed"]
-    for key, group in attacks.groupby(keys, sort=False):
+    for network, group in groups(attacks, "dataset", "model", "seed"):
         wide = group.pivot(index="image", columns="choice", values="changed").astype(float)
         for choice in CHOICES:
             part = group[group["choice"] == choice]
-            row = {**dict(zip(keys, key, strict=True)), "choice": choice, "images": len(part)}
+            row = {**network, "choice": choice, "images": len(part)}
             row |= {name: float(part[name].mean()) for name in ("values", "reached")}
             row |= columns("passing", bootstrap_interval(part["passing"]))
             row |= columns("changed", share_interval(int(part["changed"].sum()), len(part)), "")
@@ -207,8 +206,7 @@ def claims(found: pd.DataFrame) -> dict[str, list[Estimate]]:
 def draw(found: pd.DataFrame) -> Figure:
     """Share of predictions changed by each choice, Wilson's 95% intervals, and FI's share less each other's."""
     groups = list(found.groupby(["dataset", "model", "seed"], sort=False))
-    figure = Figure(figsize=(style.WIDTH, 0.7 + 1.8 * len(groups)))
-    grid = figure.subplots(len(groups), 2, squeeze=False)
+    figure, grid = style.subplots(len(groups), 2, height=0.7 + 1.8 * len(groups), squeeze=False)
     for row, ((name, model, _), group) in zip(grid, groups, strict=True):
         part = group.set_index("choice").loc[list(CHOICES)]
         for place, choice in enumerate(CHOICES):
@@ -235,8 +233,7 @@ def draw_maps(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """An image of each network, the FI of its values (mean over channels), and the image after the published attack."""
     keys = ["dataset", "model", "seed"]
     groups = list(tables["pictures"].groupby(keys, sort=False))
-    figure = Figure(figsize=(style.WIDTH, 0.4 + 2.4 * len(groups)))
-    grid = figure.subplots(len(groups), 3, squeeze=False)
+    figure, grid = style.subplots(len(groups), 3, height=0.4 + 2.4 * len(groups), squeeze=False)
     for row, (key, pictures) in zip(grid, groups, strict=True):
         values = tables["maps"][tables["maps"][keys].eq(key).all(axis=1)]
         fi = values.pivot_table(index="row", columns="column", values="fi", aggfunc="mean").to_numpy()

@@ -22,7 +22,7 @@ from ...scores.detection import columns, spearman
 from ...scores.evaluation import mean_interval
 from ...scores.leave_one_out import Regression, cross_sample_influence
 from ...zoo import last_layer, training
-from ..common import classifier, dataset, over_networks, scored
+from ..common import classifier, dataset, groups, over_networks, scored
 
 # Colour and name of what predicts the change; of these the first three have a sign.
 PREDICTORS = {
@@ -144,9 +144,9 @@ def summary(found: pd.DataFrame) -> pd.DataFrame:
     """The mean of `correlations` over networks with its 95% t interval, for each l2, among, kind and quantity."""
     long = found.melt(["seed", "l2", "quantity", "among"], ["size", "signed"], "kind", "spearman").dropna()
     rows = []
-    for (l2, among, kind, name), group in long.groupby(["l2", "among", "kind", "quantity"], sort=False):
-        about = {"l2": l2, "among": among, "kind": kind, "quantity": name, "networks": len(group)}
-        rows.append(about | columns("spearman", mean_interval(group["spearman"], within=(-1, 1)), ""))
+    for about, group in groups(long, "l2", "among", "kind", "quantity"):
+        interval = mean_interval(group["spearman"], within=(-1, 1))
+        rows.append({**about, "networks": len(group), **columns("spearman", interval, "")})
     return pd.DataFrame(rows)
 
 
@@ -178,8 +178,7 @@ def claims(fits: pd.DataFrame, found: pd.DataFrame) -> dict[str, bool | Estimate
 
 def draw(table: pd.DataFrame, fits: pd.DataFrame) -> Figure:
     """Correlation with the change at the chosen penalty (left: sizes; right: signed)."""
-    figure = Figure(figsize=(style.WIDTH, 2.9))
-    panels = figure.subplots(1, 2, sharey=True)
+    figure, panels = style.subplots(1, 2, height=2.9, sharey=True)
     chosen = table[table["l2"] == best_l2(fits)]
     for axes, kind in zip(panels, ("size", "signed"), strict=True):
         for place, (among, marker) in enumerate(((WITHIN, "o"), (TOTAL, "s"))):
@@ -206,8 +205,8 @@ def draw_totals(measures: pd.DataFrame, fits: pd.DataFrame) -> Figure:
     """Each removed training image of the first network: |change| against two predictors, means over test images."""
     group = measures[(measures["of"] == "training") & (measures["seed"] == measures["seed"].min())]
     wide = group[group["l2"] == best_l2(fits)].pivot(index="image", columns="quantity", values="size")
-    figure = Figure(figsize=(style.WIDTH, 2.8))
-    for axes, name in zip(figure.subplots(1, 2), ("influence", "cross_fi"), strict=True):
+    figure, panels = style.subplots(1, 2, height=2.8)
+    for axes, name in zip(panels, ("influence", "cross_fi"), strict=True):
         colour, words = PREDICTORS[name]
         axes.scatter(wide["change"], wide[name], s=8, color=colour, alpha=0.6, linewidths=0)
         axes.set(xscale="log", yscale="log", xlabel="|change| (nats)")
@@ -219,8 +218,7 @@ def draw_totals(measures: pd.DataFrame, fits: pd.DataFrame) -> Figure:
 
 def draw_by_l2(table: pd.DataFrame, fits: pd.DataFrame) -> Figure:
     """Correlation with |change| against the penalty; the vertical line is the one of least validation loss."""
-    figure = Figure(figsize=(style.WIDTH, 2.9))
-    panels = figure.subplots(1, 2, sharey=True)
+    figure, panels = style.subplots(1, 2, height=2.9, sharey=True)
     for axes, among in zip(panels, (WITHIN, TOTAL), strict=True):
         part = table[(table["among"] == among) & (table["kind"] == "size")]
         for name, (colour, words) in PREDICTORS.items():

@@ -14,7 +14,7 @@ from ...ledger.results import Run
 from ...scores.detection import columns
 from ...scores.evaluation import mean_interval
 from ...scores.weightwise import TREATMENTS, ablations, occlusions
-from ..common import networks, scored
+from ..common import groups, networks, scored
 from ..stability.comparison import paired
 
 # The share of the weights, and of an image's pixels, by which the claims are judged.
@@ -54,8 +54,8 @@ def table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     rows = []
     for what, changes in _changes(tables).items():
         counted = "weights" if what == "weights" else "pixels"
-        for (treatment, ranking, share), group in changes.groupby(["treatment", "ranking", "share"], sort=False):
-            row = {"what": what, "treatment": treatment, "ranking": ranking, "share": share, "networks": len(group)}
+        for about, group in groups(changes, "treatment", "ranking", "share"):
+            row = {"what": what, **about, "networks": len(group)}
             row |= {"images": int(group["images"].iloc[0]), "count": int(group[counted].iloc[0])}
             for column in ("lost", "risen"):
                 row |= columns(column, mean_interval(group[column]))
@@ -127,8 +127,7 @@ def beside(tables: Mapping[str, pd.DataFrame]) -> dict[str, list[Estimate]]:
 
 def draw(summary: pd.DataFrame) -> Figure:
     """Accuracy lost against the share taken away, one line for each ranking: weights set to 0, in 4 bits; pixels."""
-    figure = Figure(figsize=(style.WIDTH * 1.25, 3.4))
-    panels = figure.subplots(1, 3)
+    figure, panels = style.subplots(1, 3, height=3.4, width=1.25)
     kinds = [("weights", "set to 0"), ("weights", "4 bits"), ("pixels", "covered")]
     for axes, (what, treatment) in zip(panels, kinds, strict=True):
         part = summary[(summary["what"] == what) & (summary["treatment"] == treatment)]

@@ -29,7 +29,7 @@ from ...scores.detection import Interval, columns, detection, spearman, spearman
 from ...scores.evaluation import mean_interval
 from ...zoo import finetuning, pretrained, recipes, training
 from ...zoo.recipes import RecipeError
-from ..common import Network, named, scored
+from ..common import Network, groups, named, scored
 from .table_stability_family import arms
 
 WORST = "worst_direction"
@@ -45,7 +45,6 @@ SCORES = {
 LABELS, NOISE = "wrong labels", "noise"
 _CONTINUED = "+"  # between the name of a network and that of the arm that continued it
 _SHARE = 0.2  # of the labels that are flipped where people gave none
-_PGD_STEPS = 10
 _LEAST = 5  # examples of either sort without which a network says nothing about a task
 _TO_RESAMPLE = 8  # kinds of network without which there is no bootstrap over them
 _RESAMPLES = 2000
@@ -94,7 +93,8 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
         found = scored(run, f"one-metric/labels-{name}", scores, trained, judged, radius=chosen["radii"][0])
         about = {"wrong": (given != verified).numpy(), "network": name, "kind": name.rpartition("-")[0]}
         labelled.append(found.assign(**about))
-    return {"flips": pd.concat(flipped, ignore_index=True), "labels": pd.concat(labelled, ignore_index=True)}
+    parts = {"flips": flipped, "labels": labelled}
+    return {name: pd.concat(frames, ignore_index=True).drop(columns="near_cut") for name, frames in parts.items()}
 
 
 def network(run: Run, name: str) -> Network:
@@ -118,7 +118,7 @@ def network(run: Run, name: str) -> Network:
 
 
 def scores(model: nn.Module, split: Split, *, radius: float, device: torch.device) -> pd.DataFrame:
-    """Image, label, predicted and the scores of `SCORES` of each image, y its label in the split.
+    """Image, label, predicted, near_cut and the scores of `SCORES` of each image, y its label in the split.
 
     The worst step is along the first eigenvector of G (`influence.worst_direction`), on the side where the loss of the
     predicted class rises, as long as the diagonal of a cube of half side `radius` (grey levels), so that it is as long
@@ -131,7 +131,7 @@ def scores(model: nn.Module, split: Split, *, radius: float, device: torch.devic
         length = radius * x[0].numel() ** 0.5
         with torch.no_grad():
             after.append(loss(model((x + length * direction).clamp(0, 255)), y).cpu())
-    columns = ["image", "label", "predicted", *(name for name in SCORES if name != WORST)]
+    columns = ["image", "label", "predicted", "near_cut", *(name for name in SCORES if name != WORST)]
     return frame[columns].assign(**{WORST: torch.cat(after).numpy()})
 
 
@@ -160,16 +160,7 @@ def flips(
             # A smaller ball lies within the larger: what was flipped there stays flipped.
             left = (~broken).nonzero()[:, 0]
             if len(left):
-                epsilon = radius / 255
-                moved = attacks.pgd(
-                    model,
-                    x[left],
-                    predicted[left],
-                    epsilon=epsilon,
-                    steps=_PGD_STEPS,
-                    step_size=epsilon / 4,
-                    generator=starts,
-                )
+                moved = attacks.pgd(model, x[left], predicted[left], epsilon=radius / 255, generator=starts)
                 with torch.no_grad():
                     broken = broken.index_put((left,), model(moved).argmax(1) != predicted[left])
             found[attack(radius)] = broken
@@ -193,12 +184,12 @@ def aurocs(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     tasks += [(name, right, name, "margin") for name in _attacks(right)]
     rows = []
     for task, frame, column, against in tasks:
-        for (kind, network), group in frame.groupby(["kind", "network"], sort=False):
+        for network, group in groups(frame, "kind", "network"):
             positive = group[column].to_numpy() > 0
             if min(positive.sum(), (~positive).sum()) < _LEAST:
                 continue
             values = {score: detection(group[score], positive, repeats=0)["auroc"] for score in SCORES}
-            about = {"task": task, "kind": kind, "network": network, "images": len(group), "positives": positive.sum()}
+            about = {"task": task, **network, "images": len(group), "positives": positive.sum()}
             rows += [
                 {**about, "score": score, "auroc": value, "difference": value - values[against]}
                 for score, value in values.items()
@@ -215,9 +206,9 @@ def summary(found: pd.DataFrame) -> pd.DataFrame:
         difference, difference_low, difference_high.
     """
     rows = []
-    for (task, score), group in found.groupby(["task", "score"], sort=False):
+    for about, group in groups(found, "task", "score"):
         kinds = group.groupby("kind", sort=False)[["auroc", "difference"]].mean()
-        row = {"task": task, "score": score, "kinds": len(kinds), "networks": len(group)}
+        row = {**about, "kinds": len(kinds), "networks": len(group)}
         row |= {name: float(group[name].mean()) for name in ("images", "positives")}
         for name, ends, least in (("auroc", "", 0), ("difference", "difference_", -1)):
             row |= columns(name, mean_interval(kinds[name], within=(least, 1)), ends)
@@ -232,9 +223,9 @@ def networks(flipped: pd.DataFrame) -> pd.DataFrame:
     classified rightly and flipped, in a column for each attack.
     """
     rows = []
-    for (kind, network), group in flipped.groupby(["kind", "network"], sort=False):
+    for about, group in groups(flipped, "kind", "network"):
         right = group["label"] == group["predicted"]
-        row = {"kind": kind, "network": network, "images": len(group)}
+        row = {**about, "images": len(group)}
         row |= {"accuracy": right.mean(), "error": 1 - right.mean()}
         row |= {name: 255.0**2 * group[name].median() for name in ("lambda_max", "trace")}
         row |= {"mean_lambda_max": 255.0**2 * group["lambda_max"].mean(), "loss": group["loss"].mean()}
@@ -328,22 +319,16 @@ def with_and_without(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     for chosen in (tables, few):
         found, table = aurocs(chosen), networks(chosen["flips"])
         claimed = claims(found, summary(found), ranks(table)).items()
-        shown = ("of", "value", "low", "high", "n")
-        rows = [
-            {"claim": item, **{name: getattr(e, name) for name in shown}}
-            for item, found in claimed
-            if not isinstance(found, bool)
-            for e in found
-        ]
-        sides.append(pd.DataFrame(rows).set_index(["claim", "of"]))
+        estimates = [pd.DataFrame(found).assign(claim=item) for item, found in claimed if not isinstance(found, bool)]
+        sides.append(pd.concat(estimates).set_index(["claim", "of"])[["value", "low", "high", "n"]])
     return sides[0].join(sides[1].add_prefix("without_")).reset_index()
 
 
 def draw(table: pd.DataFrame) -> Figure:
     """AUROC of each score for each task: means over kinds of network with 95% t intervals; dotted: what is to beat."""
     tasks = list(table["task"].unique())
-    figure = Figure(figsize=(style.WIDTH * 1.25, 3.3))
-    for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks), sharey=True)), tasks, strict=True):
+    figure, panels = style.subplots(1, len(tasks), height=3.3, width=1.25, sharey=True, squeeze=False)
+    for axes, task in zip(panels[0], tasks, strict=True):
         part = table[table["task"] == task].set_index("score").loc[list(SCORES)]
         for place, score in enumerate(SCORES):
             row, colour = part.loc[[score]], style.SCORES.get(score, ("#D55E00", ""))[0]
@@ -371,9 +356,8 @@ def draw_ranks(table: pd.DataFrame, ranked: pd.DataFrame) -> Figure:
     names = _attacks(table)
     before = list(dict.fromkeys(kind.partition(_CONTINUED)[0] for kind in table["kind"]))
     colours = style.class_colours(len(before))
-    figure = Figure(figsize=(style.WIDTH * 1.15, 4.1))
-    panels = np.atleast_1d(figure.subplots(1, len(names)))
-    for axes, name in zip(panels, names, strict=True):
+    figure, panels = style.subplots(1, len(names), height=4.1, width=1.15, squeeze=False)
+    for axes, name in zip(panels[0], names, strict=True):
         for kind, part in table.groupby("kind", sort=False):
             base, _, arm = str(kind).partition(_CONTINUED)
             place = before.index(base)
@@ -389,5 +373,5 @@ def draw_ranks(table: pd.DataFrame, ranked: pd.DataFrame) -> Figure:
         axes.set(xlabel=r"median $\lambda_{max}$(G), per squared pixel range", ylabel="accuracy lost (points)")
     images = int(table["images"].iloc[0])
     figure.suptitle(f"{images} test images of each network; 95% bootstrap intervals over kinds", fontsize=8)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return figure

@@ -45,7 +45,6 @@ NAMES = {
 ATTACK, KL, TRACE = "PGD", "KL", "trace"
 OUTPUT = "output"
 PGD_RADIUS = 2 / 255
-_PGD_STEPS = 10
 _OPEN = 99.0  # one network leaves a logarithm open: no infinity in a ledger
 
 
@@ -139,21 +138,20 @@ def _versions(split: Split, severities: Sequence[int], kind: str, name: str) -> 
 
 
 def again(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
-    """The rows of some seeds, arms and measures, computed anew; a TrainingError where a network is not published."""
-    chosen, found = run.parameters, []
+    """The rows of some seeds, arms and measures, by `comparison.again`."""
+    chosen = run.parameters
     split = dataset(run, chosen["dataset"]).test.sample(chosen["images"] or None)
     shown = partial(_versions, split, chosen["severities"])
-    for seed, arm, trained in comparison.published(run, chosen["dataset"], arms(chosen), examples):
-        measures = examples[(examples["seed"] == seed) & (examples["arm"] == arm)]["measure"]
-        one = measured(trained.model, split, chosen, run.device, shown, only=set(measures))
-        found.append(one.assign(seed=seed, arm=arm))
-    return pd.concat(found)
+
+    def rows(trained: training.Trained, seed: int, group: pd.DataFrame) -> pd.DataFrame:
+        return measured(trained.model, split, chosen, run.device, shown, only=set(group["measure"]))
+
+    return comparison.again(run, chosen["dataset"], arms(chosen), examples, rows)
 
 
 def _under_attack(model: nn.Module, split: Split, device: torch.device) -> float:
     generator = torch.Generator(device).manual_seed(training.mixed_seed(70_000))  # one start for every network
-    how: dict[str, Any] = {"steps": _PGD_STEPS, "step_size": PGD_RADIUS / 4, "generator": generator}
-    return attacks.accuracy(model, split, partial(attacks.pgd, epsilon=PGD_RADIUS, **how), device)
+    return attacks.accuracy(model, split, partial(attacks.pgd, epsilon=PGD_RADIUS, generator=generator), device)
 
 
 @torch.no_grad()
@@ -224,8 +222,7 @@ def claims(runs: pd.DataFrame) -> dict[str, Estimate | list[Estimate]]:
 def draw(found: pd.DataFrame) -> Figure:
     """Gain over the control in points of each member (rows) on each measure; bold where the interval excludes 0."""
     part = found[found["kind"] != OUTPUT]
-    figure = Figure(figsize=(style.WIDTH * 1.75, 1.6 + 0.36 * (part["arm"].nunique() - 1)))
-    axes = figure.subplots()
+    figure, axes = style.subplots(height=1.6 + 0.36 * (part["arm"].nunique() - 1), width=1.75)
     comparison.gain_matrix(axes, part, across="measure", names=NAMES.__getitem__, size=6)
     axes.tick_params(labelsize=8)
     seeds, images = int(found["seeds"].iloc[0]), part.groupby("measure")["n"].first()
@@ -236,9 +233,8 @@ def draw(found: pd.DataFrame) -> Figure:
 
 def draw_outputs(found: pd.DataFrame) -> Figure:
     """KL under the noise and trace of G of each member over those of the control: geometric means over seeds."""
-    figure = Figure(figsize=(style.WIDTH, 2.9))
     part = found[(found["kind"] == OUTPUT) & (found["arm"] != CONTROL)]
-    panels = figure.subplots(1, 2, sharey=True)
+    figure, panels = style.subplots(1, 2, height=2.9, sharey=True)
     for axes, measure, words in zip(panels, (KL, TRACE), ("KL under the noise", r"tr $G$"), strict=True):
         group = part[part["measure"] == measure]
         mean, low, high = (np.exp(group[name].clip(-_OPEN, _OPEN)) for name in ("gain", "gain_low", "gain_high"))

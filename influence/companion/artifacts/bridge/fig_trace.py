@@ -17,13 +17,12 @@ import influence
 
 from ... import style
 from ...images.data import Split
-from ...ledger import cache
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores.detection import columns
 from ...scores.evaluation import mean_interval
 from ...zoo import training
-from ..common import bound, dataset, named, over_networks
+from ..common import dataset, groups, named, over_networks, scored
 from ..overview import divergence
 from ..stability import comparison
 from ..stability.comparison import colours, label
@@ -51,20 +50,16 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     split = dataset(run, chosen["dataset"]).test.sample(chosen["images"])
     measured, others = [], []
     arms = comparison.standard(chosen)
+    table, options = f"trace/{chosen['dataset']}", {"sigmas": chosen["sigmas"], "draws": chosen["draws"]}
     for seed, arm, trained in comparison.networks(run, chosen["dataset"], arms, task="metric tensors"):
-        measured.append(_cached(run, trained.model, trained.key, split, seed).assign(seed=seed, arm=arm))
+        frame = scored(run, table, measures_of, trained, split, seed=seed, **options)
+        measured.append(frame.assign(seed=seed, arm=arm))
     for name in chosen["networks"]:
         network = named(run, name)
-        others.append(_cached(run, network.model, network.key, split, network.seed).assign(network=name))
+        frame = scored(run, table, measures_of, network, split, seed=network.seed, **options)
+        others.append(frame.assign(network=name))
     found = {"measures": pd.concat(measured, ignore_index=True)}
     return found | ({"networks": pd.concat(others, ignore_index=True)} if others else {})
-
-
-def _cached(run: Run, model: nn.Module, key: str, split: Split, seed: int) -> pd.DataFrame:
-    chosen = {name: run.parameters[name] for name in ("images", "sigmas", "draws")}
-    make = bound(measures_of, model, split, chosen["sigmas"], chosen["draws"], run.device, seed)
-    known = {"model": key, "seed": seed, "device": run.device.type, **chosen}
-    return cache.table(f"trace/{run.parameters['dataset']}", known, make)
 
 
 def measures_of(
@@ -167,12 +162,12 @@ def losses(measures: pd.DataFrame) -> pd.DataFrame:
         noise alone).
     """
     rows = []
-    for (arm, sigma), group in measures.groupby(["arm", "sigma"], sort=False):
+    for about, group in groups(measures, "arm", "sigma"):
         by_seed = group.groupby("seed").agg(
             loss=("loss", "mean"), limit=("limit", "mean"), variance=("loss_variance", "sum"), images=("image", "size")
         )
         error = np.sqrt(by_seed["variance"]) / by_seed["images"] / by_seed["limit"]
-        row = {"arm": arm, "sigma": sigma, "seeds": len(by_seed), "images": int(by_seed["images"].iloc[0])}
+        row = {**about, "seeds": len(by_seed), "images": int(by_seed["images"].iloc[0])}
         row |= columns("loss", mean_interval(by_seed["loss"]), "") | {"limit": float(by_seed["limit"].mean())}
         row |= {"ratio": float((by_seed["loss"] / by_seed["limit"]).mean())}
         rows.append(row | {"ratio_error": float(np.sqrt((error**2).sum()) / len(by_seed))})
@@ -259,8 +254,7 @@ def draw_law(reached: pd.DataFrame) -> Figure:
     names = list(reached["network"].unique())
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(style.WIDTH, 0.6 + 2.1 * rows))
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    figure, grid = style.subplots(rows, columns, height=0.6 + 2.1 * rows, squeeze=False, sharex=True, sharey=True)
     colours = ("#D55E00", "#E69F00", "#0072B2")
     for axes, name in zip(grid.flat, names, strict=False):
         group = reached[reached["network"] == name]
@@ -291,8 +285,7 @@ def draw_law(reached: pd.DataFrame) -> Figure:
 
 def draw(table: pd.DataFrame, changes: pd.DataFrame) -> Figure:
     """Stability loss and (sigma^2 / 2) tr G against sigma; and what training does to the measures."""
-    figure = Figure(figsize=(style.WIDTH, 3.2))
-    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    figure, (left, right) = style.subplots(1, 2, height=3.2, width_ratios=[3, 2])
     tint = colours(list(table["arm"].unique()))
     for arm, group in table.groupby("arm", sort=False):
         colour = tint[str(arm)]

@@ -22,7 +22,7 @@ from ...scores.definition import influence_by_definition
 from ...scores.detection import detection, two_sample
 from ...scores.imagewise import predicted_class_scores
 from ...zoo import training
-from ..common import Subject, networks, scored
+from ..common import Subject, groups, networks, scored
 
 CHECKED = 16  # images of a check
 
@@ -52,10 +52,6 @@ MEASURES = {
 }
 
 
-# Of the scores of an image: what the rest follows from.
-_PUBLISHED = ["image", "label", "predicted", "loss", "ceiling", "exact", "released", "rank"]
-
-
 def predicted_influence(run: Run) -> dict[str, pd.DataFrame]:
     """Setup 3: FI of the whole image, f = -log P(y_pred), for training and test images of each network.
 
@@ -74,7 +70,7 @@ def both_parts(run: Run, network: Subject, *, images: int | None, epsilon: float
     for part, split in (("train", network.dataset.train), ("test", network.dataset.test)):
         sample, name = split.sample(images, seed=network.seed), f"setup3/{network.name}-{part}"
         frame = scored(run, name, predicted_class_scores, network.trained, sample, epsilon=epsilon)
-        frames.append(frame[_PUBLISHED].assign(part=part, **network.columns))
+        frames.append(frame.drop(columns="near_cut").assign(part=part, **network.columns))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -87,15 +83,14 @@ def gap(frame: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     frame = frame.assign(margin=np.log1p(frame["ceiling"]))
-    for (name, model, network), group in frame.groupby(["dataset", "model", "seed"], sort=False):
+    for network, group in groups(frame, "dataset", "model", "seed"):
         parts = {str(part): rest for part, rest in group.groupby("part")}
         hits = {f"accuracy_{part}": float((rest["label"] == rest["predicted"]).mean()) for part, rest in parts.items()}
         for measure in MEASURES:
             values = {part: rest[measure].to_numpy() for part, rest in parts.items()}
             means = {f"mean_{part}": float(x.mean()) for part, x in values.items()}
             tests = two_sample(values["train"], values["test"])
-            row = {"dataset": name, "model": model, "seed": network, "measure": measure, "images": len(values["train"])}
-            rows.append({**row, **hits, **means, **tests})
+            rows.append({**network, "measure": measure, "images": len(values["train"]), **hits, **means, **tests})
     return pd.DataFrame(rows)
 
 
@@ -105,12 +100,12 @@ def detection_table(frame: pd.DataFrame, *, also: Sequence[str] = ()) -> pd.Data
     The scores are those of `imagewise.NAMES` and the columns in `also`, where they were computed.
     """
     rows = []
-    for (model, kind), group in frame.groupby(["model", "kind"], sort=False):
+    for about, group in groups(frame, "model", "kind"):
         hits = {"accuracy": float((group["predicted"] == group["label"])[~group["wrong"]].mean())}
         counts = {"images": len(group), "wrong": int(group["wrong"].sum())}
         for score in (name for name in (*imagewise.NAMES, *also) if name in group and group[name].notna().all()):
             found = detection(group[score], group["wrong"])
-            rows.append({"model": model, "kind": kind, "score": score, **counts, **hits, **found})
+            rows.append({**about, "score": score, **counts, **hits, **found})
     return pd.DataFrame(rows)
 
 
@@ -131,8 +126,9 @@ def draw_auroc(table: pd.DataFrame, by: str, *, share: float | None = None) -> F
     columns = list(table[by].unique())
     models = list(table["model"].unique())
     scores = list(table["score"].unique())
-    figure = Figure(figsize=(style.WIDTH * 1.15, 0.5 + 0.24 * len(scores) * 2))
-    grid = figure.subplots(2, len(columns), squeeze=False, sharey=True, sharex="row")
+    figure, grid = style.subplots(
+        2, len(columns), height=0.5 + 0.24 * len(scores) * 2, width=1.15, squeeze=False, sharey=True, sharex="row"
+    )
     for measure, row in zip(("auroc", "ap"), grid, strict=True):
         for axes, value in zip(row, columns, strict=True):
             part = table[table[by] == value]

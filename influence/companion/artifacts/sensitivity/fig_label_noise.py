@@ -13,13 +13,13 @@ from torch import nn
 
 from ...images import outliers
 from ...images.data import Split
-from ...ledger import cache, paths
+from ...ledger import paths
 from ...ledger.reference import Estimate
 from ...ledger.results import COMMITTED, Run
 from ...scores import imagewise
 from ...scores.detection import auroc_difference
 from ...zoo import dynamics, recipes, training
-from ..common import bound, classifier, dataset, scored
+from ..common import classifier, dataset, scored
 from .common import detection_table
 
 SYNTHETIC = "flipped"
@@ -63,26 +63,22 @@ def of_kind(
     if kind != SYNTHETIC:
         return _out_of_sample(run, kind, seed=seed, images=images, without=without)
     whole = dataset(run, dataset_name)
-    split = whole.valid.sample(images, seed=seed)  # which the networks have not seen
-    given = {kind: outliers.flip_labels(split.labels, share=share, classes=len(whole.classes), seed=seed)}
+    held_out = whole.valid.sample(images, seed=seed)  # which the networks have not seen
+    given = outliers.flip_labels(held_out.labels, share=share, classes=len(whole.classes), seed=seed)
+    split, wrong = Split(held_out.images, given, held_out.index), (given != held_out.labels).numpy()
     frames = []
     for model in models:
         trained = classifier(run, dataset_name, model, seed=seed)
-        key: dict[str, object] = {"model": trained.key, "data": whole.digest, "images": images, "seed": seed}
-        key |= {"share": share, "without": list(without), "device": run.device.type}
-        score = bound(imagewise.all_scores, trained.model, split, given=given, device=run.device, without=without)
-        frame = cache.table(f"labels/{dataset_name}-{model}", key, score)
-        right = dict(zip(split.index.tolist(), split.labels.tolist(), strict=True))
-        wrong = frame["label"] != frame["image"].map(right)
-        frames.append(frame.rename(columns={"given": "kind"}).assign(model=model, wrong=wrong))
-    return pd.concat(frames, ignore_index=True)
+        frame = scored(run, f"labels/{dataset_name}-{model}", imagewise.all_scores, trained, split, without=without)
+        frames.append(frame.assign(kind=kind, model=model, wrong=wrong))
+    return pd.concat(frames, ignore_index=True).drop(columns="near_cut")
 
 
 def _out_of_sample(run: Run, kind: str, *, seed: int, images: int | None, without: Sequence[str]) -> pd.DataFrame:
     _, verified = outliers.human_labels(kind, paths.data_dir())
     frames = []
     for fold in range(_FOLDS):
-        recipe = recipes.named(f"{_noisy(kind)}-{fold}-0")
+        recipe = recipes.named(f"{noisy(kind)}-{fold}-0")
         found = recipe.dataset()
         run.add_input(f"cifar10 {kind} {fold}", found.digest)
         trained, held_out = training.fit(recipe, found, device=run.device), found.valid.sample(images, seed=seed)
@@ -90,24 +86,24 @@ def _out_of_sample(run: Run, kind: str, *, seed: int, images: int | None, withou
     frame = pd.concat(frames, ignore_index=True)
     wrong = frame["label"].to_numpy() != verified.numpy()[frame["image"]]
     probs = frame.filter(like="probability_")
-    frame = frame.drop(columns=list(probs))
+    frame = frame.drop(columns=[*probs, "near_cut"])
     confident = less_than_its_class(probs.to_numpy(), frame["label"].to_numpy())
     frame = frame.assign(kind=kind, model="noisy-resnet20", wrong=wrong, **{CONFIDENT: confident})
     return frame.join(_in_training(run, kind), on="image")
 
 
-def _noisy(kind: str) -> str:
+def noisy(kind: str) -> str:
     """How the names of the recipes begin that learn a kind of labels of CIFAR-10N."""
     return f"noisy-{kind.removesuffix('_label')}"
 
 
 def _in_training(run: Run, kind: str) -> pd.DataFrame:
     """AUM of one training, negative, and the mean of early EL2N over several, for every image of CIFAR-10."""
-    first = recipes.named(f"{_noisy(kind)}-0-0")
+    first = recipes.named(f"{noisy(kind)}-0-0")
     found = recipes.data_set(first.data, first.labels, None, paths.data_dir())
     made = []
     for seed in range(_NETWORKS):
-        recipe = replace(first, name=f"{_noisy(kind)}-all-{seed}", fold=None, seed=seed)
+        recipe = replace(first, name=f"{noisy(kind)}-all-{seed}", fold=None, seed=seed)
         epochs = dynamics.EARLY if seed else _EPOCHS
         publish = run.profile == COMMITTED
         made.append(dynamics.recorded(recipe, found, epochs=epochs, device=run.device, publish=publish))

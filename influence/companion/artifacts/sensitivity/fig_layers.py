@@ -50,7 +50,7 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
         layers = summary(scores)
         kinds = {name: _KINDS.get(type(module), "other") for name, module in trained.model.named_modules()}
         parts = {
-            "whole": scores[scores["number"] == 0].drop(columns=["number", "layer"]),
+            "whole": scores[scores["number"] == 0].drop(columns=["number", "layer", "near_cut"]),
             "layers": layers.assign(type=layers["layer"].map(kinds).fillna("all")),
             "released": scores.loc[scores["number"] > 0, ["number", "layer", "image", "released"]],
             "rounded": scored(run, f"setup2/rounded-{name}", rounding_scores, trained, tested, bits=_BITS),
@@ -227,8 +227,8 @@ def _largest(table: pd.DataFrame, of: str) -> dict[str, float]:
 def draw_by_class(whole: pd.DataFrame) -> Figure:
     """Manhattan plots by class for all parameters: released FI in full, zoomed, and exact FI; first seed."""
     groups = style.first_seed(whole)
-    figure = Figure(figsize=(style.WIDTH, 1.8 * len(groups)))
-    for row, (name, model, group) in zip(figure.subplots(len(groups), 3, squeeze=False), groups, strict=True):
+    figure, grid = style.subplots(len(groups), 3, height=1.8 * len(groups), squeeze=False)
+    for row, (name, model, group) in zip(grid, groups, strict=True):
         for axes, column in zip(row, ("released", "released", "exact"), strict=True):
             manhattan(axes, group["position"], group[column], group["label"])
         row[0].set_ylim(0)
@@ -245,8 +245,7 @@ def draw_by_class(whole: pd.DataFrame) -> Figure:
 def draw_by_layer(released: pd.DataFrame) -> Figure:
     """The paper's figure: every image in each layer's column, in full and zoomed, blocks on the axis; first seed."""
     groups = style.first_seed(released)
-    figure = Figure(figsize=(style.WIDTH, 2.6 * len(groups)))
-    grid = figure.subplots(2 * len(groups), 1, squeeze=False)[:, 0]
+    figure, grid = style.subplots(2 * len(groups), 1, height=2.6 * len(groups))
     for row, (name, model, group) in enumerate(groups):
         zoom = float(np.quantile(group["released"], 0.9)) or float(group["released"].max())
         for axes, top in zip(grid[2 * row : 2 * row + 2], (None, zoom), strict=True):
@@ -264,8 +263,7 @@ def draw_by_layer(released: pd.DataFrame) -> Figure:
 def draw_per_layer(table: pd.DataFrame) -> Figure:
     """What does differ between layers: trace, effective rank; where released FI departs from exact FI; first seed."""
     groups = style.first_seed(table[table["number"] > 0])
-    figure = Figure(figsize=(style.WIDTH * 1.1, 3.6 * len(groups)))
-    grid = figure.subplots(3 * len(groups), 1, squeeze=False)[:, 0]
+    figure, grid = style.subplots(3 * len(groups), 1, height=3.6 * len(groups), width=1.1)
     for row, (name, model, group) in enumerate(groups):
         trace, rank, departs = grid[3 * row : 3 * row + 3]
         x = group["number"]
@@ -295,8 +293,9 @@ def draw_rounded(rounded: pd.DataFrame) -> Figure:
     """The divergence after a layer's weights were rounded to 4 bits, against three scores of the layer; first seed."""
     groups = style.first_seed(rounded)
     columns = {"predicted": r"error$^2$ tr $G$ / 2 (nats)", **_RIVALS, "released_share": "released FI / that of all"}
-    figure = Figure(figsize=(style.WIDTH, 1.9 * len(groups)))
-    grid = figure.subplots(len(groups), len(columns), squeeze=False, sharex="col", sharey="row")
+    figure, grid = style.subplots(
+        len(groups), len(columns), height=1.9 * len(groups), squeeze=False, sharex="col", sharey="row"
+    )
     for row, (name, model, group) in zip(grid, groups, strict=True):
         for axes, column in zip(row, columns, strict=True):
             for kind, part in group.groupby("type", sort=False):

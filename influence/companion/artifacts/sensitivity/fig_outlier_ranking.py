@@ -23,7 +23,7 @@ from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores.detection import agreement, detection, spearman
 from ...scores.imagewise import chunks, positions, table
-from ..common import Subject, networks, over_seeds, scored
+from ..common import Subject, by_network, groups, networks, over_seeds, scored
 from .common import ceiling_check, manhattan
 
 _CHUNK = 64
@@ -46,7 +46,7 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
         scores = scored(run, f"setup1/{network.name}", score_images, network.trained, split, epsilon=epsilon)
         people = called(network.dataset, run.parameters["labels"])
         answers = people.loc[scores["image"]].nunique(axis=1).to_numpy()
-        scores = scores.assign(answers=answers, **network.columns)
+        scores = scores.drop(columns="near_cut").assign(answers=answers, **network.columns)
         check = ceiling_check(network, device=run.device).assign(seed=network.seed)
         parts = {"scores": scores, "check": check, "pictures": largest(network, scores, people)}
         for name, frame in parts.items():
@@ -75,6 +75,7 @@ def score_images(
         values = {"image": split.index[rows], "label": y, "predicted": metric.log_probs.argmax(1)}
         values |= {"p_label": log_p.exp(), "loss": -log_p, "ceiling": exact.ceiling, "exact": exact.fi[:, 0]}
         values |= {"released": released.fi[:, 0], "rank": exact.rank[:, 0]}
+        values["near_cut"] = (exact.near_cut | released.near_cut)[:, 0]
         parts.append(table(values).assign(classes=metric.log_probs.shape[1]))
     frame = pd.concat(parts, ignore_index=True)
     frame["position"] = positions(frame["label"].to_numpy())
@@ -86,14 +87,12 @@ def summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     check = tables["check"]
     gap = (check["by_definition"] / check["ceiling"] - 1).abs()
     rows = []
-    for (name, model, seed), group in tables["scores"].groupby(["dataset", "model", "seed"], sort=False):
-        checked = (check["dataset"] == name) & (check["model"] == model) & (check["seed"] == seed)
+    for network, group in groups(tables["scores"], "dataset", "model", "seed"):
+        checked = check[list(network)].eq(pd.Series(network)).all(axis=1)
         top = {kind: set(group.nlargest(100, kind)["image"]) for kind in ("exact", "released", "loss")}
         rows.append(
             {
-                "dataset": name,
-                "model": model,
-                "seed": seed,
+                **network,
                 "images": len(group),
                 "wrong": int((group["label"] != group["predicted"]).sum()),
                 "full_rank_share": float((group["rank"] == group["classes"] - 1).mean()),
@@ -114,11 +113,10 @@ def rankings(scores: pd.DataFrame) -> pd.DataFrame:
     """How far rankings agree, by `agreement`: released FI with exact FI and with the loss, exact FI with the loss."""
     rows = []
     pairs = (("released", "exact"), ("released", "loss"), ("exact", "loss"))
-    for (name, model, seed), group in scores.groupby(["dataset", "model", "seed"], sort=False):
+    for network, group in groups(scores, "dataset", "model", "seed"):
         for first, second in pairs:
-            row = {"dataset": name, "model": model, "seed": seed, "first": first, "second": second}
             found = agreement(group[first], group[second], repeats=100)
-            rows.append({**row, "images": len(group), **found})
+            rows.append({**network, "first": first, "second": second, "images": len(group), **found})
     return pd.DataFrame(rows)
 
 
@@ -131,9 +129,9 @@ def disputed(scores: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     asked = scores[scores["answers"] > 0]
-    for (name, model, seed), group in asked.groupby(["dataset", "model", "seed"], sort=False):
+    for network, group in groups(asked, "dataset", "model", "seed"):
         several = group["answers"] > 1
-        about = {"dataset": name, "model": model, "seed": seed, "images": len(group), "disputed": int(several.sum())}
+        about = {**network, "images": len(group), "disputed": int(several.sum())}
         for score in ("released", "loss"):
             first = int(several[group[score].nlargest(100).index].sum())
             rows.append({**about, "score": score, "of_first_100": first, **detection(group[score], several)})
@@ -159,18 +157,9 @@ def claims(
     found["exact_fi_is_the_ceiling"] = bool((summary["largest_gap_of_definition_to_ceiling"] < 1e-6).all())
     released = rankings[rankings["first"] == "released"].groupby(["dataset", "model", "second"], sort=False)
     for (name, model, second), g in released:
-        tau = over_seeds(g["kendall"], g["kendall_low"], g["kendall_high"], n=int(g["images"].iloc[0]))
-        found[f"{name}_{model}_kendall_released_{second}"] = tau
+        found[f"{name}_{model}_kendall_released_{second}"] = over_seeds(g, "kendall")
     for score, who in (("released", "fi"), ("loss", "the_loss")) if len(disputed) else ():
-        of_network = disputed[disputed["score"] == score].groupby(["dataset", "model"], sort=False)
-        found[f"{who}_finds_disputed_images"] = [
-            over_seeds(
-                *(g[f"auroc{end}"] for end in ("", "_low", "_high")),
-                n=int(g["images"].iloc[0]),
-                of=f"{name} {model}",
-            )
-            for (name, model), g in of_network
-        ]
+        found[f"{who}_finds_disputed_images"] = by_network(disputed[disputed["score"] == score], "auroc")
     return found
 
 
@@ -198,8 +187,7 @@ def largest(network: Subject, scores: pd.DataFrame, people: pd.DataFrame, *, cou
 def draw(scores: pd.DataFrame) -> Figure:
     """Manhattan plots of released FI (full, zoomed) and exact FI, and both against their ceiling; first seed."""
     groups = style.first_seed(scores)
-    figure = Figure(figsize=(style.WIDTH * 1.05, 1.45 * len(groups)))
-    grid = figure.subplots(len(groups), 4, squeeze=False)
+    figure, grid = style.subplots(len(groups), 4, height=1.45 * len(groups), width=1.05, squeeze=False)
     for (left, zoomed, middle, right), (name, model, group) in zip(grid, groups, strict=True):
         for axes in (left, zoomed):
             manhattan(axes, group["position"], group["released"], group["label"])
@@ -235,14 +223,12 @@ def draw_images(images: pd.DataFrame) -> Figure:
     images = images[images["seed"] == images["seed"].min()]
     groups = list(images.groupby(["dataset", "model", "estimator"], sort=False))
     count = int(images["place"].max())
-    figure = Figure(figsize=(0.9 * style.WIDTH, 1.25 * len(groups)))
-    grid = figure.subplots(len(groups), count, squeeze=False)
+    figure, grid = style.subplots(len(groups), count, height=1.25 * len(groups), width=0.9, squeeze=False)
     for row, ((name, model, estimator), group) in zip(grid, groups, strict=True):
         for axes, (_, image) in zip(row, group.iterrows(), strict=True):
-            style.picture(axes, unpacked(image))
             lines = [f"true {image['label_name']}", f"predicted {image['predicted_name']}", f"FI {image['fi']:.3g}"]
             if image["people"]:  # as in "2 bird, 1 frog"
                 lines.append(", ".join(f"{n} {name}" for name, n in Counter(image["people"].split(", ")).most_common()))
-            axes.set_title("\n".join(lines), fontsize=7)
+            style.picture(axes, unpacked(image), "\n".join(lines))
         row[0].set_ylabel(f"{style.name(name)}\n{style.name(model)}\n{style.name(estimator)}", fontsize=7)
     return figure

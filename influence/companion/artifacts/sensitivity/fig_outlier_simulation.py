@@ -17,9 +17,9 @@ from ...images.pictures import packed, unpacked
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores import imagewise
-from ...scores.detection import auroc_difference, detection
+from ...scores.detection import auroc_difference, columns, detection
 from ...zoo import recipes, training
-from ..common import classifier, dataset, over_seeds, scored
+from ..common import by_network, classifier, dataset, groups, scored
 from .common import draw_auroc
 
 STATES = ("before", "middle", "after")
@@ -83,7 +83,7 @@ def simulation(run: Run, learnt: Split, *, seed: int, states: Sequence[str] = ST
                 frame = scored(run, name, imagewise.all_scores, trained, split, without=chosen["without"])
                 weight = _PAPER[outlier] / len(split)
                 frames.append(frame.assign(model=model, state=state, outlier=outlier, weight=weight))
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat(frames, ignore_index=True).drop(columns="near_cut")
 
 
 def examples(made: Split, classes: Sequence[str], *, count: int) -> pd.DataFrame:
@@ -99,13 +99,11 @@ def detection_table(frame: pd.DataFrame) -> pd.DataFrame:
     Average precision is weighted to the paper's share of outliers, 2,700 among 56,700.
     """
     rows = []
-    for (seed, model, state), group in frame.groupby(["seed", "model", "state"], sort=False):
-        for score in imagewise.NAMES:
-            if score not in group:
-                continue
+    for about, group in groups(frame, "seed", "model", "state"):
+        counts = {"images": int((~group["outlier"]).sum()), "outliers": int(group["outlier"].sum())}
+        for score in (name for name in imagewise.NAMES if name in group):
             found = detection(group[score], group["outlier"], weight=group["weight"])
-            counts = {"images": int((~group["outlier"]).sum()), "outliers": int(group["outlier"].sum())}
-            rows.append({"seed": seed, "model": model, "state": state, "score": score, **counts, **found})
+            rows.append({**about, "score": score, **counts, **found})
     return pd.DataFrame(rows)
 
 
@@ -146,12 +144,11 @@ def claims(frame: pd.DataFrame) -> dict[str, bool | list[Estimate]]:
 
 def _ahead(frame: pd.DataFrame) -> list[Estimate]:
     """AUROC of released FI less that of the Jacobian norm, paired by image, for each network."""
-    estimates = []
-    for model, group in frame.groupby("model", sort=False):
-        pairs = [one[["released_1e-8", "jacobian_norm", "outlier"]] for _, one in group.groupby("seed", sort=False)]
-        found = [auroc_difference(*(pair[c] for c in pair), repeats=_REPEATS) for pair in pairs]
-        estimates.append(over_seeds(*map(pd.Series, zip(*found, strict=True)), n=len(pairs[0]), of=str(model)))
-    return estimates
+    rows = []
+    for network, group in groups(frame, "model", "seed"):
+        less = auroc_difference(group["released_1e-8"], group["jacobian_norm"], group["outlier"], repeats=_REPEATS)
+        rows.append({**network, "images": len(group), **columns("less", less)})
+    return by_network(pd.DataFrame(rows), "less", "model")
 
 
 def _first_seed(frame: pd.DataFrame) -> pd.DataFrame:
@@ -162,8 +159,7 @@ def draw_curves(points: pd.DataFrame, table: pd.DataFrame, state: str) -> Figure
     """ROC and precision-recall curves of FI and what it is compared with, in one state, a row a network; first seed."""
     table = _first_seed(table)
     models = list(points["model"].unique())
-    figure = Figure(figsize=(style.WIDTH, 2.6 * len(models)))
-    grid = figure.subplots(len(models), 2, squeeze=False)
+    figure, grid = style.subplots(len(models), 2, height=2.6 * len(models), squeeze=False)
     for row, model in zip(grid, models, strict=True):
         chosen = points[(points["model"] == model) & (points["state"] == state)]
         first = table[(table["model"] == model) & (table["state"] == state)].iloc[0]
@@ -192,8 +188,7 @@ def draw_intervals(table: pd.DataFrame) -> Figure:
 def draw_examples(images: pd.DataFrame) -> Figure:
     """Some made outliers with the label that they are given; first seed."""
     images = _first_seed(images)
-    figure = Figure(figsize=(style.WIDTH, 1.0))
-    for axes, (_, image) in zip(figure.subplots(1, len(images)), images.iterrows(), strict=True):
-        style.picture(axes, unpacked(image))
-        axes.set_title(f"label {image['label']}", fontsize=7)
+    figure, panels = style.subplots(1, len(images), height=1.0)
+    for axes, (_, image) in zip(panels, images.iterrows(), strict=True):
+        style.picture(axes, unpacked(image), f"label {image['label']}")
     return figure

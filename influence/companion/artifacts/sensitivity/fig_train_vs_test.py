@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from ... import style
 from ...ledger.reference import Estimate
 from ...scores.imagewise import positions
-from ..common import over_seeds
+from ..common import by_network
 from .common import MEASURES, gap, manhattan, predicted_influence
 
 compute = predicted_influence
@@ -28,11 +28,7 @@ def claims(gaps: pd.DataFrame) -> dict[str, bool | list[Estimate]]:
       seeds, beside 1/2.
     * fi_orders_as_the_margin: exact FI and -log P of the predicted class have the same effect to 1e-12.
     """
-    released = gaps[gaps["measure"] == "released"].groupby(["dataset", "model"], sort=False)
-    estimates = [
-        over_seeds(g["effect"], g["effect_low"], g["effect_high"], n=int(g["images"].iloc[0]), of=f"{name} {model}")
-        for (name, model), g in released
-    ]
+    estimates = by_network(gaps[gaps["measure"] == "released"], "effect")
     effects = gaps.pivot(index=["dataset", "model", "seed"], columns="measure", values="effect")
     same = bool(((effects["exact"] - effects["margin"]).abs() <= 1e-12).all())
     return {"fi_separates_training_from_test": estimates, "fi_orders_as_the_margin": same}
@@ -44,8 +40,7 @@ _MARKS = {"exact": "o", "released": "s", "loss": "D", "margin": "^"}
 def draw(scores: pd.DataFrame) -> Figure:
     """The paper's figure: paired Manhattan plots of released FI on one range, training left, test right; first seed."""
     groups = style.first_seed(scores)
-    figure = Figure(figsize=(style.WIDTH, 1.8 * len(groups)))
-    grid = figure.subplots(len(groups), 2, squeeze=False, sharey="row")
+    figure, grid = style.subplots(len(groups), 2, height=1.8 * len(groups), squeeze=False, sharey="row")
     for row, (name, model, group) in zip(grid, groups, strict=True):
         for axes, part in zip(row, ("train", "test"), strict=True):
             chosen = group[group["part"] == part]
@@ -61,16 +56,13 @@ def draw_effects(gaps: pd.DataFrame) -> Figure:
     """Probability that a test image's value exceeds a training image's, through FI and through the loss."""
     networks = gaps[["dataset", "model"]].drop_duplicates().to_numpy().tolist()
     seeds, images = gaps["seed"].nunique(), int(gaps["images"].max())
-    figure = Figure(figsize=(style.WIDTH, 0.9 + 0.6 * len(networks)))
-    axes = figure.subplots()
+    figure, axes = style.subplots(height=0.9 + 0.6 * len(networks))
     for place, measure in enumerate(_MARKS):
-        part = gaps[gaps["measure"] == measure].groupby(["dataset", "model"], sort=False)
-        found = [over_seeds(g["effect"], g["effect_low"], g["effect_high"], n=images) for _, g in part]
-        values = [e.value for e in found]
-        bars = [[e.value - e.low for e in found], [e.high - e.value for e in found]]
-        y = [i + 0.16 * (place - 1.5) for i in range(len(found))]
-        colour = style.SCORES[measure][0]
-        axes.errorbar(values, y, xerr=bars, fmt=_MARKS[measure], color=colour, label=MEASURES[measure], markersize=4)
+        found = pd.DataFrame(by_network(gaps[gaps["measure"] == measure], "effect"))
+        y = found.index + 0.16 * (place - 1.5)
+        look = {"fmt": _MARKS[measure], "color": style.SCORES[measure][0], "markersize": 4}
+        bars = style.error_bars(found, "value", "")
+        axes.errorbar(found["value"], y, xerr=bars, label=MEASURES[measure], **look)
     axes.axvline(0.5, color="0.6", linewidth=0.8)
     axes.set_yticks(range(len(networks)), [f"{style.name(d)} {style.name(m)}" for d, m in networks])
     axes.invert_yaxis()

@@ -20,7 +20,7 @@ from ...ledger.results import Run
 from ...scores.detection import bootstrap_interval, columns, share_interval
 from ...scores.pixelwise import intervene, patch_maps
 from ...zoo import training
-from ..common import Subject, networks, over_seeds, scored
+from ..common import Subject, groups, networks, over_seeds, scored
 
 PATCH = 3  # side of the patch that is changed
 
@@ -123,12 +123,11 @@ def flatness(frame: pd.DataFrame, classes: int) -> pd.DataFrame:
         of the alignment over all patches.
     """
     rows = []
-    for (kind, size), group in frame.groupby(["kind", "size"], sort=False):
+    for about, group in groups(frame, "kind", "size"):
         full = group.loc[group["rank"] == classes - 1, "exact"]
         rows.append(
             {
-                "kind": kind,
-                "size": size,
+                **about,
                 "patches": len(group),
                 "full_rank_share": len(full) / len(group),
                 "spread": float(full.max() / full.min() - 1) if len(full) else np.nan,
@@ -206,12 +205,11 @@ def intervention_table(frame: pd.DataFrame) -> pd.DataFrame:
     Bootstrap over images for the means (paired by image for `beyond_random` and `beyond_saliency`), Wilson for flips.
     """
     rows = []
-    keys = ["dataset", "model", "seed", "target", "count", "change"]
-    for key, group in frame.groupby(keys, sort=False):
+    for about, group in groups(frame, "dataset", "model", "seed", "target", "count", "change"):
         drops = group.pivot(index="image", columns="ranking", values="drop")
         for ranking in RANKINGS:
             part = group[group["ranking"] == ranking]
-            row = {**dict(zip(keys, key, strict=True)), "ranking": ranking, "images": len(part)}
+            row = {**about, "ranking": ranking, "images": len(part)}
             row |= columns("drop", bootstrap_interval(part["drop"]))
             row |= columns("flips", share_interval(int(part["flipped"].sum()), len(part)))
             for other in ("random", "saliency"):
@@ -246,14 +244,9 @@ def claims(table: pd.DataFrame, flat: pd.DataFrame) -> dict[str, bool | list[Est
 def _beyond(table: pd.DataFrame, ranking: str, other: str, *, change: str = "farther") -> list[Estimate]:
     """The fall of P under one ranking beyond that under another, for each network and number of entries."""
     entries = table[(table["target"] == "entries") & (table["change"] == change) & (table["ranking"] == ranking)]
-    column = f"beyond_{other}"
     return [
-        over_seeds(
-            *(group[f"{column}{end}"] for end in ("", "_low", "_high")),
-            n=int(group["images"].iloc[0]),
-            of=f"{name} {model}, {_target('entries', int(group['count'].iloc[0]))}",
-        )
-        for (name, model, _), group in entries.groupby(["dataset", "model", "count"], sort=False)
+        over_seeds(group, f"beyond_{other}", of=f"{of['dataset']} {of['model']}, {_target('entries', of['count'])}")
+        for of, group in groups(entries, "dataset", "model", "count")
     ]
 
 
@@ -283,8 +276,7 @@ def draw_areas(maps: pd.DataFrame, image: pd.Series, *, column: str = "exact") -
         column: what is mapped, "exact", "released" or "alignment".
     """
     sizes, channels = sorted(maps["size"].unique()), int(maps["channel"].max()) + 1
-    figure = Figure(figsize=(style.WIDTH * 1.25, 1.75 * (channels + 1)))
-    grid = figure.subplots(channels + 1, len(sizes), squeeze=False)
+    figure, grid = style.subplots(channels + 1, len(sizes), height=1.75 * (channels + 1), width=1.25, squeeze=False)
     top = float(maps[column].max())  # one range from 0 for all maps, as in the paper
     for row in range(channels):
         for axes, size in zip(grid[row], sizes, strict=True):
@@ -297,23 +289,16 @@ def draw_areas(maps: pd.DataFrame, image: pd.Series, *, column: str = "exact") -
     last, pixels = grid[-1], unpacked(image)
     changed = pixels.copy()
     changed[image["pixel_row"], image["pixel_column"]] = image["pixel_value"]
-    _picture(
-        last[0],
-        pixels,
-        f"true {image['label_name']}, predicted {image['predicted_name']}\nP = {image['p_predicted']:.3f}",
-    )
-    _picture(
-        last[1],
-        changed,
-        f"pixel ({image['pixel_row']}, {image['pixel_column']}) changed\nP = {image['p_changed']:.3f}",
-    )
+    said = f"true {image['label_name']}, predicted {image['predicted_name']}\nP = {image['p_predicted']:.3f}"
+    style.picture(last[0], pixels, said)
+    said = f"pixel ({image['pixel_row']}, {image['pixel_column']}) changed\nP = {image['p_changed']:.3f}"
+    style.picture(last[1], changed, said)
     for axes, size in zip(last[2:], sizes[:2], strict=False):
-        _picture(axes, pixels, f"overlay {size}x{size}, mean of channels")
+        style.picture(axes, pixels, f"overlay {size}x{size}, mean of channels")
         mean = np.mean([_map(maps, size, channel, column) for channel in range(channels)], axis=0)
         axes.imshow(mean, cmap=_MAP, vmin=0, vmax=top, alpha=0.5)
-    for axes in grid.ravel():
-        axes.set_xticks([])
-        axes.set_yticks([])
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
     return figure
 
 
@@ -330,18 +315,14 @@ def _say_flat(axes: Axes, values: np.ndarray, column: str) -> None:
         axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=7)
 
 
-def _picture(axes: Axes, pixels: np.ndarray, title: str) -> None:
-    axes.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=255)
-    axes.set_title(title, fontsize=7)
-
-
 def draw_intervention(table: pd.DataFrame) -> Figure:
     """Fall of P when each ranking's first entries are changed in each way, with 95% intervals; first seed."""
     first = table[table["seed"] == table["seed"].min()]
     groups = list(first.groupby(["dataset", "model"], sort=False))
     changes = list(first["change"].unique())
-    figure = Figure(figsize=(style.WIDTH * 1.25, 0.5 + 2.0 * len(groups)))
-    grid = figure.subplots(len(groups), len(changes), squeeze=False, sharey="row")
+    figure, grid = style.subplots(
+        len(groups), len(changes), height=0.5 + 2.0 * len(groups), width=1.25, squeeze=False, sharey="row"
+    )
     for row, ((name, model), group) in zip(grid, groups, strict=True):
         targets = group[["target", "count"]].drop_duplicates().to_numpy().tolist()
         rankings = list(group["ranking"].unique())
@@ -349,9 +330,8 @@ def draw_intervention(table: pd.DataFrame) -> Figure:
             for place, ranking in enumerate(rankings):
                 part = group[(group["ranking"] == ranking) & (group["change"] == change)]
                 x = np.arange(len(targets)) + 0.13 * (place - (len(rankings) - 1) / 2)
-                bars = [part["drop"] - part["drop_low"], part["drop_high"] - part["drop"]]
                 look = {"fmt": "o", "markersize": 3, "elinewidth": 1, "color": style.SCORES[ranking][0]}
-                axes.errorbar(x, part["drop"], yerr=bars, label=style.name(ranking), **look)
+                axes.errorbar(x, part["drop"], yerr=style.error_bars(part, "drop"), label=style.name(ranking), **look)
             axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
             axes.set_xticks(range(len(targets)), [_target(*target) for target in targets], fontsize=7, rotation=20)
         row[0].set_ylabel(f"{style.name(name)}\n{style.name(model)}\nfall of P")

@@ -96,7 +96,8 @@ def sensitivity(run: Run, network: Subject, *, images: int | None, epsilons: Seq
     train = network.dataset.train
     split = train.sample(images, seed=network.seed)
     options: dict[str, Any] = {"factors": unit_factors(train), "epsilons": epsilons}
-    return scored(run, f"meaning/{network.name}", imagewise.unit_scores, network.trained, split, **options)
+    found = scored(run, f"meaning/{network.name}", imagewise.unit_scores, network.trained, split, **options)
+    return found.drop(columns="near_cut")
 
 
 def unit_factors(train: Split) -> dict[str, float]:
@@ -234,8 +235,7 @@ def draw_released_against_loss(curve: pd.DataFrame, images: pd.DataFrame) -> Fig
 
     `images` are those of the task of wrong labels, whose losses reach both sides of the peak.
     """
-    figure = Figure(figsize=(style.WIDTH * 1.1, 3.2))
-    left, right = figure.subplots(1, 2, sharey=True, sharex=True)
+    figure, (left, right) = style.subplots(1, 2, height=3.2, width=1.1, sharey=True, sharex=True)
     colours = ("#56B4E9", "#0072B2", "#D55E00", "#CC79A7", "#E69F00")
     for (epsilon, group), colour in zip(curve.groupby("epsilon"), colours, strict=False):
         left.fill_between(group["loss"], group["low"], group["high"], color=colour, alpha=0.5)
@@ -259,8 +259,7 @@ def draw_released_against_loss(curve: pd.DataFrame, images: pd.DataFrame) -> Fig
 
 def draw_sensitivity(table: pd.DataFrame) -> Figure:
     """Share of exact zeros and rank correlation with the loss, for each e and unit of the pixels."""
-    figure = Figure(figsize=(style.WIDTH, 2.6))
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = style.subplots(1, 2, height=2.6)
     released = table[table["score"] == "released"]
     for place, (unit, marker) in enumerate(_UNITS.items()):
         part = released[released["unit"] == unit]
@@ -283,8 +282,7 @@ def draw_sensitivity(table: pd.DataFrame) -> Figure:
 
 def draw_layers(table: pd.DataFrame) -> Figure:
     """Does the score of a layer say how far noise on its parameters moves the output: trace, and exact FI."""
-    figure = Figure(figsize=(style.WIDTH, 2.6))
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = style.subplots(1, 2, height=2.6)
     for axes, column, name in ((left, "trace", "mean trace of G"), (right, "exact", "mean exact FI")):
         look = {"fmt": "o", "markersize": 3, "elinewidth": 0.6, "color": style.SCORES[column][0]}
         axes.errorbar(table[column], table["divergence"], yerr=2 * table["standard_error"], **look)

@@ -20,7 +20,7 @@ from ...ledger.results import Run
 from ...scores.detection import columns
 from ...scores.evaluation import expected_calibration_error, mean_interval
 from ...zoo import recipes, training
-from ..common import named, scored
+from ..common import groups, named, scored
 
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
@@ -71,12 +71,10 @@ def quality(model: nn.Module, split: Split, device: torch.device) -> pd.DataFram
 def summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Mean over seeds of the networks' rows, with the 95% t intervals over seeds, in fractions."""
     rows, error = [], "calibration_error"
-    for (name, network, part), group in tables["networks"].groupby(["dataset", "network", "part"], sort=False):
+    for about, group in groups(tables["networks"], "dataset", "network", "part"):
         rows.append(
             {
-                "dataset": name,
-                "network": network,
-                "part": part,
+                **about,
                 "images": int(group["n"].iloc[0]),
                 "seeds": len(group),
                 **columns("accuracy", mean_interval(group["accuracy"], within=(0, 1)), ""),
@@ -95,11 +93,8 @@ _PARTS = {"train": ("#999999", "o"), "validation": ("#56B4E9", "s"), "test": ("#
 def draw(table: pd.DataFrame) -> Figure:
     """Accuracy and calibration error of each network on its images with its gate, one row of panels per data set."""
     counts = table.groupby("dataset", sort=False)["network"].nunique()
-    height = 1.0 * len(counts) + 0.42 * counts.sum() + 0.4
-    figure = Figure(figsize=(style.WIDTH, height))
-    panels = figure.subplots(
-        len(counts), 2, squeeze=False, sharey="row", height_ratios=[1.5 + int(count) for count in counts]
-    )
+    height, ratios = 1.0 * len(counts) + 0.42 * counts.sum() + 0.4, 1.5 + counts
+    figure, panels = style.subplots(len(counts), 2, height=height, squeeze=False, sharey="row", height_ratios=ratios)
     for (left, right), name in zip(panels, counts.index, strict=True):
         group = table[table["dataset"] == name]
         _by_network(left, group, "accuracy", "")

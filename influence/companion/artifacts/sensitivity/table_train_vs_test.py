@@ -13,7 +13,8 @@ from scipy import stats
 from ... import style
 from ...ledger.reference import Estimate
 from ...ledger.results import Run
-from ..common import over_seeds
+from ...scores.detection import columns
+from ..common import by_network, groups
 from .common import predicted_influence
 
 QUANTILES = (0.75, 0.80, 0.85, 0.90, 0.95, 0.98, 0.99, 1.0)
@@ -35,15 +36,16 @@ def quantiles(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """
     generator = np.random.default_rng(0)
     rows = []
-    for (name, model, seed, part), group in tables["scores"].groupby(["dataset", "model", "seed", "part"], sort=False):
+    for about, group in groups(tables["scores"], "dataset", "model", "seed", "part"):
+        part = about.pop("part")
         for estimator in ("exact", "released"):
             values = group[estimator].to_numpy()
             found = np.quantile(values, QUANTILES)
             lows, highs = _interval(lambda drawn, axis: np.quantile(drawn, QUANTILES, axis=axis), generator, values)
             for q, value, low, high in zip(QUANTILES, found, lows, highs, strict=True):
                 limits = {"low": np.nan, "high": np.nan} if q == 1 else {"low": low, "high": high}
-                key = {"dataset": name, "model": model, "seed": seed, "estimator": estimator, "part": part}
-                rows.append({**key, "images": len(values), "quantile": q, "value": value, **limits})
+                key = {**about, "estimator": estimator, "part": part, "images": len(values)}
+                rows.append({**key, "quantile": q, "value": value, **limits})
     return pd.DataFrame(rows)
 
 
@@ -54,17 +56,12 @@ def claims(tables: Mapping[str, pd.DataFrame]) -> dict[str, list[Estimate]]:
       training images, the mean over seeds.
     """
     generator = np.random.default_rng(0)
-    estimates = []
-    for (name, model), networks in tables["scores"].groupby(["dataset", "model"], sort=False):
-        found, drawn, images = [], [], 0
-        for _, group in networks.groupby("seed"):
-            test, train = (group["released"][group["part"] == part].to_numpy() for part in ("test", "train"))
-            found.append(_tails_apart(test, train))
-            drawn.append(_interval(_tails_apart, generator, test, train))
-            images = len(test)
-        low, high = np.array(drawn).T
-        estimates.append(over_seeds(*map(pd.Series, (found, low, high)), n=images, of=f"{name} {model}"))
-    return {"upper_quantiles_are_larger_on_the_test_set": estimates}
+    rows = []
+    for network, group in groups(tables["scores"], "dataset", "model", "seed"):
+        test, train = (group["released"][group["part"] == part].to_numpy() for part in ("test", "train"))
+        apart = (_tails_apart(test, train), *_interval(_tails_apart, generator, test, train))
+        rows.append({**network, "images": len(test), **columns("apart", apart)})
+    return {"upper_quantiles_are_larger_on_the_test_set": by_network(pd.DataFrame(rows), "apart")}
 
 
 def _tails_apart(test: np.ndarray, train: np.ndarray, axis: int = -1) -> Any:
@@ -80,9 +77,9 @@ def _interval(statistic: Callable[..., Any], generator: np.random.Generator, *sa
 def draw(table: pd.DataFrame) -> Figure:
     """Upper quantiles of released FI in both parts with 95% bootstrap intervals (the largest has none); first seed."""
     groups = style.first_seed(table[table["estimator"] == "released"])
-    figure = Figure(figsize=(style.WIDTH, 2.3 * ((len(groups) + 1) // 2)))
-    grid = figure.subplots((len(groups) + 1) // 2, 2, squeeze=False).ravel()
-    for axes, (name, model, group) in zip(grid, groups, strict=False):
+    pairs = (len(groups) + 1) // 2
+    figure, grid = style.subplots(pairs, 2, height=2.3 * pairs, squeeze=False)
+    for axes, (name, model, group) in zip(grid.flat, groups, strict=False):
         for part, colour, shift in (("train", style.COLOURS["exact"], -0.1), ("test", style.COLOURS["released"], 0.1)):
             rows = group[group["part"] == part].reset_index(drop=True)
             bars = np.nan_to_num(style.error_bars(rows, "value", ""))
@@ -94,6 +91,6 @@ def draw(table: pd.DataFrame) -> Figure:
         about = f"seed {rows['seed'].iloc[0]}, {rows['images'].iloc[0]} images each"
         axes.set_title(f"{name}, {model}, {about}", fontsize=7)
         axes.legend(fontsize=7)
-    for axes in grid[len(groups) :]:
+    for axes in grid.flat[len(groups) :]:
         axes.set_axis_off()
     return figure

@@ -26,7 +26,7 @@ from ...scores.detection import columns
 from ...scores.evaluation import mean_interval
 from ...zoo import finetuning, recipes, training
 from ...zoo.finetuning import Arm
-from ..common import dataset, over_networks
+from ..common import dataset, groups, over_networks
 
 ORIGINAL = distortions.ORIGINAL
 
@@ -82,20 +82,27 @@ def networks(
         yield seed, name, finetuning.finetune(recipe, chosen[name], images, device=run.device, publish=publish)
 
 
-def published(
-    run: Run, dataset_name: str, chosen: Mapping[str, Arm], examples: pd.DataFrame
-) -> Iterator[tuple[int, str, training.Trained]]:
-    """Those of `networks` that rows with the columns seed and arm name, none of which is trained.
+def again(
+    run: Run,
+    dataset_name: str,
+    chosen: Mapping[str, Arm],
+    examples: pd.DataFrame,
+    rows: Callable[[training.Trained, int, pd.DataFrame], pd.DataFrame],
+) -> pd.DataFrame:
+    """What `rows` makes of each network that examples with the columns seed and arm name, of its seed and its examples.
 
     Raises:
-        TrainingError: one of them is not published.
+        TrainingError: one of the networks is not published; none is trained.
     """
-    images = dataset(run, dataset_name)
-    for seed, name in sorted(set(zip(examples["seed"], examples["arm"], strict=True))):
-        recipe = recipes.recipe(run.profile, dataset_name, run.parameters["model"], seed=int(seed))
-        if not finetuning.is_published(recipe, chosen[name], images):
-            raise training.TrainingError(f"the network {recipe.name}, continued by {name}, is not published")
-        yield int(seed), name, finetuning.finetune(recipe, chosen[name], images, device=run.device)
+    images, found = dataset(run, dataset_name), []
+    for of, group in groups(examples, "seed", "arm"):
+        seed, arm = int(of["seed"]), chosen[of["arm"]]
+        recipe = recipes.recipe(run.profile, dataset_name, run.parameters["model"], seed=seed)
+        if not finetuning.is_published(recipe, arm, images):
+            raise training.TrainingError(f"the network {recipe.name}, continued by {of['arm']}, is not published")
+        trained = finetuning.finetune(recipe, arm, images, device=run.device)
+        found.append(rows(trained, seed, group).assign(**of))
+    return pd.concat(found)
 
 
 def measure(
@@ -139,19 +146,16 @@ def measure(
 def measured_again(
     run: Run, dataset_name: str, chosen: Mapping[str, Arm], examples: pd.DataFrame, *, part: str = "test"
 ) -> pd.DataFrame:
-    """The rows of `measure` that rows with the columns seed, arm and distortion name, on published networks alone.
-
-    Raises:
-        TrainingError: one of them is not published.
-    """
+    """The rows of `measure` that examples with the columns seed, arm and distortion name, by `again`."""
     everything = dataset(run, dataset_name)
     split = (everything.test if part == "test" else everything.valid).sample(run.parameters["images"] or None)
-    found = []
-    for seed, name, trained in published(run, dataset_name, chosen, examples):
-        for version in examples.loc[(examples["seed"] == seed) & (examples["arm"] == name), "distortion"]:
-            rows = _precision(trained, distortions.apply(version, split.images), split, run.device)
-            found.append(rows.assign(seed=seed, arm=name, distortion=version, n=len(split)))
-    return pd.concat(found)
+
+    def rows(trained: training.Trained, seed: int, group: pd.DataFrame) -> pd.DataFrame:
+        shown = {version: distortions.apply(version, split.images) for version in group["distortion"]}
+        parts = [_precision(trained, shown[name], split, run.device).assign(distortion=name) for name in shown]
+        return pd.concat(parts).assign(n=len(split))
+
+    return again(run, dataset_name, chosen, examples, rows)
 
 
 def _precision(trained: training.Trained, images: torch.Tensor, split: Split, device: torch.device) -> pd.DataFrame:
@@ -175,19 +179,19 @@ def summary(
         Columns of `within`, arm, seeds, `value`, low, high, gain, gain_low, gain_high.
     """
     rows = []
-    for where, group in runs.groupby(list(within), sort=False):
+    for where, group in groups(runs, *within):
         wide = group.pivot(index="seed", columns="arm", values=value)
         for arm in group["arm"].unique():
-            row = {**dict(zip(within, where, strict=True)), "arm": arm, "seeds": len(wide)}
+            row = {**where, "arm": arm, "seeds": len(wide)}
             row |= columns(value, mean_interval(wide[arm]), "")
             rows.append(row | columns("gain", mean_interval(wide[arm] - wide[CONTROL])))
     return pd.DataFrame(rows)
 
 
-def gains(runs: pd.DataFrame, arm: str, *, value: str = "precision_at_1") -> pd.DataFrame:
+def gains(runs: pd.DataFrame, arm: str, *, value: str = "precision_at_1", control: str = CONTROL) -> pd.DataFrame:
     """Gain of an arm over the control: one row for each distortion, one column for each seed."""
     wide = runs.pivot(index=["distortion", "seed"], columns="arm", values=value)
-    return (wide[arm] - wide[CONTROL]).unstack("seed").loc[list(runs["distortion"].unique())]
+    return (wide[arm] - wide[control]).unstack("seed").loc[list(runs["distortion"].unique())]
 
 
 def paired(gains: ArrayLike, of: str = "") -> Estimate:
@@ -216,17 +220,15 @@ def colours(arms: Sequence[str]) -> dict[str, str]:
     return {arm: style.COLOURS.get(arm) or next(stable) for arm in arms}
 
 
-def bars(
-    axes: Axes, group: pd.DataFrame, *, across: str, value: str, low: str = "low", high: str = "high", scale: float = 1
-) -> None:
+def bars(axes: Axes, group: pd.DataFrame, *, across: str, value: str, ends: str = "", scale: float = 1) -> None:
     """Each arm's mean with its 95% interval over seeds, beside one another for each `across`."""
     groups, arms = list(group[across].unique()), list(group["arm"].unique())
     tint = colours(arms)
     for i, arm in enumerate(arms):
-        ours = scale * group[group["arm"] == arm].set_index(across).loc[groups, [value, low, high]]
+        ours = group[group["arm"] == arm].set_index(across).loc[groups]
         x = np.arange(len(groups)) + (i - (len(arms) - 1) / 2) * 0.8 / len(arms)
-        errors = np.abs(ours[[low, high]].to_numpy().T - ours[value].to_numpy())
-        axes.errorbar(x, ours[value], errors, fmt="o", color=tint[arm], markersize=4, capsize=2, label=label(arm))
+        look: Any = {"fmt": "o", "color": tint[arm], "markersize": 4, "capsize": 2, "label": label(arm)}
+        axes.errorbar(x, scale * ours[value], scale * style.error_bars(ours, value, ends), **look)
     axes.set_xticks(range(len(groups)), groups)
 
 
@@ -265,5 +267,5 @@ def gain_matrix(
 def gain_bars(axes: Axes, group: pd.DataFrame, *, across: str) -> None:
     """The same of the gain over the control, in percentage points."""
     arms = group[group["arm"] != CONTROL]
-    bars(axes, arms, across=across, value="gain", low="gain_low", high="gain_high", scale=100)
+    bars(axes, arms, across=across, value="gain", ends="gain_", scale=100)
     axes.axhline(0, color=style.COLOURS[CONTROL], linewidth=1)

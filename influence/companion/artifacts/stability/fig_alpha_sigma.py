@@ -195,15 +195,13 @@ def _draw_chosen(figure: Any, runs: pd.DataFrame, chosen: Mapping[str, str]) -> 
     }
     for place, (name, (text, colour)) in enumerate(looks.items()):
         arm = chosen[name]
-        wide = test.pivot(index=["distortion", "seed"], columns="arm", values="precision_at_1")
-        gain = 100 * (wide[arm] - wide[f"{arm.split()[0]} {CONTROL}"]).unstack("seed").loc[versions]
-        found = [paired(row / 100) for row in gain.to_numpy()]
-        value = np.array([100 * e.value for e in found])
-        ends = np.array([[100 * (e.value - e.low), 100 * (e.high - e.value)] for e in found]).T
+        gain = comparison.gains(test, arm, control=f"{arm.split()[0]} {CONTROL}")
+        found = pd.DataFrame([paired(row) for row in gain.to_numpy()])
+        bars = 100 * style.error_bars(found, "value", "")
         x = np.arange(len(versions)) + 0.2 * (place - 1)
         alpha, sigma = arm.split()[1:]
         label = rf"{text}: $\alpha$ = {alpha}, $\sigma$ = {sigma}"
-        axes.errorbar(x, value, ends, fmt="o", color=colour, capsize=2, markersize=4, label=label)
+        axes.errorbar(x, 100 * found["value"], bars, fmt="o", color=colour, capsize=2, markersize=4, label=label)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(versions)), versions)
     axes.set_ylabel("gain, test (pp)")

@@ -83,8 +83,9 @@ def draw(cumulative: pd.DataFrame, *, threshold: float) -> Figure:
     larger alpha it cannot be seen.
     """
     names = [name for name in cumulative["distortion"].unique() if not name.startswith("noise-")]
-    figure = Figure(figsize=(style.WIDTH, 4.8))
-    grid = figure.subplots(2, len(names), sharex=True, sharey="row", squeeze=False, height_ratios=[3, 2])
+    figure, grid = style.subplots(
+        2, len(names), height=4.8, sharex=True, sharey="row", squeeze=False, height_ratios=[3, 2]
+    )
     panels = grid[0]
     arms = list(cumulative["arm"].unique())
     tint = colours(arms)

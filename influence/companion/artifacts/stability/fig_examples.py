@@ -98,8 +98,9 @@ def draw(tables: Mapping[str, pd.DataFrame], *, arm: str) -> Figure:
     pairs = pairs[pairs["seed"] == pairs["seed"].min()]
     names = list(pairs["distortion"].unique())
     width = int((pairs["distortion"] == names[0]).sum())
-    figure = Figure(figsize=(style.WIDTH, 2 * len(names) * style.WIDTH / width * 0.82))
-    grid = figure.subplots(2 * len(names), width, squeeze=False)
+    figure, grid = style.subplots(
+        2 * len(names), width, height=2 * len(names) * style.WIDTH / width * 0.82, squeeze=False
+    )
     for row, name in enumerate(names):
         for column, (number, pair) in enumerate(pairs[pairs["distortion"] == name].iterrows()):
             above, below = grid[2 * row, column], grid[2 * row + 1, column]

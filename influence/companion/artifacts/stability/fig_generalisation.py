@@ -70,8 +70,7 @@ def claims(runs: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, Estim
 
 def draw(table: pd.DataFrame) -> Figure:
     """Gain over the control of each training (rows) on each distortion; bold where the interval excludes 0."""
-    figure = Figure(figsize=(style.WIDTH, 1.5 + 0.42 * (table["arm"].nunique() - 1)))
-    axes = figure.subplots()
+    figure, axes = style.subplots(height=1.5 + 0.42 * (table["arm"].nunique() - 1))
     comparison.gain_matrix(axes, table, across="distortion", names=label)
     axes.set_xlabel("tested on")
     axes.set_title(f"gain over control, paired, {int(table['seeds'].iloc[0])} seeds (bold: 95% interval excludes 0)")

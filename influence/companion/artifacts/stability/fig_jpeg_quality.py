@@ -86,11 +86,10 @@ def draw(table: pd.DataFrame) -> Figure:
         ours = table[table["arm"] == arm].set_index("distortion").loc[distortions]
         left.plot(x, ours["precision_at_1"], "o-", color=tint[arm], markersize=3, label=label(arm))
         if arm != "control":
-            gain = 100 * ours["gain"].to_numpy()
-            errors = np.abs(100 * ours[["gain_low", "gain_high"]].to_numpy().T - gain)
             aside = x + 0.12 * (i - len(arms) / 2)
+            look: Any = {"color": tint[arm], "markersize": 3, "elinewidth": 1}
             for axes in (right, near) if arm == first else (right,):
-                axes.errorbar(aside, gain, errors, fmt="o", color=tint[arm], markersize=3, elinewidth=1)
+                axes.errorbar(aside, 100 * ours["gain"], 100 * style.error_bars(ours, "gain"), fmt="o", **look)
     for axes in (right, near):
         axes.axhline(0, color=style.COLOURS["control"], linewidth=1)
     seeds = int(table["seeds"].iloc[0])

@@ -109,8 +109,7 @@ def _gains(levels: pd.DataFrame, arm: str) -> pd.DataFrame:
 def draw(curves: pd.DataFrame, table: pd.DataFrame) -> Figure:
     """Precision against recall, one panel per distortion, and below it the paired gain at each fixed level."""
     names = [name for name in curves["distortion"].unique() if not name.startswith("noise-")]
-    figure = Figure(figsize=(style.WIDTH, 5.0))
-    grid = figure.subplots(2, len(names), sharey="row", squeeze=False)
+    figure, grid = style.subplots(2, len(names), height=5.0, sharey="row", squeeze=False)
     tint = colours(list(curves["arm"].unique()))
     for (above, below), name in zip(grid.T, names, strict=True):
         for arm, group in curves[curves["distortion"] == name].groupby("arm", sort=False):

@@ -22,8 +22,6 @@ from ..common import dataset, scored
 from . import comparison
 from .comparison import colours, label
 
-_PGD_STEPS = 10
-
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Certified accuracy of every arm under smoothing at one sigma, and its accuracy under FGSM and PGD.
@@ -55,32 +53,20 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     }
 
 
-def attacked_again(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
-    """The rows of "attacks" of some seeds and arms, computed anew on the published networks alone.
-
-    Raises:
-        TrainingError: one of them is not published.
-    """
-    chosen, found = run.parameters, []
+def again(run: Run, examples: pd.DataFrame, *, table: str) -> pd.DataFrame:
+    """The rows of "certificates" or "attacks" of some seeds and arms, by `comparison.again`."""
+    chosen = run.parameters
     split = dataset(run, chosen["dataset"]).test.sample(chosen["images"])
-    for seed, arm, trained in comparison.published(run, chosen["dataset"], comparison.standard(chosen), examples):
-        rows = _attacked(trained.model, split, epsilons=chosen["epsilons"], device=run.device, seed=seed)
-        found.append(rows.assign(seed=seed, arm=arm, n=len(split)))
-    return pd.concat(found)
 
+    def rows(trained: training.Trained, seed: int, group: pd.DataFrame) -> pd.DataFrame:
+        if table == "attacks":
+            found = _attacked(trained.model, split, epsilons=chosen["epsilons"], device=run.device, seed=seed)
+        else:
+            of_image = _certified(trained.model, split, device=run.device, seed=seed, **_setting(chosen))
+            found = _shares(of_image, split, chosen["radii"])
+        return found.assign(n=len(split))
 
-def certified_again(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
-    """The same of "certificates".
-
-    Raises:
-        TrainingError: one of the networks is not published.
-    """
-    chosen, found = run.parameters, []
-    split = dataset(run, chosen["dataset"]).test.sample(chosen["images"])
-    for seed, arm, trained in comparison.published(run, chosen["dataset"], comparison.standard(chosen), examples):
-        of_image = _certified(trained.model, split, device=run.device, seed=seed, **_setting(chosen))
-        found.append(_shares(of_image, split, chosen["radii"]).assign(seed=seed, arm=arm, n=len(split)))
-    return pd.concat(found)
+    return comparison.again(run, chosen["dataset"], comparison.standard(chosen), examples, rows)
 
 
 def _certificates(run: Run, trained: training.Trained, split: Split, seed: int) -> pd.DataFrame:
@@ -117,7 +103,7 @@ def _attacked(
     generator = torch.Generator(device).manual_seed(training.mixed_seed(seed, 40_000))
     rows = []
     for epsilon in epsilons:
-        pgd = partial(attacks.pgd, epsilon=epsilon, steps=_PGD_STEPS, step_size=epsilon / 4, generator=generator)
+        pgd = partial(attacks.pgd, epsilon=epsilon, generator=generator)
         for name, attack in (("fgsm", partial(attacks.fgsm, epsilon=epsilon)), ("pgd", pgd)):
             accuracy = attacks.accuracy(model, split, attack, device)
             rows.append({"attack": name, "epsilon": epsilon, "accuracy": accuracy})
@@ -167,8 +153,7 @@ def draw(table: pd.DataFrame, *, images: int) -> Figure:
         "fgsm": (r"$\ell_\infty$ radius of FGSM", "accuracy"),
         "pgd": (r"$\ell_\infty$ radius of PGD", "accuracy"),
     }
-    figure = Figure(figsize=(style.WIDTH, 3.0))
-    panels = figure.subplots(1, 3, sharey=True)
+    figure, panels = style.subplots(1, 3, height=3.0, sharey=True)
     tint = colours(list(table["arm"].unique()))
     for axes, (quantity, (x, y)) in zip(panels, quantities.items(), strict=True):
         for arm, group in table[table["quantity"] == quantity].groupby("arm", sort=False):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -61,8 +60,8 @@ def gains_at_5(runs: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, l
 def draw(table: pd.DataFrame) -> Figure:
     """Precision@1 of each arm on each distortion, one panel per data set, with 95% intervals over seeds."""
     names = list(table["dataset"].unique())
-    figure = Figure(figsize=(style.WIDTH, 3.0))
-    for axes, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
+    figure, panels = style.subplots(1, len(names), height=3.0, squeeze=False)
+    for axes, name in zip(panels[0], names, strict=True):
         group = table[(table["dataset"] == name) & (table["at"] == 1)]
         comparison.bars(axes, group, across="distortion", value="precision")
         axes.set_title(f"{style.name(name)}: mean and 95% interval, {int(group['seeds'].iloc[0])} seeds")

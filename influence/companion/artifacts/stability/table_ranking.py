@@ -102,8 +102,7 @@ def claims(runs: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, Estim
 
 def draw(table: pd.DataFrame) -> Figure:
     """Triplet accuracy, its paired gain over the control, and the share of the score at the top, by distortion."""
-    figure = Figure(figsize=(style.WIDTH, 3.2))
-    left, middle, right = figure.subplots(1, 3)
+    figure, (left, middle, right) = style.subplots(1, 3, height=3.2)
     groups = {metric: group for metric, group in table.groupby("metric", sort=False)}
     for axes, metric in ((left, "triplet_accuracy"), (right, "score_share")):
         comparison.bars(axes, groups[metric], across="distortion", value="value")

@@ -348,13 +348,15 @@ AUDITS: dict[str, dict[str, Audit]] = {
         "certificates": Audit(
             ("seed", "arm"),
             partial(table_certified.again, table="certificates"),
-            within=("radius",),
-            atol={"certified": 0.011, "abstained": 0.011, "mean_radius": 1e-3},
+            within=("image",),
+            jumps=("abstained",),
+            atol={"radius": 0.01},
         ),
         "attacks": Audit(
             ("seed", "arm", "attack", "epsilon"),
             partial(table_certified.again, table="attacks"),
-            atol={"accuracy": 0.011},
+            within=("image",),
+            jumps=("right",),
         ),
     },
     # In float64, with the noise of all images.
@@ -373,8 +375,9 @@ AUDITS: dict[str, dict[str, Audit]] = {
         "labels": Audit(("network", "image"), _wrong_by_one_metric, jumps=("exact", "worst_direction")),
     },
     "beyond/table_stability_family": {
-        "precision": Audit(("seed", "arm", "kind", "measure"), table_stability_family.again, atol={"value": 1.1e-3}),
-        "outputs": Audit(("seed", "arm", "measure"), table_stability_family.again),
+        "images": Audit(
+            ("seed", "arm", "kind", "measure"), table_stability_family.again, within=("image",), jumps=("value",)
+        ),
     },
     # An example is a network with a part of the images, of a thousand of which one may change sides.
     "sensitivity/table_accuracy": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,16 +15,28 @@ from .imagewise import chunks
 _AT_ONCE = 250  # images: their starts are drawn together
 
 
-def accuracy(
+def margins(
     model: nn.Module, split: Split, attack: Callable[[nn.Module, Tensor, Tensor], Tensor], device: torch.device
-) -> float:
-    """Share of the images of a split that are still classified rightly when an attack has moved them."""
-    right = 0
+) -> np.ndarray:
+    """`margin` of each image of a split, ``(N,)``, when an attack has moved it: above 0 where it is still right."""
+    found = []
     for _, x, labels in chunks(split, _AT_ONCE, device, "attacks"):
         moved = attack(model, x, labels)
         with torch.no_grad():
-            right += int((model(moved).argmax(1) == labels).sum())
-    return right / len(split)
+            found.append(margin(model(moved), labels))
+    return np.concatenate(found)
+
+
+def margin(logits: Tensor, labels: Tensor) -> np.ndarray:
+    """The logit of each label less the largest other one, ``(N,)``: above 0 where the prediction is right."""
+    chosen = labels[:, None]
+    others = logits.scatter(1, chosen, -torch.inf).amax(dim=1)
+    return (logits.gather(1, chosen)[:, 0] - others).double().cpu().numpy()
+
+
+def near_tie(margins: np.ndarray, *, attacked: bool) -> np.ndarray:
+    """Where rounding may turn a prediction round: a tie but for that, and less of one after an attack's many signs."""
+    return np.abs(margins) < (0.5 if attacked else 1e-3)
 
 
 def fgsm(model: nn.Module, x: Tensor, labels: Tensor, *, epsilon: float) -> Tensor:

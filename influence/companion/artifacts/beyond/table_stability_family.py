@@ -27,9 +27,9 @@ from ...scores import attacks
 from ...zoo import training
 from ...zoo.family import PENALTIES, FamilyArm, kl
 from ...zoo.finetuning import Arm
-from ..common import bound, dataset, over_networks
+from ..common import bound, dataset
 from ..stability import comparison
-from ..stability.comparison import CONTROL, ORIGINAL, own_noise, paired, standard, summary
+from ..stability.comparison import CONTROL, ORIGINAL, over_images, own_noise, standard, summary
 
 STABILITY = "stability"
 NAMES = {
@@ -60,11 +60,10 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Every arm on distorted and corrupted images, under attack, under noise, and the trace of its metric tensor.
 
     Returns:
-        One row per seed, arm and measure, with n images, each:
-        "precision": precision@1 by kind (distortion, corruption, attack) and measure; a corruption's is the mean over
-        severities; "PGD" is of l_inf 2 / 255, 10 steps from a random start.
-        "outputs": "KL", the mean of KL(p(x) || p(x + eps)) in nats, noise of sigma, not clipped; "trace", the mean of
-        tr G, per squared unit of pixels in [0, 1].
+        "images", one row per seed, arm, kind, measure and image: value. Of a distortion, a corruption and an attack it
+        is 1 where the prediction is right and else 0, of a corruption in the mean over severities; "PGD" is of l_inf
+        2 / 255, 10 steps from a random start. Of the kind "output" there are "KL", the mean of KL(p(x) || p(x + eps))
+        in nats over draws of noise of sigma, not clipped, and "trace", tr G per squared unit of pixels in [0, 1].
     """
     chosen = run.parameters
     split = dataset(run, chosen["dataset"]).test.sample(chosen["images"] or None)
@@ -81,11 +80,8 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
         key = {"model": trained.key, "device": run.device.type, **about}
         make = bound(measured, trained.model, split, about, run.device, shown)
         one = cache.table(f"family/{chosen['dataset']}-{chosen['model']}", key, make)
-        found.append(one.assign(seed=seed, arm=name)[["seed", "arm", "kind", "measure", "n", "value"]])
-    rows = pd.concat(found, ignore_index=True)
-    output = rows["kind"] == OUTPUT
-    parts = {"precision": rows[~output], "outputs": rows[output].drop(columns="kind")}
-    return {name: part.reset_index(drop=True) for name, part in parts.items()}
+        found.append(one.assign(seed=seed, arm=name)[["seed", "arm", "kind", "measure", "image", "value"]])
+    return {"images": pd.concat(found, ignore_index=True)}
 
 
 def measures(chosen: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -104,30 +100,35 @@ def measured(
     *,
     only: Collection[str] | None = None,
 ) -> pd.DataFrame:
-    """Kind, measure, n (images) and value of each of `measures`, or of those in `only`, for pixels 0..255.
+    """Kind, measure, image, value of each of `measures`, or of those in `only`, for pixels 0..255, and near_cut.
 
     `shown` gives the images of a kind and measure, one tensor for each severity; `chosen` are parameters of the run.
+    Rounding may turn a prediction round where near_cut is true: where it is nearly a tie, and, after an attack, whose
+    steps are signs, where it is sure by little.
     """
-    rows: list[tuple[str, str, int, float]] = []
+    found = []
     for kind, name in measures(chosen):
         if only is not None and name not in only:
             continue
-        few = split
-        if kind in ("distortion", "corruption"):
-            predicted = [training.predict(model, images, device=device).argmax(1) for images in shown(kind, name)]
-            value = float(np.mean([float((labels == split.labels).double().mean()) for labels in predicted]))
-        elif kind == "attack":
-            few = split.take(np.arange(min(chosen["attacked"], len(split))))
-            value = _under_attack(model, few, device)
-        else:
+        near: Any = False
+        if kind == OUTPUT:
             few = split.take(np.arange(min(chosen["traced"], len(split))))
             network, x = copy.deepcopy(model).double(), training.pixels(few.images, device).double()
             if name == KL:
                 value = _kl(network, x, chosen["sigma"], chosen["draws"])
             else:
-                value = float(255.0**2 * influence.trace(network, x, wrt="input").mean())
-        rows.append((kind, name, len(few), value))
-    return pd.DataFrame(rows, columns=["kind", "measure", "n", "value"])
+                value = 255.0**2 * influence.trace(network, x, wrt="input")[:, 0].cpu().numpy()
+        else:
+            if kind == "attack":
+                margins = _under_attack(model, split.take(np.arange(min(chosen["attacked"], len(split)))), device)[None]
+            else:
+                logits = [training.predict(model, images, device=device) for images in shown(kind, name)]
+                margins = np.stack([attacks.margin(one, split.labels) for one in logits])
+            value = (margins > 0).mean(axis=0)
+            near = attacks.near_tie(margins, attacked=kind == "attack").any(axis=0)
+        image = split.index.numpy()[: len(value)]
+        found.append(pd.DataFrame({"kind": kind, "measure": name, "image": image, "value": value, "near_cut": near}))
+    return pd.concat(found, ignore_index=True)
 
 
 def _versions(split: Split, severities: Sequence[int], kind: str, name: str) -> list[torch.Tensor]:
@@ -149,36 +150,34 @@ def again(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
     return comparison.again(run, chosen["dataset"], arms(chosen), examples, rows)
 
 
-def _under_attack(model: nn.Module, split: Split, device: torch.device) -> float:
+def _under_attack(model: nn.Module, split: Split, device: torch.device) -> np.ndarray:
     generator = torch.Generator(device).manual_seed(training.mixed_seed(70_000))  # one start for every network
-    return attacks.accuracy(model, split, partial(attacks.pgd, epsilon=PGD_RADIUS, generator=generator), device)
+    return attacks.margins(model, split, partial(attacks.pgd, epsilon=PGD_RADIUS, generator=generator), device)
 
 
 @torch.no_grad()
-def _kl(network: nn.Module, x: torch.Tensor, sigma: float, draws: int) -> float:
+def _kl(network: nn.Module, x: torch.Tensor, sigma: float, draws: int) -> np.ndarray:
     generator = torch.Generator(x.device).manual_seed(training.mixed_seed(70_001))
     clean, losses = F.log_softmax(network(x), dim=1), []
     for _ in range(draws):
         noise = 255 * sigma * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        losses.append(float(kl(clean, F.log_softmax(network(x + noise), dim=1)).mean()))
-    return float(np.mean(losses))
+        losses.append(kl(clean, F.log_softmax(network(x + noise), dim=1)).cpu().numpy())
+    mean: np.ndarray = np.mean(losses, axis=0)
+    return mean
 
 
 def together(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """All rows of `compute` in one table, kind "output" for what is no precision."""
-    return pd.concat([tables["precision"], tables["outputs"].assign(kind=OUTPUT)], ignore_index=True)
+    """Means over the images: seed, arm, kind, measure, n (images), value."""
+    of = tables["images"].groupby(["seed", "arm", "kind", "measure"], sort=False)["value"]
+    return of.agg(n="size", value="mean").reset_index()
 
 
-def robustness(runs: pd.DataFrame, *, but: Collection[str] | None = None) -> pd.DataFrame:
-    """Mean precision of each seed and arm over all distortions and corruptions but noise: seed, arm, value.
-
-    `runs` is what `together` makes, here and below; `but`, names of measures, stands for every kind of noise.
-    """
-    measure = runs["measure"]
+def distorted(images: pd.DataFrame, *, but: Collection[str] | None = None) -> list[str]:
+    """Names of all distortions and corruptions but noise; `but`, names of measures, stands for every kind of noise."""
+    known = images[["kind", "measure"]].drop_duplicates()
+    measure = known[known["kind"].isin(["distortion", "corruption"])]["measure"]
     noise = measure.str.endswith("_noise") if but is None else measure.isin(but)
-    left_out = noise | measure.str.startswith("noise-") | (measure == ORIGINAL)
-    other = runs[runs["kind"].isin(["distortion", "corruption"]) & ~left_out]
-    return other.groupby(["seed", "arm"], sort=False)["value"].mean().reset_index()
+    return list(measure[~(noise | measure.str.startswith("noise-") | (measure == ORIGINAL))])
 
 
 def table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -191,32 +190,38 @@ def table(runs: pd.DataFrame) -> pd.DataFrame:
     return summary(runs.assign(value=value), value="value", within=("kind", "measure", "n"))
 
 
-def claims(runs: pd.DataFrame) -> dict[str, Estimate | list[Estimate]]:
-    """What the rules ask, paired by network.
+def claims(tables: Mapping[str, pd.DataFrame]) -> dict[str, Estimate | list[Estimate]]:
+    """What the rules ask, paired by network and image; the interval is the wider one of `common.over_seeds`.
 
-    * family_gains_on_distorted: gain over the control of the stability loss and of each relative, `robustness`.
+    * family_gains_on_distorted: gain in precision over the control of the stability loss and of each relative, a mean
+      over all that is `distorted`.
     * trace_penalty_lowers_the_trace: log of the mean trace after the trace penalty over that after the control.
     * trades_resists_the_attack: precision under PGD of TRADES less that of the stability loss.
-    * relatives_less_stability: `robustness` of each relative less that of the stability loss.
+    * relatives_less_stability: the first of each relative less that of the stability loss.
     * clean_change: change of precision on clean images by each member.
     * family_gains_with_other_noise: the first with shot and impulse noise among the corruptions, as the rule had it
       before the result was seen.
     """
-
-    def wide(frame: pd.DataFrame) -> pd.DataFrame:
-        return frame.pivot(index="seed", columns="arm", values="value")
-
-    robust, before = wide(robustness(runs)), wide(robustness(runs, but=["gaussian_noise"]))
-    of = {name: wide(group) for name, group in runs.groupby("measure")}
-    members, log_trace = [STABILITY, *PENALTIES], np.log(of[TRACE])
+    images, members = tables["images"], [STABILITY, *PENALTIES]
+    robust, clean = _by_image(images, distorted(images)), _by_image(images, [ORIGINAL])
+    before = _by_image(images, distorted(images, but=["gaussian_noise"]))
+    attacked, trace = _by_image(images, [ATTACK]), _by_image(images, [TRACE])[["trace", CONTROL]]
+    # Of the log of a ratio of means to first order: what each image adds to it.
+    mean = trace.groupby("seed").transform("mean")
+    log_trace = np.log(mean) + trace / mean
     return {
-        "family_gains_on_distorted": [paired(robust[a] - robust[CONTROL], a) for a in members],
-        "trace_penalty_lowers_the_trace": over_networks(log_trace["trace"] - log_trace[CONTROL], within=_OPEN),
-        "trades_resists_the_attack": paired(of[ATTACK]["trades"] - of[ATTACK][STABILITY]),
-        "relatives_less_stability": [paired(robust[a] - robust[STABILITY], a) for a in PENALTIES],
-        "clean_change": [paired(of[ORIGINAL][a] - of[ORIGINAL][CONTROL], a) for a in members],
-        "family_gains_with_other_noise": [paired(before[a] - before[CONTROL], a) for a in members],
+        "family_gains_on_distorted": [over_images(robust[a] - robust[CONTROL], a) for a in members],
+        "trace_penalty_lowers_the_trace": over_images(log_trace["trace"] - log_trace[CONTROL]),
+        "trades_resists_the_attack": over_images(attacked["trades"] - attacked[STABILITY]),
+        "relatives_less_stability": [over_images(robust[a] - robust[STABILITY], a) for a in PENALTIES],
+        "clean_change": [over_images(clean[a] - clean[CONTROL], a) for a in members],
+        "family_gains_with_other_noise": [over_images(before[a] - before[CONTROL], a) for a in members],
     }
+
+
+def _by_image(images: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """Mean over some measures: one row for each seed and image, one column for each arm."""
+    return images[images["measure"].isin(names)].pivot_table(index=["seed", "image"], columns="arm", values="value")
 
 
 def draw(found: pd.DataFrame) -> Figure:

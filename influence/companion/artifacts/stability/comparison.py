@@ -26,7 +26,7 @@ from ...scores.detection import columns
 from ...scores.evaluation import mean_interval
 from ...zoo import finetuning, recipes, training
 from ...zoo.finetuning import Arm
-from ..common import dataset, groups, over_networks
+from ..common import dataset, groups, over_networks, over_seeds
 
 ORIGINAL = distortions.ORIGINAL
 
@@ -197,6 +197,12 @@ def gains(runs: pd.DataFrame, arm: str, *, value: str = "precision_at_1", contro
 def paired(gains: ArrayLike, of: str = "") -> Estimate:
     """Mean of a gain, or a difference of two, of each seed with its 95% t interval; one seed leaves [-2, 2] open."""
     return over_networks(gains, of, within=2)
+
+
+def over_images(gains: pd.Series, of: str = "") -> Estimate:
+    """Mean of a gain of each seed and image, an index of the two, by `common.over_seeds`; NaN where there is none."""
+    rows = [columns("gain", mean_interval(gain)) | {"images": len(gain)} for _, gain in gains.dropna().groupby("seed")]
+    return over_seeds(pd.DataFrame(rows), "gain", of=of)
 
 
 def label(arm: str) -> str:

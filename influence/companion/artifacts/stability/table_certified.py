@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -22,6 +21,9 @@ from ..common import dataset, scored
 from . import comparison
 from .comparison import colours, label
 
+# One noisy copy that changes sides moves a radius by less.
+_NEAR_RADIUS = 0.01
+
 
 def compute(run: Run) -> dict[str, pd.DataFrame]:
     """Certified accuracy of every arm under smoothing at one sigma, and its accuracy under FGSM and PGD.
@@ -32,25 +34,20 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
     in [0, 1]; 0 is no attack).
 
     Returns:
-        "certificates", one row per seed, arm and radius: certified (share of images with the right class and at least
-        that radius), abstained (share), mean_radius (average certified radius, 0 where the class is wrong), n (images).
-        "attacks", one row per seed, arm, attack ("fgsm" or "pgd": 10 steps of epsilon / 4, random start) and epsilon:
-        accuracy, n (images).
+        "certificates", one row per seed, arm and image: radius (0 where the class is wrong or none is certified),
+        abstained.
+        "attacks", one row per seed, arm, attack ("fgsm" or "pgd": 10 steps of epsilon / 4, random start), epsilon and
+        image: right, 1 or 0.
     """
-    name, model, epsilons = (run.parameters[key] for key in ("dataset", "model", "epsilons"))
-    split = dataset(run, name).test.sample(run.parameters["images"])
-    certificates, attacked = [], []
-    arms = comparison.standard(run.parameters)
-    publish = run.profile == COMMITTED
+    name = run.parameters["dataset"]
+    split, arms = dataset(run, name).test.sample(run.parameters["images"]), comparison.standard(run.parameters)
+    publish, named = run.profile == COMMITTED, f"{name}-{run.parameters['model']}"
+    found: dict[str, list[pd.DataFrame]] = {"certificates": [], "attacks": []}
     for seed, arm, trained in comparison.networks(run, name, arms, task="certificates and attacks", publish=publish):
-        of: dict[str, Any] = {"seed": seed, "arm": arm, "n": len(split)}
-        certificates.append(_certificates(run, trained, split, seed).assign(**of))
-        tried = scored(run, f"attacked/{name}-{model}", _attacked, trained, split, seed=seed, epsilons=epsilons)
-        attacked.append(tried.assign(**of))
-    return {
-        "certificates": pd.concat(certificates, ignore_index=True),
-        "attacks": pd.concat(attacked, ignore_index=True),
-    }
+        for table, make in _TABLES.items():
+            rows = scored(run, f"{table}/{named}", make, trained, split, seed=seed, **_setting(run.parameters, table))
+            found[table].append(rows.assign(seed=seed, arm=arm).drop(columns="near_cut"))
+    return {table: pd.concat(parts, ignore_index=True) for table, parts in found.items()}
 
 
 def again(run: Run, examples: pd.DataFrame, *, table: str) -> pd.DataFrame:
@@ -59,91 +56,90 @@ def again(run: Run, examples: pd.DataFrame, *, table: str) -> pd.DataFrame:
     split = dataset(run, chosen["dataset"]).test.sample(chosen["images"])
 
     def rows(trained: training.Trained, seed: int, group: pd.DataFrame) -> pd.DataFrame:
-        if table == "attacks":
-            found = _attacked(trained.model, split, epsilons=chosen["epsilons"], device=run.device, seed=seed)
-        else:
-            of_image = _certified(trained.model, split, device=run.device, seed=seed, **_setting(chosen))
-            found = _shares(of_image, split, chosen["radii"])
-        return found.assign(n=len(split))
+        return _TABLES[table](trained.model, split, device=run.device, seed=seed, **_setting(chosen, table))
 
     return comparison.again(run, chosen["dataset"], comparison.standard(chosen), examples, rows)
 
 
-def _certificates(run: Run, trained: training.Trained, split: Split, seed: int) -> pd.DataFrame:
-    """One row per radius: radius, certified, abstained, mean_radius."""
-    chosen = run.parameters
-    name = f"certified/{chosen['dataset']}-{chosen['model']}"
-    return _shares(scored(run, name, _certified, trained, split, seed=seed, **_setting(chosen)), split, chosen["radii"])
-
-
-def _setting(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    named = {name: parameters[name] for name in ("select", "estimate", "level")}
-    return {"sigma": parameters["smoothing_sigma"], **named}
-
-
-def _shares(found: pd.DataFrame, split: Split, radii: Sequence[float]) -> pd.DataFrame:
-    right, radius = found["predicted"].to_numpy() == split.labels.numpy(), found["radius"].to_numpy()
-    shares = [float((right & (radius >= r)).mean()) for r in radii]
-    return pd.DataFrame({"radius": radii, "certified": shares}).assign(
-        abstained=float((found["predicted"] == smoothing.ABSTAIN).mean()),
-        mean_radius=float(np.where(right, radius, 0.0).mean()),
-    )
+def _setting(parameters: Mapping[str, Any], table: str) -> dict[str, Any]:
+    if table == "attacks":
+        return {"epsilons": parameters["epsilons"]}
+    return {"sigma": parameters["smoothing_sigma"]} | {
+        name: parameters[name] for name in ("select", "estimate", "level")
+    }
 
 
 def _certified(model: nn.Module, split: Split, *, device: torch.device, seed: int, **setting: Any) -> pd.DataFrame:
-    """One row per image: predicted, radius."""
+    """One row per image: image, radius, abstained, near_cut (rounding may turn an answer into none, or back)."""
     generator = torch.Generator(device).manual_seed(training.mixed_seed(seed, 30_000))
-    return pd.DataFrame([smoothing.certify(model, image, generator=generator, **setting) for image in split.images])
+    found = pd.DataFrame([smoothing.certify(model, image, generator=generator, **setting) for image in split.images])
+    right = found["predicted"].to_numpy() == split.labels.numpy()
+    columns = {"image": split.index.numpy(), "radius": found["radius"].where(right, 0.0)}
+    abstained = found["predicted"] == smoothing.ABSTAIN
+    return pd.DataFrame(columns).assign(abstained=abstained, near_cut=found["radius"] < _NEAR_RADIUS)
 
 
 def _attacked(
     model: nn.Module, split: Split, *, epsilons: Sequence[float], device: torch.device, seed: int
 ) -> pd.DataFrame:
-    """One row per attack and epsilon: attack, epsilon, accuracy."""
+    """One row per attack, epsilon and image: attack, epsilon, image, right, near_cut (`attacks.near_tie`)."""
     generator = torch.Generator(device).manual_seed(training.mixed_seed(seed, 40_000))
     rows = []
     for epsilon in epsilons:
         pgd = partial(attacks.pgd, epsilon=epsilon, generator=generator)
         for name, attack in (("fgsm", partial(attacks.fgsm, epsilon=epsilon)), ("pgd", pgd)):
-            accuracy = attacks.accuracy(model, split, attack, device)
-            rows.append({"attack": name, "epsilon": epsilon, "accuracy": accuracy})
-    return pd.DataFrame(rows)
+            margins = attacks.margins(model, split, attack, device)
+            columns = {"image": split.index.numpy(), "right": 1.0 * (margins > 0)}
+            near = attacks.near_tie(margins, attacked=epsilon > 0)
+            rows.append(pd.DataFrame(columns).assign(attack=name, epsilon=epsilon, near_cut=near))
+    return pd.concat(rows, ignore_index=True)
 
 
-def summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Both, long form: quantity, strength, arm, mean over seeds with its 95% interval, paired gain over the control."""
+_TABLES: dict[str, Callable[..., pd.DataFrame]] = {"certificates": _certified, "attacks": _attacked}
+
+
+def summary(tables: Mapping[str, pd.DataFrame], radii: Sequence[float]) -> pd.DataFrame:
+    """Both, long form: quantity, strength, arm, mean over seeds with its 95% interval, paired gain over the control.
+
+    "certified" is the share of images with the right class and at least that radius.
+    """
     certificates, attacked = tables["certificates"], tables["attacks"]
+    radius = certificates["radius"]
+    certified = [certificates.assign(strength=r, value=1.0 * ((radius > 0) & (radius >= r))) for r in radii]
     parts = [
-        certificates.assign(quantity="certified", strength=certificates["radius"], value=certificates["certified"]),
-        attacked.assign(quantity=attacked["attack"], strength=attacked["epsilon"], value=attacked["accuracy"]),
+        pd.concat(certified).assign(quantity="certified"),
+        attacked.assign(quantity=attacked["attack"], strength=attacked["epsilon"], value=attacked["right"]),
     ]
-    runs = pd.concat([part[["quantity", "strength", "seed", "arm", "value"]] for part in parts], ignore_index=True)
+    keys = ["quantity", "strength", "seed", "arm"]
+    runs = pd.concat(parts, ignore_index=True).groupby(keys, sort=False)["value"].mean().reset_index()
     return comparison.summary(runs, value="value", within=("quantity", "strength"))
 
 
 def claims(tables: Mapping[str, pd.DataFrame], parameters: Mapping[str, Any]) -> dict[str, Estimate | float]:
-    """What the rules ask of the last alpha, paired by network, and the means behind it.
+    """What the rules ask of the last alpha, paired by network and image, `comparison.over_images`, and means behind it.
 
     * certified_radius_grows: its average certified radius less that of the control.
     * no_adversarial_robustness: half of its accuracy without an attack less that under PGD at the largest epsilon.
     """
-    arm, attacked = comparison.stability(parameters["alphas"][-1]), tables["attacks"]
-    radius = tables["certificates"].groupby(["seed", "arm"])["mean_radius"].first().unstack("arm")
+    arm = comparison.stability(parameters["alphas"][-1])
+    certificates, attacked = tables["certificates"], tables["attacks"]
+    radius = certificates.pivot(index=["seed", "image"], columns="arm", values="radius")
     of_arm = attacked[(attacked["arm"] == arm) & (attacked["attack"] == "pgd")]
-    accuracy = of_arm.pivot(index="seed", columns="epsilon", values="accuracy")
+    right = of_arm.pivot(index=["seed", "image"], columns="epsilon", values="right")
+    strongest = right.columns.max()
     return {
-        "certified_radius_grows": comparison.paired(radius[arm] - radius[comparison.CONTROL]),
-        "no_adversarial_robustness": comparison.paired(accuracy[0.0] / 2 - accuracy[accuracy.columns.max()]),
+        "certified_radius_grows": comparison.over_images(radius[arm] - radius[comparison.CONTROL]),
+        "no_adversarial_robustness": comparison.over_images(right[0.0] / 2 - right[strongest]),
         "mean_certified_radius_control": float(radius[comparison.CONTROL].mean()),
         "mean_certified_radius_stability": float(radius[arm].mean()),
-        "pgd_accuracy": float(accuracy[accuracy.columns.max()].mean()),
+        "pgd_accuracy": float(right[strongest].mean()),
     }
 
 
 def under_the_strongest(attacked: pd.DataFrame) -> dict[str, float]:
     """Accuracy of each arm under PGD at the largest epsilon, the mean over seeds."""
     rows = attacked[(attacked["attack"] == "pgd") & (attacked["epsilon"] == attacked["epsilon"].max())]
-    return {str(arm): float(group["accuracy"].mean()) for arm, group in rows.groupby("arm", sort=False)}
+    return {str(arm): float(group["right"].mean()) for arm, group in rows.groupby("arm", sort=False)}
 
 
 def draw(table: pd.DataFrame, *, images: int) -> Figure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -94,24 +95,32 @@ def test_fgsm_is_the_sign_of_the_gradient_and_pgd_is_stronger() -> None:
 
 def test_table_and_findings() -> None:
     rows, hits = [], []
-    for seed in range(3):
+    for seed, image in itertools.product(range(3), range(10)):
         for arm, radius in (("control", 0.1), ("stability 1", 0.2)):
-            common = {"seed": seed, "arm": arm, "abstained": 0.0, "mean_radius": radius + 0.001 * seed, "n": 10}
-            rows += [{**common, "radius": r, "certified": float(r <= radius)} for r in (0.0, 0.15)]
+            common = {"seed": seed, "arm": arm, "image": image}
+            wrong = image == 9
+            rows.append({**common, "radius": 0.0 if wrong else radius + 0.001 * seed, "abstained": False})
             for attack in ("fgsm", "pgd"):
                 hits += [
-                    {"seed": seed, "arm": arm, "attack": attack, "epsilon": e, "accuracy": a, "n": 10}
-                    for e, a in ((0.0, 0.9), (0.1, 0.1))
+                    {**common, "attack": attack, "epsilon": e, "right": float(image < a)}
+                    for e, a in ((0.0, 9), (0.1, 1))
                 ]
     tables = {"certificates": pd.DataFrame(rows), "attacks": pd.DataFrame(hits)}
     findings = table_certified.claims(tables, {"alphas": [0.01, 1.0]})
     grows, no_robustness = findings["certified_radius_grows"], findings["no_adversarial_robustness"]
     assert isinstance(grows, Estimate) and isinstance(no_robustness, Estimate)
-    assert (grows.value, grows.n) == (pytest.approx(0.1), 3) and no_robustness.value == pytest.approx(0.35)
+    # Ten images leave more open than three seeds that nearly agree.
+    half = stats.t.ppf(0.975, 9) * np.std([0.1] * 9 + [0], ddof=1) / 10**0.5
+    assert (grows.value, grows.n) == (pytest.approx(0.09), 10) and no_robustness.value == pytest.approx(0.35)
+    assert (grows.low, grows.high) == (pytest.approx(0.09 - half), pytest.approx(0.09 + half))
     outcomes = {c.item: c.outcome for c in reference.compare("stability/table_certified", findings)}
     assert outcomes["certified_radius_grows"] == outcomes["no_adversarial_robustness"] == "checked"
-    table = table_certified.summary(tables)
+    table = table_certified.summary(tables, [0.0, 0.15])
     assert set(table["quantity"]) == {"certified", "fgsm", "pgd"} and len(table) == 12
+    certified = table[table["quantity"] == "certified"].set_index(["strength", "arm"])["value"]
+    assert certified.round(9).to_dict() == {
+        (0.0, "control"): 0.9, (0.0, "stability 1"): 0.9, (0.15, "control"): 0.0, (0.15, "stability 1"): 0.9
+    }  # fmt: skip
     assert len(table_certified.draw(table, images=10).axes) == 3
 
 

@@ -71,7 +71,7 @@ def weights(table: pd.DataFrame, places: pd.DataFrame, *, count: int = 12) -> Fi
     right.set_yticks(range(len(top)), top["layer"] + "\n" + top["kind"], fontsize=6)
     right.set_xlabel("share in the layer (%)")
     right.set_title(f"the first {JUDGED:.0%} by {style.RANKINGS[PLACED][0]}")
-    right.legend(loc="lower right")
+    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.08), fontsize=7)
     names = left.get_legend_handles_labels()
     figure.legend(*names, fontsize=7, ncols=3, loc="outside lower center", title="first by", title_fontsize=7)
     return figure

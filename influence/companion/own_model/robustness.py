@@ -139,9 +139,9 @@ def _versions(images: Tensor) -> Iterator[tuple[str, float, Tensor]]:
     families: list[tuple[str, Sequence[float], Callable[[Tensor, float], Tensor]]] = [
         ("100 - JPEG quality", (20, 50, 70, 90), lambda x, s: distortions.jpeg(x, 100 - int(s))),
         (
-            "thumbnail: shrunk by",
-            (1.33, 2.0, 3.0),
-            lambda x, factor: distortions.thumbnail(x, max(1, round(height * width / factor**2))),
+            "thumbnail: factor of shrinking - 1",
+            (0.33, 1.0, 2.0),
+            lambda x, s: distortions.thumbnail(x, max(1, round(height * width / (1 + s) ** 2))),
         ),
         (
             "crop: share of the side",

@@ -134,7 +134,7 @@ def draw(summary: pd.DataFrame) -> Figure:
         style.by_share(axes, part, "lost", apart=1.05, middle=3)
         axes.axhline(0, color="black", linewidth=0.4)
         images, count = part["images"].iloc[0], part["networks"].iloc[0]
-        axes.set_title(f"{what} {treatment}\n{count} networks, {images:,} test images", fontsize=8)
+        axes.set_title(f"{what} {treatment}\n{count} networks (95% t interval),\n{images:,} test images", fontsize=8)
         axes.set_xlabel(f"share of the {what} (%)")
     panels[0].set_ylabel("accuracy lost (points)")
     handles, labels = panels[0].get_legend_handles_labels()

@@ -142,7 +142,8 @@ def draw_auroc(table: pd.DataFrame, by: str, *, share: float | None = None) -> F
         axes.set_title(style.name(value) if by == "kind" else f"{_WHEN.get(str(value), value)} fine-tuning", fontsize=9)
     grid[0, 0].invert_yaxis()
     grid[0, -1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.suptitle("95% bootstrap intervals over the images", fontsize=8)
+    images = " to ".join(f"{count:,}" for count in sorted({int(table["images"].min()), int(table["images"].max())}))
+    figure.suptitle(f"95% bootstrap intervals over {images} images", fontsize=8)
     return figure
 
 

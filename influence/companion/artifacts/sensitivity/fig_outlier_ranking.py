@@ -230,5 +230,5 @@ def draw_images(images: pd.DataFrame) -> Figure:
             if image["people"]:  # as in "2 bird, 1 frog"
                 lines.append(", ".join(f"{n} {name}" for name, n in Counter(image["people"].split(", ")).most_common()))
             style.picture(axes, unpacked(image), "\n".join(lines))
-        row[0].set_ylabel(f"{style.name(name)}\n{style.name(model)}\n{style.name(estimator)}", fontsize=7)
+        row[0].set_ylabel(f"{style.name(name)}\n{style.name(model)}\n{style.name(estimator)}", fontsize=6)
     return figure

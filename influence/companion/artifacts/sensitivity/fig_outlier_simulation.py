@@ -174,8 +174,8 @@ def draw_curves(points: pd.DataFrame, table: pd.DataFrame, state: str) -> Figure
         row[0].set(xlabel="false positive rate", ylabel=f"{style.name(model)}\ntrue positive rate")
         row[1].set(xlim=(0.5, 1.01), ylim=(-0.01, 1.02), xlabel="recall", ylabel="precision (1 outlier in 21)")
         counts = f"{first['outliers']} outliers, {first['images']} training images"
-        row[0].set_title(f"ROC, {state} fine-tuning: {counts}", fontsize=8)
-        row[1].set_title(f"precision-recall, {state} fine-tuning", fontsize=8)
+        row[0].set_title(f"ROC, {state} fine-tuning, one network:\n{counts}", fontsize=8)
+        row[1].set_title(f"precision-recall,\n{state} fine-tuning, one network", fontsize=8)
     grid[0, 1].legend(fontsize=7, loc="lower left")
     return figure
 

@@ -336,8 +336,10 @@ def draw_intervention(table: pd.DataFrame) -> Figure:
             axes.set_xticks(range(len(targets)), [_target(*target) for target in targets], fontsize=7, rotation=20)
         row[0].set_ylabel(f"{style.name(name)}\n{style.name(model)}\nfall of P")
     for axes, change in zip(grid[0], changes, strict=True):
-        axes.set_title("to the farther end" if change == "farther" else f"{change} against the gradient", fontsize=8)
-    figure.suptitle(f"{first['images'].iloc[0]} test images of each data set, 95% intervals", fontsize=9)
+        axes.set_title("to the farther end" if change == "farther" else f"{change} grey levels", fontsize=8)
+    figure.suptitle(
+        f"{first['images'].iloc[0]} test images of each data set, 95% bootstrap intervals over them", fontsize=9
+    )
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7)
     return figure
 

@@ -58,15 +58,18 @@ def gains_at_5(runs: pd.DataFrame, parameters: Mapping[str, Any]) -> dict[str, l
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Precision@1 of each arm on each distortion, one panel per data set, with 95% intervals over seeds."""
+    """Precision@1 and @5 of each arm on each distortion, a row for each data set, with 95% intervals over seeds."""
     names = list(table["dataset"].unique())
-    figure, panels = style.subplots(1, len(names), height=3.0, squeeze=False)
-    for axes, name in zip(panels[0], names, strict=True):
-        group = table[(table["dataset"] == name) & (table["at"] == 1)]
-        comparison.bars(axes, group, across="distortion", value="precision")
-        axes.set_title(f"{style.name(name)}: mean and 95% interval, {int(group['seeds'].iloc[0])} seeds")
-        axes.set_ylabel("precision@1")
-        low = max(0.0, float(group["low"].min()) - 0.02)
-        axes.set_ylim(low, min(1.0, float(group["high"].max()) + 0.02))
+    figure, grid = style.subplots(len(names), 2, height=0.4 + 2.6 * len(names), squeeze=False)
+    for row, name in zip(grid, names, strict=True):
+        for axes, at in zip(row, (1, 5), strict=True):
+            group = table[(table["dataset"] == name) & (table["at"] == at)]
+            comparison.bars(axes, group, across="distortion", value="precision")
+            axes.set_title(
+                f"{style.name(name)}: mean and 95% interval, {int(group['seeds'].iloc[0])} seeds", fontsize=8
+            )
+            axes.set_ylabel(f"precision@{at}")
+            low = max(0.0, float(group["low"].min()) - 0.02)
+            axes.set_ylim(low, min(1.0, float(group["high"].max()) + 0.02))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return figure

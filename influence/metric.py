@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -351,19 +351,17 @@ def exact_autograd(model: nn.Module, perturbed: Sequence[nn.Parameter]) -> Itera
             # cuDNN's recurrent layers have no backward pass in evaluation mode.
             cudnn.enabled = False
         # A compiled graph goes backward once; its own code gives the same numbers. A reentrant checkpoint hides the
-        # parameters inside it from the graph: what it holds is called as it is.
+        # parameters inside it from the graph: what it holds is called as it is. Autocast is for the model alone
+        # (``Inputs.logits``): our own products keep their digits.
         with (
             torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext(),
             patch.object(CheckpointFunction, "apply", lambda function, preserve_rng_state, *args: function(*args)),
             torch.inference_mode(False),
             torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
         ):
-            # Autocast is for the model alone (``Inputs.logits``): our own products keep their digits.
-            with ExitStack() as stack:
-                for kind in ("cpu", "cuda"):
-                    if torch.is_autocast_enabled(kind):
-                        stack.enter_context(torch.autocast(kind, enabled=False))
-                yield
+            yield
     finally:
         cudnn.enabled = enabled
         for backend, value in zip(backends, precision, strict=True):

@@ -34,9 +34,6 @@ class Classes:
         """How many, m = K - 1."""
         return self.order.shape[1] - 1
 
-    def __getitem__(self, example: int) -> Classes:
-        return Classes(self.log_probs[example][None], self.order[example][None])
-
     def seeds(self, dtype: torch.dtype) -> Tensor:
         """What the backward passes start from, ``(m, N, K)``: gradients of z_k - z_r, in ``order``."""
         examples, classes = self.order.shape
@@ -83,9 +80,6 @@ class ScoreSums:
     def count(self) -> int:
         """How many, m."""
         return self.unit.shape[1]
-
-    def __getitem__(self, example: int) -> ScoreSums:
-        return ScoreSums(self.log_probs[example][None], self.unit[example][None], self.scale[example][None])
 
     def seeds(self, dtype: torch.dtype) -> Tensor:
         """What the backward passes start from, ``(m, N, K)``."""

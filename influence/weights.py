@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -193,13 +193,10 @@ class _WeightPasses(ParameterPasses):
         self._announce()
         for name in found.keys() - self.refused.keys():
             self.totals[name] += found[name]
-        for n in range(len(inputs) if self.refused else 0):
-            for name, jacobian in self._rows_of_refused(inputs[n : n + 1], score[n], dtype):
-                if not jacobian.numel():
-                    continue
-                flat, unseen = jacobian.reshape(1, len(jacobian), -1), partial(_rounding_unseen, jacobian.dtype)
-                values, factors = score.numbers(flat, slice(n, n + 1), unseen)
-                self.totals[name] += (factors * torch.cat(values).double()).view_as(self.totals[name])
+        for n, name, jacobian in self._rows_of_refused(inputs, score, dtype):
+            flat, unseen = jacobian.reshape(1, len(jacobian), -1), partial(_rounding_unseen, jacobian.dtype)
+            values, factors = score.numbers(flat, slice(n, n + 1), unseen)
+            self.totals[name] += (factors * torch.cat(values).double()).view_as(self.totals[name])
 
 
 def _reduced(part: AnyGradient, score: _LossRows) -> Tensor:
@@ -328,10 +325,6 @@ class _LossRows(ScoreSums):
         rest = log_ceiling(log_probs, labels)[:, None] + log_probs.gather(1, labels[:, None])
         unit, of_label = sums.unit * (sums.scale / largest)[..., None], log_probs.gather(1, labels[:, None]).exp()
         return cls(log_probs, unit, largest, of_label, rest.exp(), signs.shape[1])
-
-    def __getitem__(self, example: int) -> _LossRows:
-        names, one = ("log_probs", "unit", "scale", "of_label", "of_rest"), slice(example, example + 1)
-        return replace(self, **{name: getattr(self, name)[one] for name in names})
 
     def numbers(
         self, jacobian: Tensor, chosen: slice, rounding: Callable[[Tensor], Tensor], unit: Tensor | None = None

@@ -177,29 +177,36 @@ class ParameterPasses:
         names = {operand.name for site, reached in self._reached if not reached[missed] for operand in site.operands}
         one = slice(missed, missed + 1)
         weights = random_weights(rows.count, self._generator).to(logits.device)
-        seed = torch.tensordot(weights, rows[missed].seeds(torch.float64), dims=1).to(logits.dtype)
+        seed = torch.tensordot(weights, rows.seeds(torch.float64)[:, one], dims=1).to(logits.dtype)
         grads = zip(self._parameters, self._by_pytorch(inputs[one], logits[one], seed, dtype), strict=True)
         wrong = {name for name, grad in grads if name in names - self.refused.keys() and bool(grad.any())}
         self.refused.update(dict.fromkeys(wrong, "a batch keeps its gradient from an example"))
         return bool(wrong)
 
-    def _rows_of_refused(self, inputs: Inputs, rows: LogitRows, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Gradients ``(m, *shape)`` of the refused parameters for one example, row by row by autograd."""
-        leaves = {name: parameter for name, parameter in self._parameters.items() if name in self.refused}
-        logits = forward(self._model, inputs)
-        seeds, tensors = rows.seeds(logits.dtype), list(leaves.values())
-        rows_of_all = [gradients(logits, tensors, seed) for seed in seeds]
-        found = [torch.stack(made) for made in zip(*rows_of_all, strict=True)]
-        require_finite_gradients(found)
-        if may_be_linear(dtype):
-            for row in _largest(found):
-                for made, doubled in zip(found, gradients(logits, tensors, -2 * seeds[row]), strict=True):
-                    if made.numel():
+    def _rows_of_refused(
+        self, inputs: Inputs, rows: LogitRows, dtype: torch.dtype
+    ) -> Iterator[tuple[int, str, Tensor]]:
+        """Gradients ``(m, *shape)`` of the refused parameters, row by row by autograd, for one example at a time.
+
+        Each with the number of its example and the name of its parameter; one without entries has none.
+        """
+        leaves = {name: p for name, p in self._parameters.items() if name in self.refused and p.numel()}
+        tensors = list(leaves.values())
+        for n in range(len(inputs) if leaves else 0):
+            logits = forward(self._model, inputs[n : n + 1])
+            seeds = rows.seeds(logits.dtype)[:, n : n + 1]
+            rows_of_all = [gradients(logits, tensors, seed) for seed in seeds]
+            found = [torch.stack(made) for made in zip(*rows_of_all, strict=True)]
+            require_finite_gradients(found)
+            if may_be_linear(dtype):
+                for row in _largest(found):
+                    for made, doubled in zip(found, gradients(logits, tensors, -2 * seeds[row]), strict=True):
                         require_doubled(made[row], doubled, logits.dtype)
-            weights = random_weights(len(seeds), self._generator).to(seeds)
-            seed = torch.tensordot(weights, seeds, dims=1)
-            require_additive(tensors, found, gradients(logits, tensors, seed), weights, seed * logits, dtype)
-        yield from zip(leaves, found, strict=True)
+                weights = random_weights(len(seeds), self._generator).to(seeds)
+                seed = torch.tensordot(weights, seeds, dims=1)
+                require_additive(tensors, found, gradients(logits, tensors, seed), weights, seed * logits, dtype)
+            for name, made in zip(leaves, found, strict=True):
+                yield n, name, made
 
     def _announce(self) -> None:
         """Say once which parameters go the slower way."""
@@ -269,12 +276,10 @@ class ParameterGrams(ParameterPasses):
         if self._refuse_what_is_missed(inputs, logits, chosen, dtype):
             return self(inputs, rows)
         self._announce()
-        if self.refused:
-            for n in range(len(inputs)):
-                for name, row in self._rows_of_refused(inputs[n : n + 1], chosen[n], dtype):
-                    part = products(row.reshape(1, len(row), -1))[0]
-                    for block in self._of[name]:
-                        gram[n, block] += part
+        for n, name, jacobian in self._rows_of_refused(inputs, chosen, dtype):
+            part = products(jacobian.reshape(1, len(jacobian), -1))[0]
+            for block in self._of[name]:
+                gram[n, block] += part
         return chosen.log_probs, chosen.embed(gram), dtype
 
     def _through_features(
@@ -324,7 +329,7 @@ class ParameterGrams(ParameterPasses):
 
 def _largest(found: Sequence[Tensor]) -> set[int]:
     """The row of each Jacobian ``(m, *shape)`` with its largest entry, which what clips gradients clips first."""
-    return {int(made.abs().argmax()) // made[0].numel() for made in found if made.numel()}
+    return {int(made.abs().argmax()) // made[0].numel() for made in found}
 
 
 def squared_lengths(grads: Sequence[Tensor]) -> Tensor:

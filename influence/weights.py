@@ -102,12 +102,21 @@ def weight_influence(
     inputs, given = Inputs.of(x), given_labels(labels)
     groups, parameters = parameter_blocks(model, wrt, trainable_only=trainable_only)
     wanted = {name for names in groups.values() for name in names}
-    seeds = None if samples is None else draw_seeds(len(inputs), generator)
-    passes = _WeightPasses(model, {name: p for name, p in parameters.items() if name in wanted}, samples)
+    seeds = [] if samples is None else draw_seeds(len(inputs), generator)
+    passes = _WeightPasses(model, {name: p for name, p in parameters.items() if name in wanted})
 
     def compute(chosen: slice) -> None:
-        every = None if given is None else (given, len(inputs))
-        passes.add(inputs[chosen], every, chosen, None if seeds is None else seeds[chosen])
+        def rows(logits: Tensor) -> _LossRows:
+            log_probs = torch.log_softmax(logits.detach().double(), dim=1)
+            if given is None:
+                y = logits.detach().argmax(dim=1)
+            else:
+                y = require_labels(given, examples=len(inputs), classes=logits.shape[1], device=logits.device)[chosen]
+            if samples is None:
+                return _LossRows.exact(log_probs, y)
+            return _LossRows.sampled(log_probs, y, random_signs(log_probs, seeds[chosen], samples))
+
+        passes.add(inputs[chosen], rows)
 
     in_parts(compute, model, inputs, passes, passes=None if samples is None else samples + 1, chunk_size=chunk_size)
     fi, trace, gradient = (
@@ -122,9 +131,8 @@ _NUMBERS = 3  # FI, trace and gradient
 class _WeightPasses(ParameterPasses):
     """Adds up the three numbers of every weight, ``totals``: ``(3, *shape)`` float64 for each parameter."""
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], samples: int | None) -> None:
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(model, parameters)
-        self._samples = samples
         self.totals = {
             name: torch.zeros(_NUMBERS, *p.shape, dtype=torch.float64, device=p.device)
             for name, p in parameters.items()
@@ -135,26 +143,8 @@ class _WeightPasses(ParameterPasses):
         logits = self._first = alone(self._model, inputs)
         return read_graph(logits, {}).bytes_per_example(passes or logits.shape[1] - 1)
 
-    def add(
-        self,
-        inputs: Inputs,
-        labels: tuple[Tensor | Sequence[int], int] | None,
-        chosen: slice,
-        seeds: Sequence[int] | None,
-    ) -> None:
-        """Add a chunk: the ``chosen`` ones of the labels of so many examples; None: the predicted classes."""
-
-        def rows(logits: Tensor) -> _LossRows:
-            if labels is None:
-                y = logits.detach().argmax(dim=1)
-            else:
-                everything, count = labels
-                y = require_labels(everything, examples=count, classes=logits.shape[1], device=logits.device)[chosen]
-            log_probs = torch.log_softmax(logits.detach().double(), dim=1)
-            if seeds is None:
-                return _LossRows.exact(log_probs, y)
-            return _LossRows.sampled(log_probs, y, random_signs(log_probs, seeds, int(self._samples or 0)))
-
+    def add(self, inputs: Inputs, rows: Callable[[Tensor], _LossRows]) -> None:
+        """Add a chunk of examples, with what ``rows`` chooses from their logits."""
         made = self._forward(inputs, rows)
         score, dtype, probes = made.rows, made.dtype, made.probes
         truth, logits = [], made.logits.detach()
@@ -185,10 +175,10 @@ class _WeightPasses(ParameterPasses):
             again = self._by_pytorch(inputs[:1], logits[:1], initial[0], dtype)
             require_reproducible(squared_lengths(list(truth[0].values())), squared_lengths(again), dtype)
             self.refused.update(dict.fromkeys(wrong, "its gradient is not autograd's"))
-            self.add(inputs, labels, chosen, seeds)
+            self.add(inputs, rows)
             return
         if self._refuse_what_is_missed(inputs, logits, score, dtype):
-            self.add(inputs, labels, chosen, seeds)
+            self.add(inputs, rows)
             return
         self._announce()
         for name in found.keys() - self.refused.keys():

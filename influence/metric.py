@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from influence.checks import require_count, require_deterministic, require_finite
-from influence.grams.parameters import ParameterGrams
+from influence.grams.parameters import ParameterGrams, ParameterPasses
 from influence.inputs import Batch, Inputs
 from influence.kernels.backend import using
 from influence.kernels.elimination import pivoted_cholesky
@@ -30,19 +30,6 @@ from influence.memory import examples_that_fit, in_chunks
 from influence.pixels import InputGrams, Patches
 
 Engine = InputGrams | ParameterGrams
-
-
-class Chunked(Protocol):
-    """What computes a chunk of examples, and knows what one takes."""
-
-    @property
-    def perturbed(self) -> Sequence[nn.Parameter]:
-        """The parameters that must require a gradient."""
-
-    def bytes_per_example(self, inputs: Inputs, passes: int | None = None) -> int:
-        """Memory that an example takes in so many backward passes; None: those that the classes need."""
-
-
 Part = TypeVar("Part")
 _WRT = ("input", "parameters", "layers")
 _TENSORS = ("log_probs", "gram", "dims")
@@ -269,7 +256,7 @@ def in_parts(
     compute: Callable[[slice], Part],
     model: nn.Module,
     inputs: Inputs,
-    engine: Chunked,
+    engine: InputGrams | ParameterPasses,
     *,
     passes: int | None = None,
     chunk_size: int | None,

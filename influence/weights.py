@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from influence.checks import require_count, require_deterministic, require_labels
 from influence.contrasts import ScoreSums, draw_seeds, random_signs
 from influence.grams.gradients import AnyGradient, ProductGradient, below, sum_of_squares, through, within
-from influence.grams.graph import read_graph
 from influence.grams.parameters import ParameterPasses, squared_lengths
 from influence.grams.rules import Operand, shape_of
-from influence.independence import alone, require_reproducible
+from influence.independence import require_reproducible
 from influence.inputs import Batch, Inputs
 from influence.kernels.tolerances import REVERSE
 from influence.measures import given_labels, log_ceiling
@@ -138,20 +137,12 @@ class _WeightPasses(ParameterPasses):
             for name, p in parameters.items()
         }
 
-    def bytes_per_example(self, inputs: Inputs, passes: int | None = None) -> int:
-        """Memory that an example takes in so many backward passes; None: in K - 1."""
-        logits = self._first = alone(self._model, inputs)
-        return read_graph(logits, {}).bytes_per_example(passes or logits.shape[1] - 1)
-
     def add(self, inputs: Inputs, rows: Callable[[Tensor], _LossRows]) -> None:
         """Add a chunk of examples, with what ``rows`` chooses from their logits."""
         made = self._forward(inputs, rows)
         score, dtype, probes = made.rows, made.dtype, made.probes
-        truth, logits = [], made.logits.detach()
-        initial = made.probe_seeds()
-        for n, seed in enumerate(initial):
-            grads = self._by_pytorch(inputs[n : n + 1], logits[n : n + 1], seed, dtype)
-            truth.append(dict(zip(self._parameters, grads, strict=True)))
+        logits, initial = made.logits.detach(), made.probe_seeds()
+        truth = [self._by_pytorch(inputs, logits, n, seed, dtype) for n, seed in enumerate(initial)]
         found: dict[str, Tensor] = {}
         differ: set[str] = set()
 
@@ -172,8 +163,8 @@ class _WeightPasses(ParameterPasses):
         lost = {name for one in truth for name, grad in one.items() if name not in found and bool(grad.any())}
         self._compared = True
         if wrong := (differ | lost) - self.refused.keys():
-            again = self._by_pytorch(inputs[:1], logits[:1], initial[0], dtype)
-            require_reproducible(squared_lengths(list(truth[0].values())), squared_lengths(again), dtype)
+            again = self._by_pytorch(inputs, logits, 0, initial[0], dtype)
+            require_reproducible(squared_lengths(truth[0].values()), squared_lengths(again.values()), dtype)
             self.refused.update(dict.fromkeys(wrong, "its gradient is not autograd's"))
             self.add(inputs, rows)
             return

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -102,6 +102,11 @@ class ParameterPasses:
         """The parameters that must require a gradient."""
         return list(self._parameters.values())
 
+    def bytes_per_example(self, inputs: Inputs, passes: int | None = None) -> int:
+        """Memory that an example takes in so many backward passes; None: in K - 1."""
+        logits = self._first = alone(self._model, inputs)
+        return read_graph(logits, {}).bytes_per_example(passes or logits.shape[1] - 1)
+
     def _forward(self, inputs: Inputs, rows: Callable[[Tensor], R]) -> Pass[R]:
         self._reached.clear()
         logits = forward(self._model, inputs)
@@ -158,16 +163,19 @@ class ParameterPasses:
             if row is not None and bool(row.any()):
                 refuse(site, "its gradient does not arrive")
 
-    def _by_pytorch(self, inputs: Inputs, batched: Tensor, seed: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """Autograd's gradient of each parameter from a seed ``(1, K)`` for one example alone.
+    def _by_pytorch(
+        self, inputs: Inputs, batched: Tensor, n: int, seed: Tensor, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """Autograd's gradient of each parameter from a seed ``(1, K)`` for example n alone.
 
         The example must have the logits that it has in the batch.
         """
-        logits, self._first = self._first if self._first is not None else alone(self._model, inputs), None
-        require_same(self._model, inputs, logits.detach(), batched, dtype)
+        one, batched = inputs[n : n + 1], batched[n : n + 1]
+        logits, self._first = self._first if self._first is not None else alone(self._model, one), None
+        require_same(self._model, one, logits.detach(), batched, dtype)
         grads = gradients(logits, self.perturbed, seed)
         require_finite_gradients(grads)
-        return grads
+        return dict(zip(self._parameters, grads, strict=True))
 
     def _refuse_what_is_missed(self, inputs: Inputs, logits: Tensor, rows: LogitRows, dtype: torch.dtype) -> bool:
         """Whether alone an example has a gradient of a parameter that no gradient reached in the chunk."""
@@ -175,11 +183,10 @@ class ParameterPasses:
         if missed is None:
             return False
         names = {operand.name for site, reached in self._reached if not reached[missed] for operand in site.operands}
-        one = slice(missed, missed + 1)
         weights = random_weights(rows.count, self._generator).to(logits.device)
-        seed = torch.tensordot(weights, rows.seeds(torch.float64)[:, one], dims=1).to(logits.dtype)
-        grads = zip(self._parameters, self._by_pytorch(inputs[one], logits[one], seed, dtype), strict=True)
-        wrong = {name for name, grad in grads if name in names - self.refused.keys() and bool(grad.any())}
+        seed = torch.tensordot(weights, rows.seeds(torch.float64)[:, missed], dims=1)[None].to(logits.dtype)
+        grads = self._by_pytorch(inputs, logits, missed, seed, dtype)
+        wrong = {name for name, grad in grads.items() if name in names - self.refused.keys() and bool(grad.any())}
         self.refused.update(dict.fromkeys(wrong, "a batch keeps its gradient from an example"))
         return bool(wrong)
 
@@ -256,22 +263,23 @@ class ParameterGrams(ParameterPasses):
         coarsest dtype that occurred.
         """
         made = self._forward(inputs, rows)
-        chosen, dtype, squares = made.rows, made.dtype, []
-        seeds = made.probe_seeds()
-        for n, seed in enumerate(seeds):
-            squares.append(self._squares(inputs[n : n + 1], made.logits[n : n + 1].detach(), seed, dtype))
+        chosen, dtype, logits, seeds = made.rows, made.dtype, made.logits.detach(), made.probe_seeds()
+
+        def lengths(n: int) -> Tensor:
+            return squared_lengths(self._by_pytorch(inputs, logits, n, seeds[n], dtype).values())
+
+        squares = [lengths(n) for n in range(len(seeds))]
         gram = made.seeds.new_zeros(len(inputs), self._blocks, chosen.count, chosen.count, dtype=torch.float64)
         narrow = NarrowLayer.of(made.logits, chosen)
         if narrow is None:
             quadratic = self._add(made.graph, made.seeds, gram, dtype, made.probes)
         else:
             quadratic = self._through_features(made.graph, narrow, gram, dtype, made.probes)
-        logits = made.logits.detach()
         del made, narrow
         if squares:
             self._compared = True
             if self._refuse_what_differs(torch.stack(squares), quadratic, dtype):
-                require_reproducible(squares[0], self._squares(inputs[:1], logits[:1], seeds[0], dtype), dtype)
+                require_reproducible(squares[0], lengths(0), dtype)
                 return self(inputs, rows)
         if self._refuse_what_is_missed(inputs, logits, chosen, dtype):
             return self(inputs, rows)
@@ -313,9 +321,6 @@ class ParameterGrams(ParameterPasses):
         self._collect_all(graph, seeds, dtype, take)
         return quadratic
 
-    def _squares(self, inputs: Inputs, batched: Tensor, seed: Tensor, dtype: torch.dtype) -> Tensor:
-        return squared_lengths(self._by_pytorch(inputs, batched, seed, dtype))
-
     def _refuse_what_differs(self, squares: Tensor, quadratic: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
         """Whether a Gram was another than autograd's; a parameter whose gradient no rule met has none."""
         none = squares.new_zeros(len(squares), 3)
@@ -332,7 +337,7 @@ def _largest(found: Sequence[Tensor]) -> set[int]:
     return {int(made.abs().argmax()) // made[0].numel() for made in found}
 
 
-def squared_lengths(grads: Sequence[Tensor]) -> Tensor:
+def squared_lengths(grads: Iterable[Tensor]) -> Tensor:
     """Of each of P gradients, ``(P,)`` float64."""
     # To single precision at least; a copy in double would take longer than the gradient.
     wide = [grad.flatten().to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads]

@@ -103,8 +103,7 @@ def random_signs(log_probs: Tensor, seeds: Sequence[int], samples: int) -> Tenso
 def draw_seeds(count: int, generator: torch.Generator | None) -> list[int]:
     """A seed for each example; None draws from PyTorch's default generator."""
     device = torch.device("cpu") if generator is None else generator.device
-    seeds: list[int] = torch.randint(2**62, (count,), generator=generator, device=device).tolist()
-    return seeds
+    return torch.randint(2**62, (count,), generator=generator, device=device).tolist()
 
 
 LogitRows = Classes | ScoreSums

@@ -54,8 +54,7 @@ def _evaluates(node: Node) -> bool:
 def _deviation(node: Node) -> Tensor:
     """1 / sqrt(running variance + epsilon), float64; cuDNN and MIOpen call the latter by its full name."""
     epsilon = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
-    deviation: Tensor = (node._saved_running_var.double() + epsilon).rsqrt()
-    return deviation
+    return (node._saved_running_var.double() + epsilon).rsqrt()
 
 
 def _batch_gradients(site: Site, grad: Tensor, layout: Layout) -> Iterator[Gradient]:

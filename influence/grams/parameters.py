@@ -44,7 +44,6 @@ from influence.kernels.tolerances import REVERSE
 from influence.last_layer import NarrowLayer
 from influence.memory import is_out_of_memory, require_room
 
-_LOG = logging.getLogger("influence")
 R = TypeVar("R", bound=LogitRows)
 # Models and parameters whose slower way has been announced.
 _ANNOUNCED: set[tuple[str, tuple[str, ...]]] = set()
@@ -87,6 +86,8 @@ class ParameterPasses:
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         self._model = model
         self._parameters = dict(parameters)
+        # Those that must require a gradient.
+        self.perturbed = list(parameters.values())
         self._generator = torch.Generator().manual_seed(0)
         self._compared = False
         # Logits of the first example alone, until they have been compared.
@@ -96,11 +97,6 @@ class ParameterPasses:
         # Which examples of the chunk a gradient reached at each site.
         self._reached: list[tuple[Site, Tensor]] = []
         self.refused: dict[str, str] = {}
-
-    @property
-    def perturbed(self) -> list[nn.Parameter]:
-        """The parameters that must require a gradient."""
-        return list(self._parameters.values())
 
     def bytes_per_example(self, inputs: Inputs, passes: int | None = None) -> int:
         """Memory that an example takes in so many backward passes; None: in K - 1."""
@@ -224,7 +220,7 @@ class ParameterPasses:
         _ANNOUNCED.add(key)
         shown = "; ".join(f"{name}: {self.refused[name]}" for name in names[:5])
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        _LOG.warning(
+        logging.getLogger("influence").warning(
             f"{key[0]}: {len(names)} of {len(self._parameters)} parameters have no exact rule and take the slower, "
             f"equally exact autograd path ({shown}{more})"
         )

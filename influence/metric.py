@@ -327,12 +327,11 @@ def exact_autograd(model: nn.Module, perturbed: Sequence[nn.Parameter]) -> Itera
     cudnn: Any = torch.backends.cudnn
     enabled = cudnn.enabled
     # TF32, cuDNN's default, keeps 10 bits: too few to tell a rank.
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
-    precision = [backend.fp32_precision for backend in backends]
+    precision = {backend: backend.fp32_precision for backend in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)}
     try:
         for p in everything:
             p.requires_grad_(id(p) in wanted)
-        for backend in backends:
+        for backend in precision:
             backend.fp32_precision = "ieee"
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             # cuDNN's recurrent layers have no backward pass in evaluation mode.
@@ -351,7 +350,7 @@ def exact_autograd(model: nn.Module, perturbed: Sequence[nn.Parameter]) -> Itera
             yield
     finally:
         cudnn.enabled = enabled
-        for backend, value in zip(backends, precision, strict=True):
+        for backend, value in precision.items():
             backend.fp32_precision = value
         for p, flag in zip(everything, before, strict=True):
             p.requires_grad_(flag)

@@ -94,8 +94,7 @@ class Patches:
         classes = jacobian.shape[1]
         upper = torch.triu_indices(classes, classes, device=jacobian.device)
         full = jacobian.new_zeros(classes, classes, dtype=torch.int64)
-        full[upper[0], upper[1]] = torch.arange(upper.shape[1], device=jacobian.device)
-        full = torch.maximum(full, full.T)
+        full[upper[0], upper[1]] = full[upper[1], upper[0]] = torch.arange(upper.shape[1], device=jacobian.device)
         blocks = []
         for example in jacobian:
             # A pair of classes is an image, and a patch of it a sum: never a difference, which would lose digits.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,11 +29,6 @@ class Classes:
         classes = logits.shape[1]
         steps = torch.arange(1, classes + 1, device=logits.device)
         return cls(log_probs, (log_probs.argmax(dim=1, keepdim=True) + steps) % classes)
-
-    @property
-    def count(self) -> int:
-        """How many, m = K - 1."""
-        return self.order.shape[1] - 1
 
     def seeds(self, dtype: torch.dtype) -> Tensor:
         """What the backward passes start from, ``(m, N, K)``: gradients of z_k - z_r, in ``order``."""
@@ -76,11 +72,6 @@ class ScoreSums:
         scale = gradient.abs().amax(dim=2)
         return cls(log_probs, gradient / scale.clamp(min=torch.finfo(scale.dtype).tiny)[..., None], scale)
 
-    @property
-    def count(self) -> int:
-        """How many, m."""
-        return self.unit.shape[1]
-
     def seeds(self, dtype: torch.dtype) -> Tensor:
         """What the backward passes start from, ``(m, N, K)``."""
         return self.unit.transpose(0, 1).to(dtype)
@@ -107,3 +98,4 @@ def draw_seeds(count: int, generator: torch.Generator | None) -> list[int]:
 
 
 LogitRows = Classes | ScoreSums
+Rows = TypeVar("Rows", bound=LogitRows)

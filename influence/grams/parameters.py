@@ -12,13 +12,13 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Generic
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from influence.contrasts import Classes, LogitRows
+from influence.contrasts import Classes, LogitRows, Rows
 from influence.grams.gradients import AnyGradient
 from influence.grams.graph import Graph, read_graph
 from influence.grams.reverse import reverse
@@ -44,7 +44,6 @@ from influence.kernels.tolerances import REVERSE
 from influence.last_layer import NarrowLayer
 from influence.memory import is_out_of_memory, require_room
 
-R = TypeVar("R", bound=LogitRows)
 # Models and parameters whose slower way has been announced.
 _ANNOUNCED: set[tuple[str, tuple[str, ...]]] = set()
 # Of so many examples of the first chunk the Gram of one is compared with autograd's: of one at least, of two at most.
@@ -52,7 +51,7 @@ _FOR_EACH_COMPARED = 8
 
 
 @dataclass(frozen=True)
-class Pass(Generic[R]):
+class Pass(Generic[Rows]):
     """A forward pass of N examples, read and found independent.
 
     Attributes:
@@ -68,7 +67,7 @@ class Pass(Generic[R]):
     logits: Tensor
     graph: Graph
     dtype: torch.dtype
-    rows: R
+    rows: Rows
     seeds: Tensor
     probes: Tensor
 
@@ -103,7 +102,7 @@ class ParameterPasses:
         logits = self._first = alone(self._model, inputs)
         return read_graph(logits, {}).bytes_per_example(passes or logits.shape[1] - 1)
 
-    def _forward(self, inputs: Inputs, rows: Callable[[Tensor], R]) -> Pass[R]:
+    def _forward(self, inputs: Inputs, rows: Callable[[Tensor], Rows]) -> Pass[Rows]:
         self._reached.clear()
         logits = forward(self._model, inputs)
         graph = read_graph(logits, {name: p for name, p in self._parameters.items() if name not in self.refused})
@@ -118,7 +117,7 @@ class ParameterPasses:
         require_differentiable(self._model, inputs, cut, logits.detach(), dtype)
         self._unused.update(cut)
         compared = 0 if self._compared else 1 if len(inputs) < 2 * _FOR_EACH_COMPARED else 2
-        drawn = torch.randn(compared, chosen.count, generator=self._generator, dtype=torch.float64, device="cpu")
+        drawn = torch.randn(compared, len(seeds), generator=self._generator, dtype=torch.float64, device="cpu")
         return Pass(logits, graph, dtype, chosen, seeds, drawn.to(seeds.device))
 
     def _collect_all(
@@ -179,8 +178,9 @@ class ParameterPasses:
         if missed is None:
             return False
         names = {operand.name for site, reached in self._reached if not reached[missed] for operand in site.operands}
-        weights = random_weights(rows.count, self._generator).to(logits.device)
-        seed = torch.tensordot(weights, rows.seeds(torch.float64)[:, missed], dims=1)[None].to(logits.dtype)
+        seeds = rows.seeds(torch.float64)[:, missed]
+        weights = random_weights(len(seeds), self._generator).to(logits.device)
+        seed = torch.tensordot(weights, seeds, dims=1)[None].to(logits.dtype)
         grads = self._by_pytorch(inputs, logits, missed, seed, dtype)
         wrong = {name for name, grad in grads.items() if name in names - self.refused.keys() and bool(grad.any())}
         self.refused.update(dict.fromkeys(wrong, "a batch keeps its gradient from an example"))
@@ -265,7 +265,8 @@ class ParameterGrams(ParameterPasses):
             return squared_lengths(self._by_pytorch(inputs, logits, n, seeds[n], dtype).values())
 
         squares = [lengths(n) for n in range(len(seeds))]
-        gram = made.seeds.new_zeros(len(inputs), self._blocks, chosen.count, chosen.count, dtype=torch.float64)
+        count = len(made.seeds)
+        gram = made.seeds.new_zeros(len(inputs), self._blocks, count, count, dtype=torch.float64)
         narrow = NarrowLayer.of(made.logits, chosen)
         if narrow is None:
             quadratic = self._add(made.graph, made.seeds, gram, dtype, made.probes)

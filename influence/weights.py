@@ -147,7 +147,6 @@ class _WeightPasses(ParameterPasses):
         differ: set[str] = set()
 
         def take(parts: list[AnyGradient]) -> None:
-            new = {part.operand.name: _reduced(part, score) for part in parts}
             if truth:
                 largest = torch.stack([_lengths(part, probes) for part in parts]).amax(dim=0)
                 for part in parts:
@@ -156,7 +155,7 @@ class _WeightPasses(ParameterPasses):
                     gaps = torch.stack([(ours - theirs[name]).double().norm() for ours, theirs in pairs])
                     if not bool((gaps <= _OTHER * REVERSE[dtype] * largest).all()):
                         differ.add(name)
-            found.update(new)
+            found.update({part.operand.name: _reduced(part, score) for part in parts})
 
         self._collect_all(made.graph, made.seeds, dtype, take)
         del made
@@ -286,9 +285,7 @@ class _LossRows(ScoreSums):
         here, rest = log_tail[:, :-1], log_tail[:, 1:]
         on = (0.5 * (log_q[:, :-1] + rest - here)).exp()
         off = (0.5 * (log_q[:, :-1] - rest - here)).exp()
-        size = q.shape[1]
-        later = torch.ones(max(0, size - 1), size, dtype=torch.bool, device=q.device).triu(1)
-        rows = torch.where(later, -off[..., None] * q[:, None], 0.0)
+        rows = (-off[..., None] * q[:, None]).triu(1)
         rows.diagonal(dim1=1, dim2=2).copy_(on)
         rows = torch.cat([q[:, None], rows], dim=1)
         coefficients = torch.zeros(*rows.shape[:2], log_probs.shape[1], dtype=rows.dtype, device=rows.device)

@@ -161,13 +161,11 @@ class _WeightPasses(ParameterPasses):
         del made
         lost = {name for one in truth for name, grad in one.items() if name not in found and bool(grad.any())}
         self._compared = True
-        if wrong := (differ | lost) - self.refused.keys():
+        differs = self._refuse(differ | lost, "its gradient is not autograd's")
+        if differs:
             again = self._by_pytorch(inputs, logits, 0, initial[0], dtype)
             require_reproducible(squared_lengths(truth[0].values()), squared_lengths(again.values()), dtype)
-            self.refused.update(dict.fromkeys(wrong, "its gradient is not autograd's"))
-            self.add(inputs, rows)
-            return
-        if self._refuse_what_is_missed(inputs, logits, score, dtype):
+        if differs or self._refuse_what_is_missed(inputs, logits, score, dtype):
             self.add(inputs, rows)
             return
         self._announce()

@@ -172,6 +172,12 @@ class ParameterPasses:
         require_finite_gradients(grads)
         return dict(zip(self._parameters, grads, strict=True))
 
+    def _refuse(self, names: set[str], reason: str) -> bool:
+        """Send parameters the autograd path; whether one of them did not take it before."""
+        new = names - self.refused.keys()
+        self.refused.update(dict.fromkeys(new, reason))
+        return bool(new)
+
     def _refuse_what_is_missed(self, inputs: Inputs, logits: Tensor, rows: LogitRows, dtype: torch.dtype) -> bool:
         """Whether alone an example has a gradient of a parameter that no gradient reached in the chunk."""
         missed = unreached(torch.stack([reached for _, reached in self._reached])) if self._reached else None
@@ -182,9 +188,8 @@ class ParameterPasses:
         weights = random_weights(len(seeds), self._generator).to(logits.device)
         seed = torch.tensordot(weights, seeds, dims=1)[None].to(logits.dtype)
         grads = self._by_pytorch(inputs, logits, missed, seed, dtype)
-        wrong = {name for name, grad in grads.items() if name in names - self.refused.keys() and bool(grad.any())}
-        self.refused.update(dict.fromkeys(wrong, "a batch keeps its gradient from an example"))
-        return bool(wrong)
+        wrong = {name for name in names if bool(grads[name].any())}
+        return self._refuse(wrong, "a batch keeps its gradient from an example")
 
     def _rows_of_refused(
         self, inputs: Inputs, rows: LogitRows, dtype: torch.dtype
@@ -273,12 +278,11 @@ class ParameterGrams(ParameterPasses):
         else:
             quadratic = self._through_features(made.graph, narrow, gram, dtype, made.probes)
         del made, narrow
-        if squares:
-            self._compared = True
-            if self._refuse_what_differs(torch.stack(squares), quadratic, dtype):
-                require_reproducible(squares[0], lengths(0), dtype)
-                return self(inputs, rows)
-        if self._refuse_what_is_missed(inputs, logits, chosen, dtype):
+        self._compared = True
+        differs = bool(squares) and self._refuse_what_differs(torch.stack(squares), quadratic, dtype)
+        if differs:
+            require_reproducible(squares[0], lengths(0), dtype)
+        if differs or self._refuse_what_is_missed(inputs, logits, chosen, dtype):
             return self(inputs, rows)
         self._announce()
         for n, name, jacobian in self._rows_of_refused(inputs, chosen, dtype):
@@ -324,9 +328,8 @@ class ParameterGrams(ParameterPasses):
         value, size, largest = torch.stack([quadratic.get(name, none) for name in self._parameters], dim=1).unbind(-1)
         limit = 2 * REVERSE[dtype] * torch.maximum(size, squares) + REVERSE[dtype] ** 2 * largest
         right = ((value - squares).abs() <= limit).all(dim=0).tolist()
-        wrong = {name for name, holds in zip(self._parameters, right, strict=True) if not holds} - self.refused.keys()
-        self.refused.update(dict.fromkeys(wrong, "its Gram is not autograd's"))
-        return bool(wrong)
+        wrong = {name for name, holds in zip(self._parameters, right, strict=True) if not holds}
+        return self._refuse(wrong, "its Gram is not autograd's")
 
 
 def _largest(found: Sequence[Tensor]) -> set[int]:

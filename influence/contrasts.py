@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,14 +29,6 @@ class Classes:
         classes = logits.shape[1]
         steps = torch.arange(1, classes + 1, device=logits.device)
         return cls(log_probs, (log_probs.argmax(dim=1, keepdim=True) + steps) % classes)
-
-    @property
-    def count(self) -> int:
-        """How many, m = K - 1."""
-        return self.order.shape[1] - 1
-
-    def __getitem__(self, example: int) -> Classes:
-        return Classes(self.log_probs[example][None], self.order[example][None])
 
     def seeds(self, dtype: torch.dtype) -> Tensor:
         """What the backward passes start from, ``(m, N, K)``: gradients of z_k - z_r, in ``order``."""
@@ -79,14 +72,6 @@ class ScoreSums:
         scale = gradient.abs().amax(dim=2)
         return cls(log_probs, gradient / scale.clamp(min=torch.finfo(scale.dtype).tiny)[..., None], scale)
 
-    @property
-    def count(self) -> int:
-        """How many, m."""
-        return self.unit.shape[1]
-
-    def __getitem__(self, example: int) -> ScoreSums:
-        return ScoreSums(self.log_probs[example][None], self.unit[example][None], self.scale[example][None])
-
     def seeds(self, dtype: torch.dtype) -> Tensor:
         """What the backward passes start from, ``(m, N, K)``."""
         return self.unit.transpose(0, 1).to(dtype)
@@ -109,8 +94,8 @@ def random_signs(log_probs: Tensor, seeds: Sequence[int], samples: int) -> Tenso
 def draw_seeds(count: int, generator: torch.Generator | None) -> list[int]:
     """A seed for each example; None draws from PyTorch's default generator."""
     device = torch.device("cpu") if generator is None else generator.device
-    seeds: list[int] = torch.randint(2**62, (count,), generator=generator, device=device).tolist()
-    return seeds
+    return torch.randint(2**62, (count,), generator=generator, device=device).tolist()
 
 
 LogitRows = Classes | ScoreSums
+Rows = TypeVar("Rows", bound=LogitRows)

@@ -180,7 +180,7 @@ def require_additive(
         RuntimeError: If they differ, as behind a function that keeps the largest entries of a gradient.
     """
     tolerance, rounding = 8 * _NOISE.get(dtype, _NOISE_OF_HALF), _rounding(dtype) * moved.detach().abs().sum()
-    largest = max((float(made.abs().max()) for made in rows if made.numel()), default=0.0)
+    largest = max(float(made.abs().max()) for made in rows)
     for leaf, made, one in zip(leaves, rows, mixed, strict=True):
         weight = weights.to(made.device, torch.promote_types(made.dtype, torch.float32))
         wide = made.to(weight.dtype)

@@ -93,8 +93,7 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits ``(N, K)``."""
-        logits: Tensor = self.layer(features * (features != 0))
-        return logits
+        return self.layer(features * (features != 0))
 
 
 def head(model: nn.Module, x: Batch) -> tuple[Head, Tensor] | None:

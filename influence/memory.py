@@ -52,10 +52,8 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    known = [2**32]
-    if device.type == "cpu":
-        known = [free for free in (_left_on_machine(), _left_in_container()) if free is not None] or known
-    return min(known)
+    known = (_left_on_machine(), _left_in_container()) if device.type == "cpu" else ()
+    return min((free for free in known if free is not None), default=2**32)
 
 
 def _left_on_machine() -> int | None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from influence.checks import require_count, require_deterministic, require_finite
-from influence.grams.parameters import ParameterGrams
+from influence.grams.parameters import ParameterGrams, ParameterPasses
 from influence.inputs import Batch, Inputs
 from influence.kernels.backend import using
 from influence.kernels.elimination import pivoted_cholesky
@@ -30,19 +30,6 @@ from influence.memory import examples_that_fit, in_chunks
 from influence.pixels import InputGrams, Patches
 
 Engine = InputGrams | ParameterGrams
-
-
-class Chunked(Protocol):
-    """What computes a chunk of examples, and knows what one takes."""
-
-    @property
-    def perturbed(self) -> Sequence[nn.Parameter]:
-        """The parameters that must require a gradient."""
-
-    def bytes_per_example(self, inputs: Inputs, passes: int | None = None) -> int:
-        """Memory that an example takes in so many backward passes; None: those that the classes need."""
-
-
 Part = TypeVar("Part")
 _WRT = ("input", "parameters", "layers")
 _TENSORS = ("log_probs", "gram", "dims")
@@ -269,7 +256,7 @@ def in_parts(
     compute: Callable[[slice], Part],
     model: nn.Module,
     inputs: Inputs,
-    engine: Chunked,
+    engine: InputGrams | ParameterPasses,
     *,
     passes: int | None = None,
     chunk_size: int | None,
@@ -340,33 +327,30 @@ def exact_autograd(model: nn.Module, perturbed: Sequence[nn.Parameter]) -> Itera
     cudnn: Any = torch.backends.cudnn
     enabled = cudnn.enabled
     # TF32, cuDNN's default, keeps 10 bits: too few to tell a rank.
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
-    precision = [backend.fp32_precision for backend in backends]
+    precision = {backend: backend.fp32_precision for backend in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)}
     try:
         for p in everything:
             p.requires_grad_(id(p) in wanted)
-        for backend in backends:
+        for backend in precision:
             backend.fp32_precision = "ieee"
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             # cuDNN's recurrent layers have no backward pass in evaluation mode.
             cudnn.enabled = False
         # A compiled graph goes backward once; its own code gives the same numbers. A reentrant checkpoint hides the
-        # parameters inside it from the graph: what it holds is called as it is.
+        # parameters inside it from the graph: what it holds is called as it is. Autocast is for the model alone
+        # (``Inputs.logits``): our own products keep their digits.
         with (
             torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext(),
             patch.object(CheckpointFunction, "apply", lambda function, preserve_rng_state, *args: function(*args)),
             torch.inference_mode(False),
             torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
         ):
-            # Autocast is for the model alone (``Inputs.logits``): our own products keep their digits.
-            with ExitStack() as stack:
-                for kind in ("cpu", "cuda"):
-                    if torch.is_autocast_enabled(kind):
-                        stack.enter_context(torch.autocast(kind, enabled=False))
-                yield
+            yield
     finally:
         cudnn.enabled = enabled
-        for backend, value in zip(backends, precision, strict=True):
+        for backend, value in precision.items():
             backend.fp32_precision = value
         for p, flag in zip(everything, before, strict=True):
             p.requires_grad_(flag)

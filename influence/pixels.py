@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from influence.contrasts import Classes, LogitRows
+from influence.contrasts import Classes, LogitRows, Rows
 from influence.grams.graph import read_graph
 from influence.independence import (
     Weighting,
@@ -32,8 +31,6 @@ from influence.inputs import Inputs, forward
 from influence.kernels.gram import products
 from influence.last_layer import NarrowLayer
 from influence.memory import copies_at_once, is_out_of_memory, require_room
-
-Rows = TypeVar("Rows", bound=LogitRows)
 
 
 @dataclass(frozen=True)
@@ -94,8 +91,7 @@ class Patches:
         classes = jacobian.shape[1]
         upper = torch.triu_indices(classes, classes, device=jacobian.device)
         full = jacobian.new_zeros(classes, classes, dtype=torch.int64)
-        full[upper[0], upper[1]] = torch.arange(upper.shape[1], device=jacobian.device)
-        full = torch.maximum(full, full.T)
+        full[upper[0], upper[1]] = full[upper[1], upper[0]] = torch.arange(upper.shape[1], device=jacobian.device)
         blocks = []
         for example in jacobian:
             # A pair of classes is an image, and a patch of it a sum: never a difference, which would lose digits.
@@ -186,12 +182,17 @@ class InputGrams:
             first, single = self._first
             require_same(self._model, first, single.detach(), logits[:1].detach(), dtype)
         require_independent(self._model, inputs, logits.detach(), dtype)
-        jacobian = self._with_copies(inputs, logits, chosen, dtype)
-        for n in self._compared(jacobian):
+        seeds = chosen.seeds(logits.dtype) if narrow is None else narrow.seeds(len(inputs))
+        jacobian = self._with_copies(inputs, logits, chosen, seeds, dtype)
+        # Both ends of the first chunk are compared with autograd's, and one example that no gradient reached.
+        compared = set() if self._first is None else {0, len(inputs) - 1}
+        missed = unreached(jacobian.flatten(1).any(dim=1)[None])
+        for n in sorted(compared if missed is None else {*compared, missed}):
             one, logits = self._first if n == 0 and self._first is not None else self._alone(inputs, n)
             # A random sum of the rows.
-            v = random_weights(chosen.count, self._generator).to(jacobian.device)
-            seed = v @ chosen.seeds(torch.float64)[:, n]
+            rows_of_one = chosen.seeds(torch.float64)[:, n]
+            v = random_weights(len(rows_of_one), self._generator).to(jacobian.device)
+            seed = v @ rows_of_one
             (grad,) = gradients(logits, [one.x], seed[None].to(logits.dtype))
             weights = v if narrow is None else v @ narrow.contrasts[n]
             ours = torch.tensordot(weights, jacobian[n].double(), dims=1)
@@ -199,41 +200,35 @@ class InputGrams:
         self._first = None
         return chosen, narrow, jacobian, dtype
 
-    def _compared(self, jacobian: Tensor) -> list[int]:
-        """Which examples of a chunk are compared with autograd's: both ends of the first chunk, and one unreached."""
-        compared = set() if self._first is None else {0, len(jacobian) - 1}
-        missed = unreached(jacobian.flatten(1).any(dim=1)[None])
-        return sorted(compared if missed is None else {*compared, missed})
-
     def _alone(self, inputs: Inputs, example: int) -> tuple[Inputs, Tensor]:
         one = inputs[example : example + 1].with_leaf()
         return one, forward(self._model, one)
 
-    def _with_copies(self, inputs: Inputs, logits: Tensor, chosen: LogitRows, dtype: torch.dtype) -> Tensor:
+    def _with_copies(
+        self, inputs: Inputs, logits: Tensor, chosen: LogitRows, seeds: Tensor, dtype: torch.dtype
+    ) -> Tensor:
         """The Jacobian of ``_few_rows``, from as many copies of the examples as keep the processor busy."""
-        narrow = NarrowLayer.of(logits, chosen)
-        count = chosen.count if narrow is None else narrow.width
-        copies = copies_at_once(count, examples=len(inputs), values=inputs.x.numel())
+        copies = copies_at_once(len(seeds), examples=len(inputs), values=inputs.x.numel())
         if copies > 1:
             try:
                 more = inputs.copies(copies).with_leaf()
-                return self._jacobian(more, forward(self._model, more), chosen, copies, dtype)
+                return self._jacobian(more, forward(self._model, more), chosen, seeds, dtype)
             except (RuntimeError, MemoryError) as error:
                 # A single example may have been refused for its copies, of which it shall not have any: it goes on to
                 # be looked at alone.
                 if len(inputs) > 1 and not is_out_of_memory(error):
                     raise
-        return self._jacobian(inputs, logits, chosen, 1, dtype)
+        return self._jacobian(inputs, logits, chosen, seeds, dtype)
 
-    def _jacobian(self, inputs: Inputs, logits: Tensor, chosen: LogitRows, copies: int, dtype: torch.dtype) -> Tensor:
+    def _jacobian(self, inputs: Inputs, logits: Tensor, chosen: LogitRows, seeds: Tensor, dtype: torch.dtype) -> Tensor:
         """Jacobian of N examples, with copies of them in the batch: one or two keep no processor busy.
 
         They are independent: one backward pass of a sum gives every example its own row, and so does every copy.
         """
         narrow = NarrowLayer.of(logits, chosen)
         output = logits if narrow is None else narrow.edge
-        examples = len(logits) // copies
-        seeds = chosen.seeds(logits.dtype) if narrow is None else narrow.seeds(examples)
+        examples = seeds.shape[1]
+        copies = len(logits) // examples
 
         def rows(part: Tensor) -> Tensor:
             """Gradients ``(copies, N, ...)`` of so many seeds."""

@@ -113,14 +113,14 @@ def score(
         raise ValueError(f"closed_form is that of Exact(), got {estimator!r}.")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    key = {
+    run = {
         "model": fingerprint(model),
         "wrt": list(wrt) if isinstance(wrt, list | tuple) else repr(wrt),
         "estimator": repr(estimator),
         "labels": labels,
         "data": None if labels == "predicted" else labels_of(loader),
+        **sizes,
     }
-    run = {**key, **sizes}
     claim(folder, run)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 

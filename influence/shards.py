@@ -79,9 +79,8 @@ def batches(
     if isinstance(loader, DataLoader) and loader.batch_sampler is not None and not isinstance(dataset, IterableDataset):
         # Batches of other files are not even loaded.
         indices = [list(batch) for batch in loader.batch_sampler]
-        _require_some(len(indices))
         places, last = range(len(indices)), len(indices) - 1
-        _require_no_more(folder, last // per_file)
+        _require_end(folder, last, per_file)
         finished = [i for i in places if file_of(folder, i // per_file).exists()]
         sample = torch.linspace(0, len(finished) - 1, min(_MOST_COMPARED, len(finished))).round().long()
         chosen = [(finished[i], False) for i in sample] + [(i, True) for i in places if mine(i // per_file)]
@@ -100,13 +99,16 @@ def batches(
         inputs, given = _unpack(content, labels, range(start, sys.maxsize))
         yield Batch(i, range(start, start + len(inputs)), inputs, given, wanted, following is None)
         start += len(inputs)
-    _require_some(i + 1)
-    _require_no_more(folder, i // per_file)
+    _require_end(folder, i, per_file)
 
 
-def _require_some(count: int) -> None:
-    if not count:
+def _require_end(folder: Path, last: int, per_file: int) -> None:
+    """Refuse data without a batch, and files beyond the last batch."""
+    if last < 0:
         raise ValueError("loader must yield some examples, got none. Check the data set and its path.")
+    for file in _files(folder):
+        if file > file_of(folder, last // per_file):
+            _refuse(file)
 
 
 def _unpack(batch: Any, labels: str, numbers: Sequence[int]) -> tuple[Inputs, Tensor | None]:
@@ -160,14 +162,18 @@ def _intact(file: Path, remedy: str = "Delete it and run influence.score again."
         raise ValueError(f"{file} is damaged ({str(error).splitlines()[0]}). {remedy}") from None
 
 
+def _read(file: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    with _intact(file):
+        return pd.read_parquet(file, columns=columns)
+
+
 def _made_from(file: Path) -> dict[str, Any]:
     """First and last example of a file, digests of its batches, and whether the data end with it."""
     with _intact(file):
         kept = (pq.read_schema(file).metadata or {}).get(_MADE_FROM)
     if kept is None:
         raise ValueError(f"{file} does not say which data it is of. Delete the folder and run influence.score.")
-    made_from: dict[str, Any] = json.loads(kept)
-    return made_from
+    return json.loads(kept)
 
 
 def require_same(file: Path, place: int, batch: Batch) -> None:
@@ -183,8 +189,7 @@ def require_same_model(file: Path, numbers: Sequence[int], logits: Tensor) -> No
 
     Code and plain attributes are in no fingerprint.
     """
-    with _intact(file):
-        table = pd.read_parquet(file, columns=["example", "label", "ceiling"])
+    table = _read(file, columns=["example", "label", "ceiling"])
     rows = table.drop_duplicates("example").set_index("example").loc[list(numbers)]
     labels = torch.tensor(rows["label"].to_numpy(), device=logits.device)
     before = torch.tensor(rows["ceiling"].to_numpy(), device=logits.device).log()
@@ -196,12 +201,6 @@ def require_same_model(file: Path, numbers: Sequence[int], logits: Tensor) -> No
             f"the model computes something else now than when {file} was made: its code or a setting has changed. "
             "Choose another path or delete the folder."
         )
-
-
-def _require_no_more(folder: Path, last: int) -> None:
-    for file in _files(folder):
-        if file > file_of(folder, last):
-            _refuse(file)
 
 
 def _refuse(file: Path) -> NoReturn:
@@ -303,8 +302,4 @@ def read_scores(path: str | Path) -> pd.DataFrame:
     missing = [file.name for file in (file_of(folder, i) for i in range(there)) if file not in files]
     if missing:
         raise ValueError(f"{folder} lacks file {missing[0]}. Run influence.score again to go on.")
-    tables = []
-    for file in files:
-        with _intact(file):
-            tables.append(pd.read_parquet(file))
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat(map(_read, files), ignore_index=True)

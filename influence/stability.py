@@ -76,7 +76,7 @@ def stability_loss(
     kl = divergence == "kl"
     with kernels.using(backend):
         if fused(logits.detach(), logits_perturbed.detach(), labels, alpha, kl=kl, stop=stop_gradient):
-            loss: Tensor = FusedLoss.apply(logits, logits_perturbed, labels, alpha, kl, stop_gradient)
+            loss = FusedLoss.apply(logits, logits_perturbed, labels, alpha, kl, stop_gradient)
             return loss.to(_result_dtype(logits))
 
     log_p = F.log_softmax(_widen(logits), dim=1)

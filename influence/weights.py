@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from influence.checks import require_count, require_deterministic, require_labels
 from influence.contrasts import ScoreSums, draw_seeds, random_signs
 from influence.grams.gradients import AnyGradient, ProductGradient, below, sum_of_squares, through, within
-from influence.grams.graph import read_graph
 from influence.grams.parameters import ParameterPasses, squared_lengths
 from influence.grams.rules import Operand, shape_of
-from influence.independence import alone, require_reproducible
+from influence.independence import require_reproducible
 from influence.inputs import Batch, Inputs
 from influence.kernels.tolerances import REVERSE
 from influence.measures import given_labels, log_ceiling
@@ -102,12 +101,21 @@ def weight_influence(
     inputs, given = Inputs.of(x), given_labels(labels)
     groups, parameters = parameter_blocks(model, wrt, trainable_only=trainable_only)
     wanted = {name for names in groups.values() for name in names}
-    seeds = None if samples is None else draw_seeds(len(inputs), generator)
-    passes = _WeightPasses(model, {name: p for name, p in parameters.items() if name in wanted}, samples)
+    seeds = [] if samples is None else draw_seeds(len(inputs), generator)
+    passes = _WeightPasses(model, {name: p for name, p in parameters.items() if name in wanted})
 
     def compute(chosen: slice) -> None:
-        every = None if given is None else (given, len(inputs))
-        passes.add(inputs[chosen], every, chosen, None if seeds is None else seeds[chosen])
+        def rows(logits: Tensor) -> _LossRows:
+            log_probs = torch.log_softmax(logits.detach().double(), dim=1)
+            if given is None:
+                y = logits.detach().argmax(dim=1)
+            else:
+                y = require_labels(given, examples=len(inputs), classes=logits.shape[1], device=logits.device)[chosen]
+            if samples is None:
+                return _LossRows.exact(log_probs, y)
+            return _LossRows.sampled(log_probs, y, random_signs(log_probs, seeds[chosen], samples))
+
+        passes.add(inputs[chosen], rows)
 
     in_parts(compute, model, inputs, passes, passes=None if samples is None else samples + 1, chunk_size=chunk_size)
     fi, trace, gradient = (
@@ -122,51 +130,23 @@ _NUMBERS = 3  # FI, trace and gradient
 class _WeightPasses(ParameterPasses):
     """Adds up the three numbers of every weight, ``totals``: ``(3, *shape)`` float64 for each parameter."""
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], samples: int | None) -> None:
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(model, parameters)
-        self._samples = samples
         self.totals = {
             name: torch.zeros(_NUMBERS, *p.shape, dtype=torch.float64, device=p.device)
             for name, p in parameters.items()
         }
 
-    def bytes_per_example(self, inputs: Inputs, passes: int | None = None) -> int:
-        """Memory that an example takes in so many backward passes; None: in K - 1."""
-        logits = self._first = alone(self._model, inputs)
-        return read_graph(logits, {}).bytes_per_example(passes or logits.shape[1] - 1)
-
-    def add(
-        self,
-        inputs: Inputs,
-        labels: tuple[Tensor | Sequence[int], int] | None,
-        chosen: slice,
-        seeds: Sequence[int] | None,
-    ) -> None:
-        """Add a chunk: the ``chosen`` ones of the labels of so many examples; None: the predicted classes."""
-
-        def rows(logits: Tensor) -> _LossRows:
-            if labels is None:
-                y = logits.detach().argmax(dim=1)
-            else:
-                everything, count = labels
-                y = require_labels(everything, examples=count, classes=logits.shape[1], device=logits.device)[chosen]
-            log_probs = torch.log_softmax(logits.detach().double(), dim=1)
-            if seeds is None:
-                return _LossRows.exact(log_probs, y)
-            return _LossRows.sampled(log_probs, y, random_signs(log_probs, seeds, int(self._samples or 0)))
-
+    def add(self, inputs: Inputs, rows: Callable[[Tensor], _LossRows]) -> None:
+        """Add a chunk of examples, with what ``rows`` chooses from their logits."""
         made = self._forward(inputs, rows)
         score, dtype, probes = made.rows, made.dtype, made.probes
-        truth, logits = [], made.logits.detach()
-        initial = made.probe_seeds()
-        for n, seed in enumerate(initial):
-            grads = self._by_pytorch(inputs[n : n + 1], logits[n : n + 1], seed, dtype)
-            truth.append(dict(zip(self._parameters, grads, strict=True)))
+        logits, initial = made.logits.detach(), made.probe_seeds()
+        truth = [self._by_pytorch(inputs, logits, n, seed, dtype) for n, seed in enumerate(initial)]
         found: dict[str, Tensor] = {}
         differ: set[str] = set()
 
         def take(parts: list[AnyGradient]) -> None:
-            new = {part.operand.name: _reduced(part, score) for part in parts}
             if truth:
                 largest = torch.stack([_lengths(part, probes) for part in parts]).amax(dim=0)
                 for part in parts:
@@ -175,31 +155,26 @@ class _WeightPasses(ParameterPasses):
                     gaps = torch.stack([(ours - theirs[name]).double().norm() for ours, theirs in pairs])
                     if not bool((gaps <= _OTHER * REVERSE[dtype] * largest).all()):
                         differ.add(name)
-            found.update(new)
+            found.update({part.operand.name: _reduced(part, score) for part in parts})
 
         self._collect_all(made.graph, made.seeds, dtype, take)
         del made
         lost = {name for one in truth for name, grad in one.items() if name not in found and bool(grad.any())}
         self._compared = True
-        if wrong := (differ | lost) - self.refused.keys():
-            again = self._by_pytorch(inputs[:1], logits[:1], initial[0], dtype)
-            require_reproducible(squared_lengths(list(truth[0].values())), squared_lengths(again), dtype)
-            self.refused.update(dict.fromkeys(wrong, "its gradient is not autograd's"))
-            self.add(inputs, labels, chosen, seeds)
-            return
-        if self._refuse_what_is_missed(inputs, logits, score, dtype):
-            self.add(inputs, labels, chosen, seeds)
+        differs = self._refuse(differ | lost, "its gradient is not autograd's")
+        if differs:
+            again = self._by_pytorch(inputs, logits, 0, initial[0], dtype)
+            require_reproducible(squared_lengths(truth[0].values()), squared_lengths(again.values()), dtype)
+        if differs or self._refuse_what_is_missed(inputs, logits, score, dtype):
+            self.add(inputs, rows)
             return
         self._announce()
         for name in found.keys() - self.refused.keys():
             self.totals[name] += found[name]
-        for n in range(len(inputs) if self.refused else 0):
-            for name, jacobian in self._rows_of_refused(inputs[n : n + 1], score[n], dtype):
-                if not jacobian.numel():
-                    continue
-                flat, unseen = jacobian.reshape(1, len(jacobian), -1), partial(_rounding_unseen, jacobian.dtype)
-                values, factors = score.numbers(flat, slice(n, n + 1), unseen)
-                self.totals[name] += (factors * torch.cat(values).double()).view_as(self.totals[name])
+        for n, name, jacobian in self._rows_of_refused(inputs, score, dtype):
+            flat, unseen = jacobian.reshape(1, len(jacobian), -1), partial(_rounding_unseen, jacobian.dtype)
+            values, factors = score.numbers(flat, slice(n, n + 1), unseen)
+            self.totals[name] += (factors * torch.cat(values).double()).view_as(self.totals[name])
 
 
 def _reduced(part: AnyGradient, score: _LossRows) -> Tensor:
@@ -308,9 +283,7 @@ class _LossRows(ScoreSums):
         here, rest = log_tail[:, :-1], log_tail[:, 1:]
         on = (0.5 * (log_q[:, :-1] + rest - here)).exp()
         off = (0.5 * (log_q[:, :-1] - rest - here)).exp()
-        size = q.shape[1]
-        later = torch.ones(max(0, size - 1), size, dtype=torch.bool, device=q.device).triu(1)
-        rows = torch.where(later, -off[..., None] * q[:, None], 0.0)
+        rows = (-off[..., None] * q[:, None]).triu(1)
         rows.diagonal(dim1=1, dim2=2).copy_(on)
         rows = torch.cat([q[:, None], rows], dim=1)
         coefficients = torch.zeros(*rows.shape[:2], log_probs.shape[1], dtype=rows.dtype, device=rows.device)
@@ -328,10 +301,6 @@ class _LossRows(ScoreSums):
         rest = log_ceiling(log_probs, labels)[:, None] + log_probs.gather(1, labels[:, None])
         unit, of_label = sums.unit * (sums.scale / largest)[..., None], log_probs.gather(1, labels[:, None]).exp()
         return cls(log_probs, unit, largest, of_label, rest.exp(), signs.shape[1])
-
-    def __getitem__(self, example: int) -> _LossRows:
-        names, one = ("log_probs", "unit", "scale", "of_label", "of_rest"), slice(example, example + 1)
-        return replace(self, **{name: getattr(self, name)[one] for name in names})
 
     def numbers(
         self, jacobian: Tensor, chosen: slice, rounding: Callable[[Tensor], Tensor], unit: Tensor | None = None

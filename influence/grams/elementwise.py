@@ -52,8 +52,7 @@ def _add_vjp(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads | None:
 
 def _relu_entries(node: Node, grad: Tensor, over: bool) -> Tensor:
     mask, result = torch.ops.aten.threshold_backward, in_order_of(grad, node._saved_result)
-    masked: Tensor = mask.grad_input(grad, result, 0, grad_input=grad) if over else mask(grad, result, 0)
-    return masked
+    return mask.grad_input(grad, result, 0, grad_input=grad) if over else mask(grad, result, 0)
 
 
 for _kind in ("Add", "Sub", "Mul"):

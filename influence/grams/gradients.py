@@ -207,8 +207,7 @@ class TokenGradient(_Rows):
 
 def within(values: Tensor, of: Tensor, low: float, high: float) -> Tensor:
     """The values where low < ``of`` < high, else 0: a hardtanh's gradient is ten times as fast as a mask on a CPU."""
-    chosen: Tensor = torch.ops.aten.hardtanh_backward(values, of, low, high)
-    return chosen
+    return torch.ops.aten.hardtanh_backward(values, of, low, high)
 
 
 def below(squares: Tensor, floor: Tensor) -> Tensor:

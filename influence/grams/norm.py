@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache as remember
-from functools import partial
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,19 +16,18 @@ def _gradients(site: Site, grads: Tensor, normal: Tensor) -> Iterator[Gradient]:
     """From gradients ``(m, N, C, T)`` and normalised input ``(N, C, T)`` to those of scale and shift."""
     normal = in_order_of(grads, normal.to(grads.dtype))
 
-    @remember
+    @cache
     def squares(dtype: torch.dtype) -> Tensor:
         return sum_of_squares(grads.to(dtype).unbind())
 
-    def lengths(place: int, dtype: torch.dtype) -> Tensor:
-        terms = squares(dtype)
-        return (terms * normal.to(dtype).square() if place == 1 else terms).sum(dim=-1)[:, None]
+    def of_scale(dtype: torch.dtype) -> Tensor:
+        return (squares(dtype) * normal.to(dtype).square()).sum(dim=-1)[:, None]
 
-    sums = _sums(grads, normal)
-    for place in (1, 2):
-        operand = site.operand(place)
-        if operand is not None:
-            yield Gradient.of(operand, sums[place - 1], partial(lengths, place))
+    scale, shift, sums = site.operand(1), site.operand(2), _sums(grads, normal)
+    if scale is not None:
+        yield Gradient.of(scale, sums[0], of_scale)
+    if shift is not None:
+        yield Gradient.of(shift, sums[1], lambda dtype: squares(dtype).sum(dim=-1)[:, None])
 
 
 def _sums(grads: Tensor, normal: Tensor) -> Tensor:
@@ -54,8 +52,7 @@ def _evaluates(node: Node) -> bool:
 def _deviation(node: Node) -> Tensor:
     """1 / sqrt(running variance + epsilon), float64; cuDNN and MIOpen call the latter by its full name."""
     epsilon = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
-    deviation: Tensor = (node._saved_running_var.double() + epsilon).rsqrt()
-    return deviation
+    return (node._saved_running_var.double() + epsilon).rsqrt()
 
 
 def _batch_gradients(site: Site, grad: Tensor, layout: Layout) -> Iterator[Gradient]:

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Generic
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from influence.contrasts import Classes, LogitRows
+from influence.contrasts import Classes, LogitRows, Rows
 from influence.grams.gradients import AnyGradient
 from influence.grams.graph import Graph, read_graph
 from influence.grams.reverse import reverse
@@ -44,8 +44,6 @@ from influence.kernels.tolerances import REVERSE
 from influence.last_layer import NarrowLayer
 from influence.memory import is_out_of_memory, require_room
 
-_LOG = logging.getLogger("influence")
-R = TypeVar("R", bound=LogitRows)
 # Models and parameters whose slower way has been announced.
 _ANNOUNCED: set[tuple[str, tuple[str, ...]]] = set()
 # Of so many examples of the first chunk the Gram of one is compared with autograd's: of one at least, of two at most.
@@ -53,7 +51,7 @@ _FOR_EACH_COMPARED = 8
 
 
 @dataclass(frozen=True)
-class Pass(Generic[R]):
+class Pass(Generic[Rows]):
     """A forward pass of N examples, read and found independent.
 
     Attributes:
@@ -69,7 +67,7 @@ class Pass(Generic[R]):
     logits: Tensor
     graph: Graph
     dtype: torch.dtype
-    rows: R
+    rows: Rows
     seeds: Tensor
     probes: Tensor
 
@@ -87,6 +85,8 @@ class ParameterPasses:
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         self._model = model
         self._parameters = dict(parameters)
+        # Those that must require a gradient.
+        self.perturbed = list(parameters.values())
         self._generator = torch.Generator().manual_seed(0)
         self._compared = False
         # Logits of the first example alone, until they have been compared.
@@ -97,12 +97,12 @@ class ParameterPasses:
         self._reached: list[tuple[Site, Tensor]] = []
         self.refused: dict[str, str] = {}
 
-    @property
-    def perturbed(self) -> list[nn.Parameter]:
-        """The parameters that must require a gradient."""
-        return list(self._parameters.values())
+    def bytes_per_example(self, inputs: Inputs, passes: int | None = None) -> int:
+        """Memory that an example takes in so many backward passes; None: in K - 1."""
+        logits = self._first = alone(self._model, inputs)
+        return read_graph(logits, {}).bytes_per_example(passes or logits.shape[1] - 1)
 
-    def _forward(self, inputs: Inputs, rows: Callable[[Tensor], R]) -> Pass[R]:
+    def _forward(self, inputs: Inputs, rows: Callable[[Tensor], Rows]) -> Pass[Rows]:
         self._reached.clear()
         logits = forward(self._model, inputs)
         graph = read_graph(logits, {name: p for name, p in self._parameters.items() if name not in self.refused})
@@ -117,7 +117,7 @@ class ParameterPasses:
         require_differentiable(self._model, inputs, cut, logits.detach(), dtype)
         self._unused.update(cut)
         compared = 0 if self._compared else 1 if len(inputs) < 2 * _FOR_EACH_COMPARED else 2
-        drawn = torch.randn(compared, chosen.count, generator=self._generator, dtype=torch.float64, device="cpu")
+        drawn = torch.randn(compared, len(seeds), generator=self._generator, dtype=torch.float64, device="cpu")
         return Pass(logits, graph, dtype, chosen, seeds, drawn.to(seeds.device))
 
     def _collect_all(
@@ -158,16 +158,25 @@ class ParameterPasses:
             if row is not None and bool(row.any()):
                 refuse(site, "its gradient does not arrive")
 
-    def _by_pytorch(self, inputs: Inputs, batched: Tensor, seed: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """Autograd's gradient of each parameter from a seed ``(1, K)`` for one example alone.
+    def _by_pytorch(
+        self, inputs: Inputs, batched: Tensor, n: int, seed: Tensor, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """Autograd's gradient of each parameter from a seed ``(1, K)`` for example n alone.
 
         The example must have the logits that it has in the batch.
         """
-        logits, self._first = self._first if self._first is not None else alone(self._model, inputs), None
-        require_same(self._model, inputs, logits.detach(), batched, dtype)
+        one, batched = inputs[n : n + 1], batched[n : n + 1]
+        logits, self._first = self._first if self._first is not None else alone(self._model, one), None
+        require_same(self._model, one, logits.detach(), batched, dtype)
         grads = gradients(logits, self.perturbed, seed)
         require_finite_gradients(grads)
-        return grads
+        return dict(zip(self._parameters, grads, strict=True))
+
+    def _refuse(self, names: set[str], reason: str) -> bool:
+        """Send parameters the autograd path; whether one of them did not take it before."""
+        new = names - self.refused.keys()
+        self.refused.update(dict.fromkeys(new, reason))
+        return bool(new)
 
     def _refuse_what_is_missed(self, inputs: Inputs, logits: Tensor, rows: LogitRows, dtype: torch.dtype) -> bool:
         """Whether alone an example has a gradient of a parameter that no gradient reached in the chunk."""
@@ -175,31 +184,37 @@ class ParameterPasses:
         if missed is None:
             return False
         names = {operand.name for site, reached in self._reached if not reached[missed] for operand in site.operands}
-        one = slice(missed, missed + 1)
-        weights = random_weights(rows.count, self._generator).to(logits.device)
-        seed = torch.tensordot(weights, rows[missed].seeds(torch.float64), dims=1).to(logits.dtype)
-        grads = zip(self._parameters, self._by_pytorch(inputs[one], logits[one], seed, dtype), strict=True)
-        wrong = {name for name, grad in grads if name in names - self.refused.keys() and bool(grad.any())}
-        self.refused.update(dict.fromkeys(wrong, "a batch keeps its gradient from an example"))
-        return bool(wrong)
+        seeds = rows.seeds(torch.float64)[:, missed]
+        weights = random_weights(len(seeds), self._generator).to(logits.device)
+        seed = torch.tensordot(weights, seeds, dims=1)[None].to(logits.dtype)
+        grads = self._by_pytorch(inputs, logits, missed, seed, dtype)
+        wrong = {name for name in names if bool(grads[name].any())}
+        return self._refuse(wrong, "a batch keeps its gradient from an example")
 
-    def _rows_of_refused(self, inputs: Inputs, rows: LogitRows, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Gradients ``(m, *shape)`` of the refused parameters for one example, row by row by autograd."""
-        leaves = {name: parameter for name, parameter in self._parameters.items() if name in self.refused}
-        logits = forward(self._model, inputs)
-        seeds, tensors = rows.seeds(logits.dtype), list(leaves.values())
-        rows_of_all = [gradients(logits, tensors, seed) for seed in seeds]
-        found = [torch.stack(made) for made in zip(*rows_of_all, strict=True)]
-        require_finite_gradients(found)
-        if may_be_linear(dtype):
-            for row in _largest(found):
-                for made, doubled in zip(found, gradients(logits, tensors, -2 * seeds[row]), strict=True):
-                    if made.numel():
+    def _rows_of_refused(
+        self, inputs: Inputs, rows: LogitRows, dtype: torch.dtype
+    ) -> Iterator[tuple[int, str, Tensor]]:
+        """Gradients ``(m, *shape)`` of the refused parameters, row by row by autograd, for one example at a time.
+
+        Each with the number of its example and the name of its parameter; one without entries has none.
+        """
+        leaves = {name: p for name, p in self._parameters.items() if name in self.refused and p.numel()}
+        tensors = list(leaves.values())
+        for n in range(len(inputs) if leaves else 0):
+            logits = forward(self._model, inputs[n : n + 1])
+            seeds = rows.seeds(logits.dtype)[:, n : n + 1]
+            rows_of_all = [gradients(logits, tensors, seed) for seed in seeds]
+            found = [torch.stack(made) for made in zip(*rows_of_all, strict=True)]
+            require_finite_gradients(found)
+            if may_be_linear(dtype):
+                for row in _largest(found):
+                    for made, doubled in zip(found, gradients(logits, tensors, -2 * seeds[row]), strict=True):
                         require_doubled(made[row], doubled, logits.dtype)
-            weights = random_weights(len(seeds), self._generator).to(seeds)
-            seed = torch.tensordot(weights, seeds, dims=1)
-            require_additive(tensors, found, gradients(logits, tensors, seed), weights, seed * logits, dtype)
-        yield from zip(leaves, found, strict=True)
+                weights = random_weights(len(seeds), self._generator).to(seeds)
+                seed = torch.tensordot(weights, seeds, dims=1)
+                require_additive(tensors, found, gradients(logits, tensors, seed), weights, seed * logits, dtype)
+            for name, made in zip(leaves, found, strict=True):
+                yield n, name, made
 
     def _announce(self) -> None:
         """Say once which parameters go the slower way."""
@@ -210,7 +225,7 @@ class ParameterPasses:
         _ANNOUNCED.add(key)
         shown = "; ".join(f"{name}: {self.refused[name]}" for name in names[:5])
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        _LOG.warning(
+        logging.getLogger("influence").warning(
             f"{key[0]}: {len(names)} of {len(self._parameters)} parameters have no exact rule and take the slower, "
             f"equally exact autograd path ({shown}{more})"
         )
@@ -249,32 +264,31 @@ class ParameterGrams(ParameterPasses):
         coarsest dtype that occurred.
         """
         made = self._forward(inputs, rows)
-        chosen, dtype, squares = made.rows, made.dtype, []
-        seeds = made.probe_seeds()
-        for n, seed in enumerate(seeds):
-            squares.append(self._squares(inputs[n : n + 1], made.logits[n : n + 1].detach(), seed, dtype))
-        gram = made.seeds.new_zeros(len(inputs), self._blocks, chosen.count, chosen.count, dtype=torch.float64)
+        chosen, dtype, logits, seeds = made.rows, made.dtype, made.logits.detach(), made.probe_seeds()
+
+        def lengths(n: int) -> Tensor:
+            return squared_lengths(self._by_pytorch(inputs, logits, n, seeds[n], dtype).values())
+
+        squares = [lengths(n) for n in range(len(seeds))]
+        count = len(made.seeds)
+        gram = made.seeds.new_zeros(len(inputs), self._blocks, count, count, dtype=torch.float64)
         narrow = NarrowLayer.of(made.logits, chosen)
         if narrow is None:
             quadratic = self._add(made.graph, made.seeds, gram, dtype, made.probes)
         else:
             quadratic = self._through_features(made.graph, narrow, gram, dtype, made.probes)
-        logits = made.logits.detach()
         del made, narrow
-        if squares:
-            self._compared = True
-            if self._refuse_what_differs(torch.stack(squares), quadratic, dtype):
-                require_reproducible(squares[0], self._squares(inputs[:1], logits[:1], seeds[0], dtype), dtype)
-                return self(inputs, rows)
-        if self._refuse_what_is_missed(inputs, logits, chosen, dtype):
+        self._compared = True
+        differs = bool(squares) and self._refuse_what_differs(torch.stack(squares), quadratic, dtype)
+        if differs:
+            require_reproducible(squares[0], lengths(0), dtype)
+        if differs or self._refuse_what_is_missed(inputs, logits, chosen, dtype):
             return self(inputs, rows)
         self._announce()
-        if self.refused:
-            for n in range(len(inputs)):
-                for name, row in self._rows_of_refused(inputs[n : n + 1], chosen[n], dtype):
-                    part = products(row.reshape(1, len(row), -1))[0]
-                    for block in self._of[name]:
-                        gram[n, block] += part
+        for n, name, jacobian in self._rows_of_refused(inputs, chosen, dtype):
+            part = products(jacobian.reshape(1, len(jacobian), -1))[0]
+            for block in self._of[name]:
+                gram[n, block] += part
         return chosen.log_probs, chosen.embed(gram), dtype
 
     def _through_features(
@@ -308,26 +322,22 @@ class ParameterGrams(ParameterPasses):
         self._collect_all(graph, seeds, dtype, take)
         return quadratic
 
-    def _squares(self, inputs: Inputs, batched: Tensor, seed: Tensor, dtype: torch.dtype) -> Tensor:
-        return squared_lengths(self._by_pytorch(inputs, batched, seed, dtype))
-
     def _refuse_what_differs(self, squares: Tensor, quadratic: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
         """Whether a Gram was another than autograd's; a parameter whose gradient no rule met has none."""
         none = squares.new_zeros(len(squares), 3)
         value, size, largest = torch.stack([quadratic.get(name, none) for name in self._parameters], dim=1).unbind(-1)
         limit = 2 * REVERSE[dtype] * torch.maximum(size, squares) + REVERSE[dtype] ** 2 * largest
         right = ((value - squares).abs() <= limit).all(dim=0).tolist()
-        wrong = {name for name, holds in zip(self._parameters, right, strict=True) if not holds} - self.refused.keys()
-        self.refused.update(dict.fromkeys(wrong, "its Gram is not autograd's"))
-        return bool(wrong)
+        wrong = {name for name, holds in zip(self._parameters, right, strict=True) if not holds}
+        return self._refuse(wrong, "its Gram is not autograd's")
 
 
 def _largest(found: Sequence[Tensor]) -> set[int]:
     """The row of each Jacobian ``(m, *shape)`` with its largest entry, which what clips gradients clips first."""
-    return {int(made.abs().argmax()) // made[0].numel() for made in found if made.numel()}
+    return {int(made.abs().argmax()) // made[0].numel() for made in found}
 
 
-def squared_lengths(grads: Sequence[Tensor]) -> Tensor:
+def squared_lengths(grads: Iterable[Tensor]) -> Tensor:
     """Of each of P gradients, ``(P,)`` float64."""
     # To single precision at least; a copy in double would take longer than the gradient.
     wide = [grad.flatten().to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads]

@@ -139,8 +139,6 @@ def vjp(node: Node, grads: Grads, wanted: Sequence[bool], *, over: bool = False)
 def _formula(node: Node, grads: Grads, wanted: Sequence[bool]) -> Grads:
     """The node's own backward formula, for all classes by ``vmap``, or one by one where that does not work."""
     given = {i: grad for i, grad in enumerate(grads) if grad is not None}
-    if not given:
-        return [None] * len(wanted)
     call = node.apply if isinstance(node, torch.autograd.function.BackwardCFunction) else node
 
     def run(row: dict[int, Tensor]) -> dict[int, Tensor]:

@@ -48,7 +48,8 @@ def compare(found: influence.WeightInfluence, expected: dict[str, Tensor], limit
             ours = getattr(found, number)[name]
             assert ours.shape == one.shape and ours.dtype == torch.float64
             gap = torch.where(real | torch.tensor(number != "fi"), (ours - one).abs(), 0.0)
-            scale = max(float(one.abs().max()), floor if number == "gradient" else floor**2)
+            # A gradient that cancels leaves rounding of what cancels: 1e-15 of the largest, which processors do otherwise.
+            scale = max(float(one.abs().max()), 1e3 * floor if number == "gradient" else floor**2)
             assert float(gap.max()) <= limit * scale, (name, number)
 
 

@@ -51,6 +51,16 @@ def table(columns: Mapping[str, Tensor]) -> pd.DataFrame:
     return pd.DataFrame({name: value.flatten().numpy() for name, value in zip(columns, values, strict=True)})
 
 
+def score_gradient(model: nn.Module, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Gradient of log P of a label in each image, or of the predicted class, in the shape of x, and log P (N, K)."""
+    leaf = x.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        log_p = F.log_softmax(model(leaf).double(), dim=1)
+        chosen = log_p.amax(1) if labels is None else log_p.gather(1, labels[:, None])
+        (gradient,) = torch.autograd.grad(chosen.sum(), leaf)
+    return gradient, log_p.detach()
+
+
 def released_at_full_rank(probs: np.ndarray, label: int | np.ndarray, *, epsilon: float = 1e-3) -> np.ndarray:
     r"""What the released code computes where no direction is cut, from the probabilities alone.
 

@@ -37,14 +37,16 @@ def compute(run: Run) -> dict[str, pd.DataFrame]:
         "attacks", one row per seed, arm, attack ("fgsm" or "pgd": 10 steps of epsilon / 4, random start) and epsilon:
         accuracy, n (images).
     """
-    name, model, epsilons = (run.parameters[key] for key in ("dataset", "model", "epsilons"))
-    split = dataset(run, name).test.sample(run.parameters["images"])
+    chosen = run.parameters
+    name, model, epsilons = (chosen[key] for key in ("dataset", "model", "epsilons"))
+    split = dataset(run, name).test.sample(chosen["images"])
     certificates, attacked = [], []
-    arms = comparison.standard(run.parameters)
+    arms = comparison.standard(chosen)
     publish = run.profile == COMMITTED
     for seed, arm, trained in comparison.networks(run, name, arms, task="certificates and attacks", publish=publish):
         of: dict[str, Any] = {"seed": seed, "arm": arm, "n": len(split)}
-        certificates.append(_certificates(run, trained, split, seed).assign(**of))
+        found = scored(run, f"certified/{name}-{model}", _certified, trained, split, seed=seed, **_setting(chosen))
+        certificates.append(_shares(found, split, chosen["radii"]).assign(**of))
         tried = scored(run, f"attacked/{name}-{model}", _attacked, trained, split, seed=seed, epsilons=epsilons)
         attacked.append(tried.assign(**of))
     return {
@@ -69,19 +71,13 @@ def again(run: Run, examples: pd.DataFrame, *, table: str) -> pd.DataFrame:
     return comparison.again(run, chosen["dataset"], comparison.standard(chosen), examples, rows)
 
 
-def _certificates(run: Run, trained: training.Trained, split: Split, seed: int) -> pd.DataFrame:
-    """One row per radius: radius, certified, abstained, mean_radius."""
-    chosen = run.parameters
-    name = f"certified/{chosen['dataset']}-{chosen['model']}"
-    return _shares(scored(run, name, _certified, trained, split, seed=seed, **_setting(chosen)), split, chosen["radii"])
-
-
 def _setting(parameters: Mapping[str, Any]) -> dict[str, Any]:
     named = {name: parameters[name] for name in ("select", "estimate", "level")}
     return {"sigma": parameters["smoothing_sigma"], **named}
 
 
 def _shares(found: pd.DataFrame, split: Split, radii: Sequence[float]) -> pd.DataFrame:
+    """One row per radius: radius, certified, abstained, mean_radius."""
     right, radius = found["predicted"].to_numpy() == split.labels.numpy(), found["radius"].to_numpy()
     shares = [float((right & (radius >= r)).mean()) for r in radii]
     return pd.DataFrame({"radius": radii, "certified": shares}).assign(
@@ -160,8 +156,7 @@ def draw(table: pd.DataFrame, *, images: int) -> Figure:
             colour = tint[str(arm)]
             axes.plot(group["strength"], group["value"], "o-", color=colour, markersize=3, label=label(str(arm)))
             axes.fill_between(group["strength"], group["low"], group["high"], color=colour, alpha=0.15, linewidth=0)
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
+        axes.set(xlabel=x, ylabel=y)
     panels[0].set_ylim(-0.02, 1.05)
     seeds = int(table["seeds"].iloc[0])
     over = f"over {seeds} seeds, {images:,} images"

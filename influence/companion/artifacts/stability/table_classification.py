@@ -65,8 +65,7 @@ def draw(table: pd.DataFrame) -> Figure:
         group = table[(table["dataset"] == name) & (table["at"] == 1)]
         comparison.bars(axes, group, across="distortion", value="precision")
         axes.set_title(f"{style.name(name)}: mean and 95% interval, {int(group['seeds'].iloc[0])} seeds")
-        axes.set_ylabel("precision@1")
-        low = max(0.0, float(group["low"].min()) - 0.02)
-        axes.set_ylim(low, min(1.0, float(group["high"].max()) + 0.02))
+        low, high = max(0.0, float(group["low"].min()) - 0.02), min(1.0, float(group["high"].max()) + 0.02)
+        axes.set(ylim=(low, high), ylabel="precision@1")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return figure

@@ -262,7 +262,7 @@ _RELEASED = ("released_1e-8", "released_1e-3")
 _SMALL = dict.fromkeys(("released", *_RELEASED), 1e-12)
 _FI = partial(Audit, jumps=_JUMPS, atol=_SMALL)
 _SUSPICION = partial(Audit, jumps=(*_JUMPS, *_RELEASED), atol=_SMALL)
-_SETUP3 = {"scores": _FI((*_IMAGE, "part"), _both_parts)}
+_SETUP3 = {"scores": _FI((*_IMAGE, "part"), _both_parts, others=("position",))}
 # Of ten thousand images one may change sides.
 _RUNS = {name: 1.1e-4 for name in ("precision_at_1", "precision_at_5")}
 _CELL = ("seed", "arm", "distortion")

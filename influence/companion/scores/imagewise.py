@@ -187,7 +187,7 @@ def _from_metric(metric: influence.MetricTensor, y: Tensor) -> dict[str, Tensor]
 
 
 def predicted_class_scores(model: nn.Module, split: Split, epsilon: float, device: torch.device) -> pd.DataFrame:
-    """FI of the whole image for f = -log P(y_pred), exact and released, and the loss, for each image of a split."""
+    """FI of the whole image for f = -log P(y_pred), exact and released, and the losses, for each image of a split."""
     parts = []
     for rows, x, y in chunks(split, _CHUNK, device, "FI of the predicted class"):
         metric = influence.metric_tensor(model, x, wrt="input")
@@ -198,8 +198,10 @@ def predicted_class_scores(model: nn.Module, split: Split, epsilon: float, devic
             "image": split.index[rows],
             "label": y,
             "predicted": exact.labels,
+            "p_predicted": metric.log_probs.amax(1).exp(),
             # log1p of the ceiling is -log P with all of its digits, also where P is within 1e-16 of 1.
             "loss": true.ceiling.log1p(),
+            "margin": exact.ceiling.log1p(),
             "ceiling": exact.ceiling,
             "exact": exact.fi[:, 0],
             "released": released.fi[:, 0],
@@ -207,7 +209,9 @@ def predicted_class_scores(model: nn.Module, split: Split, epsilon: float, devic
             "near_cut": (exact.near_cut | released.near_cut)[:, 0],
         }
         parts.append(table(values))
-    return pd.concat(parts, ignore_index=True)
+    frame = pd.concat(parts, ignore_index=True)
+    frame["position"] = positions(frame["label"].to_numpy())
+    return frame
 
 
 def positions(labels: np.ndarray) -> np.ndarray:

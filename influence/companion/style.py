@@ -107,13 +107,9 @@ def apply() -> None:
             "pdf.fonttype": 42,
         }
     )
-    _show_figures()
-
-
-def _show_figures() -> None:
-    """Let a notebook show a Figure that ends a cell as a PNG, which IPython does by itself for pyplot's only."""
     from IPython import get_ipython
 
+    # A notebook shows a Figure that ends a cell as a PNG; IPython does so by itself for pyplot's only.
     if (shell := get_ipython()) is not None:
         shell.display_formatter.formatters["image/png"].for_type(Figure, small_png)
 

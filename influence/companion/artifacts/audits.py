@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,19 +22,14 @@ from ..scores.layerwise import score_layers
 from ..zoo import finetuning, pretrained, published, recipes, training
 from .beyond import table_one_metric, table_stability_family
 from .bridge import fig_trace
-from .common import Network, Subject, classifier, dataset, groups, named, networks
+from .common import Network, Subject, classifier, dataset, groups, named
 from .sensitivity import fig_label_noise, fig_vulnerable_areas
 from .sensitivity.common import ceiling_check
 from .sensitivity.fig_layers import by_definition
 from .sensitivity.fig_outlier_ranking import called, score_images
 from .sensitivity.fig_what_fi_measures import EPSILON, unit_factors
 from .sensitivity.table_accuracy import quality
-from .stability import (
-    comparison,
-    fig_alpha_sigma,
-    fig_generalisation,
-    table_certified,
-)
+from .stability import comparison, fig_alpha_sigma, fig_generalisation, table_certified
 
 
 def _require(recipe: recipes.Recipe) -> None:
@@ -59,25 +54,20 @@ def _named(run: Run, name: str) -> Network:
     return named(run, name)
 
 
-def _by_network(
-    run: Run, examples: pd.DataFrame, *, part: str = "train"
-) -> Iterator[tuple[Subject, Split, dict[str, Any]]]:
-    """For each network (and part, else this one) that examples name: it, their images, the columns that name it."""
+def _each(
+    run: Run, examples: pd.DataFrame, score: Callable[[Subject, Split], pd.DataFrame], *, part: str = "train"
+) -> pd.DataFrame:
+    """What `score` makes of each network and its images (of a part, else of this one) that examples name."""
+    frames = []
     names = [name for name in ("dataset", "model", "seed", "part") if name in examples]
     for about, group in groups(examples, *names):
         data, model, seed = about["dataset"], about["model"], int(about["seed"])
         if f"{model}-{data}" not in pretrained.NAMES:
             _require(recipes.recipe(run.profile, data, model, seed=seed))
         subject = Subject(classifier(run, data, model, seed=seed), dataset(run, data), model, seed)
-        yield subject, _having(getattr(subject.dataset, about.get("part", part)), group["image"]), about
-
-
-def _each(
-    run: Run, examples: pd.DataFrame, score: Callable[[Subject, Split], pd.DataFrame], *, part: str = "train"
-) -> pd.DataFrame:
-    """What `score` makes of each network and the images that examples name, with the columns that name it."""
-    found = _by_network(run, examples, part=part)
-    return pd.concat(score(subject, split).assign(**about) for subject, split, about in found)
+        split = _having(getattr(subject.dataset, about.get("part", part)), group["image"])
+        frames.append(score(subject, split).assign(**about))
+    return pd.concat(frames)
 
 
 def _anew(
@@ -111,9 +101,7 @@ def _all_parameters(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
 
 
 def _definitions_of_layers(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
-    list(_by_network(run, examples))  # refuses a network that is not published
-    subject = next(networks(run))
-    return by_definition(subject, images=2, layers=6, device=run.device).assign(**subject.columns)
+    return _each(run, examples, lambda subject, _: by_definition(subject, images=2, layers=6, device=run.device))
 
 
 def _suspicion(run: Run, model: nn.Module, split: Split) -> pd.DataFrame:
@@ -147,12 +135,9 @@ def _before_fine_tuning(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
 
 def _accuracies(run: Run, examples: pd.DataFrame) -> pd.DataFrame:
     frames = []
-    for row in examples.to_dict("records"):
-        about = {str(column): value for column, value in row.items()}
-        name = str(about["network"])
-        if name not in pretrained.NAMES:
-            name = f"{name}-{about['seed']}"
-        network, part = _named(run, name), str(about["part"])
+    for about, _ in groups(examples, "network", "dataset", "seed", "part"):
+        name, part = about["network"], about["part"]
+        network = _named(run, name if name in pretrained.NAMES else f"{name}-{about['seed']}")
         split = network.parts[part]
         sample = split if part == "test" else split.sample(run.parameters["images"] or None)
         frame = quality(network.model, sample, run.device)
@@ -277,7 +262,7 @@ _RELEASED = ("released_1e-8", "released_1e-3")
 _SMALL = dict.fromkeys(("released", *_RELEASED), 1e-12)
 _FI = partial(Audit, jumps=_JUMPS, atol=_SMALL)
 _SUSPICION = partial(Audit, jumps=(*_JUMPS, *_RELEASED), atol=_SMALL)
-_SETUP3 = {"scores": _FI((*_IMAGE, "part"), _both_parts)}
+_SETUP3 = {"scores": _FI((*_IMAGE, "part"), _both_parts, others=("position",))}
 # Of ten thousand images one may change sides.
 _RUNS = {name: 1.1e-4 for name in ("precision_at_1", "precision_at_5")}
 _CELL = ("seed", "arm", "distortion")

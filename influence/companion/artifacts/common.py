@@ -103,6 +103,17 @@ def over_seeds(group: pd.DataFrame, column: str, *, of: str = "") -> Estimate:
     return max(over_networks(group[column], of), over_images, key=lambda e: e.high - e.low)
 
 
+def estimates(
+    rows: pd.DataFrame, column: str, ends: str | None = None, *, of: str, n: str = "images"
+) -> list[Estimate]:
+    """A column with its interval, an estimate for each row; `of` is filled in from the row, `ends` as in `columns`."""
+    ends = f"{column}_" if ends is None else ends
+    return [
+        Estimate(row[column], row[f"{ends}low"], row[f"{ends}high"], row[n], of.format_map(row))
+        for row in rows.to_dict("records")
+    ]
+
+
 def over_networks(values: ArrayLike, of: str = "", *, within: float = np.inf) -> Estimate:
     """An estimate from one value for each network: their mean with its 95% t interval.
 

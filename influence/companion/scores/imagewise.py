@@ -51,6 +51,16 @@ def table(columns: Mapping[str, Tensor]) -> pd.DataFrame:
     return pd.DataFrame({name: value.flatten().numpy() for name, value in zip(columns, values, strict=True)})
 
 
+def score_gradient(model: nn.Module, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Gradient of log P of a label in each image, or of the predicted class, in the shape of x, and log P (N, K)."""
+    leaf = x.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        log_p = F.log_softmax(model(leaf).double(), dim=1)
+        chosen = log_p.amax(1) if labels is None else log_p.gather(1, labels[:, None])
+        (gradient,) = torch.autograd.grad(chosen.sum(), leaf)
+    return gradient, log_p.detach()
+
+
 def released_at_full_rank(probs: np.ndarray, label: int | np.ndarray, *, epsilon: float = 1e-3) -> np.ndarray:
     r"""What the released code computes where no direction is cut, from the probabilities alone.
 
@@ -177,7 +187,7 @@ def _from_metric(metric: influence.MetricTensor, y: Tensor) -> dict[str, Tensor]
 
 
 def predicted_class_scores(model: nn.Module, split: Split, epsilon: float, device: torch.device) -> pd.DataFrame:
-    """FI of the whole image for f = -log P(y_pred), exact and released, and the loss, for each image of a split."""
+    """FI of the whole image for f = -log P(y_pred), exact and released, and the losses, for each image of a split."""
     parts = []
     for rows, x, y in chunks(split, _CHUNK, device, "FI of the predicted class"):
         metric = influence.metric_tensor(model, x, wrt="input")
@@ -188,8 +198,10 @@ def predicted_class_scores(model: nn.Module, split: Split, epsilon: float, devic
             "image": split.index[rows],
             "label": y,
             "predicted": exact.labels,
+            "p_predicted": metric.log_probs.amax(1).exp(),
             # log1p of the ceiling is -log P with all of its digits, also where P is within 1e-16 of 1.
             "loss": true.ceiling.log1p(),
+            "margin": exact.ceiling.log1p(),
             "ceiling": exact.ceiling,
             "exact": exact.fi[:, 0],
             "released": released.fi[:, 0],
@@ -197,7 +209,9 @@ def predicted_class_scores(model: nn.Module, split: Split, epsilon: float, devic
             "near_cut": (exact.near_cut | released.near_cut)[:, 0],
         }
         parts.append(table(values))
-    return pd.concat(parts, ignore_index=True)
+    frame = pd.concat(parts, ignore_index=True)
+    frame["position"] = positions(frame["label"].to_numpy())
+    return frame
 
 
 def positions(labels: np.ndarray) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -79,15 +81,11 @@ def rounding_scores(model: nn.Module, split: Split, *, bits: int, device: torch.
     log_p, rows = F.log_softmax(before.double(), dim=1), []
     weights = [(name, w) for name, w in model.named_parameters() if w.ndim > 1]
     for name, weight in progress_bar(weights, desc="rounding", unit="layer", leave=False):
-        kept = weight.detach().clone()
-        with torch.no_grad():
-            weight.copy_(rounded(kept, bits))
-            error = float((weight - kept).double().square().mean())
-        try:
+        nearest = rounded(weight.detach(), bits)
+        error = float((nearest - weight.detach()).double().square().mean())
+        with restored([weight]), torch.no_grad():
+            weight.copy_(nearest)
             after = training.predict(model, split.images, device=device)
-        finally:
-            with torch.no_grad():
-                weight.copy_(kept)
         log_q = F.log_softmax(after.double(), dim=1)
         row = {"layer": name.rpartition(".")[0], "error": error}
         row["divergence"] = float(kl(log_p, log_q).mean())
@@ -95,6 +93,18 @@ def rounding_scores(model: nn.Module, split: Split, *, bits: int, device: torch.
         hits = [float((logits.argmax(dim=1) == labels).double().mean()) for logits in (before, after)]
         rows.append(row | {"lost": hits[0] - hits[1]})
     return pd.DataFrame(rows)
+
+
+@contextmanager
+def restored(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Weights may be changed within; they are what they were after it."""
+    before = [w.detach().clone() for w in weights]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for w, old in zip(weights, before, strict=True):
+                w.copy_(old)
 
 
 def rounded(weight: Tensor, bits: int) -> Tensor:

@@ -13,7 +13,7 @@ import influence
 
 from ..images.data import Split
 from ..zoo import training
-from .imagewise import chunks, table
+from .imagewise import chunks, score_gradient, table
 
 SIZES = (1, 3, 5, 7)
 STEPS = (8, 32)  # grey levels
@@ -88,10 +88,7 @@ def rankings(model: nn.Module, x: Tensor, *, epsilon: float, noise: Tensor) -> t
     metric = influence.metric_tensor(model, x, wrt=influence.Patches(size=1))
     exact = influence.first_order_influence(metric)
     released = influence.first_order_influence(metric, estimator=influence.Released(epsilon=epsilon))
-    leaf = x.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        log_p = F.log_softmax(model(leaf).double(), dim=1)
-        (gradient,) = torch.autograd.grad(log_p.amax(1).sum(), leaf)
+    gradient, log_p = score_gradient(model, x)
     found = {
         "exact": exact.fi.view(x.shape),
         "released": released.fi.view(x.shape),
@@ -102,7 +99,7 @@ def rankings(model: nn.Module, x: Tensor, *, epsilon: float, noise: Tensor) -> t
         name: score + 1e-9 * noise * score.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-300)
         for name, score in found.items()
     }
-    return ranked | {"random": noise}, gradient, log_p.detach()
+    return ranked | {"random": noise}, gradient, log_p
 
 
 def top_entries(score: Tensor, count: int) -> Tensor:

@@ -15,8 +15,8 @@ from influence.progress import progress_bar
 
 from ..images.data import Split
 from ..zoo import training
-from .imagewise import chunks
-from .layerwise import rounded
+from .imagewise import chunks, score_gradient
+from .layerwise import restored, rounded
 
 TREATMENTS = ("set to 0", "4 bits")
 _CHUNK = 16
@@ -108,10 +108,7 @@ def occlusions(
 def pixel_rankings(model: nn.Module, x: Tensor, *, generator: torch.Generator) -> dict[str, Tensor]:
     """Scores ``(N, H W)`` of the pixels of images, all channels of one together."""
     metric = influence.metric_tensor(model, x, wrt=influence.Patches(size=1, per_channel=False))
-    leaf = x.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        log_p = F.log_softmax(model(leaf).double(), dim=1)
-        (gradient,) = torch.autograd.grad(log_p.amax(1).sum(), leaf)
+    gradient, _ = score_gradient(model, x)
     return {
         "exact": influence.first_order_influence(metric).alignment,
         "saliency": gradient.double().norm(dim=1).flatten(1),
@@ -129,20 +126,15 @@ def weights(model: nn.Module) -> dict[str, nn.Parameter]:
 def without(model: nn.Module, chosen: Tensor, treatment: str) -> Iterator[None]:
     """The network without some entries of the vector of all its weights."""
     changing = list(weights(model).values())
-    before = [w.detach().clone() for w in changing]
     mask = torch.zeros(sum(w.numel() for w in changing), dtype=torch.bool, device=chosen.device)
     mask[chosen] = True
     parts = mask.split([w.numel() for w in changing])
-    try:
+    with restored(changing):
         with torch.no_grad():
             for w, part in zip(changing, parts, strict=True):
                 changed = rounded(w, 4) if treatment == "4 bits" else torch.zeros_like(w)
                 w.copy_(torch.where(part.view_as(w), changed, w))
         yield
-    finally:
-        with torch.no_grad():
-            for w, old in zip(changing, before, strict=True):
-                w.copy_(old)
 
 
 @torch.no_grad()

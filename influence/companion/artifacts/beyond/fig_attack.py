@@ -20,10 +20,10 @@ from ...ledger.reference import Estimate
 from ...ledger.results import Run
 from ...scores import swarm
 from ...scores.detection import bootstrap_interval, columns, share_interval
-from ...scores.imagewise import chunks, table
+from ...scores.imagewise import chunks, score_gradient, table
 from ...scores.pixelwise import top_entries
 from ...zoo import training
-from ..common import Subject, groups, networks, scored
+from ..common import Subject, estimates, groups, networks, scored
 
 PUBLISHED = "published"  # every value that passes the threshold
 CHOICES = {
@@ -99,12 +99,11 @@ def attacked(
     *,
     share: float,
     reach: float,
-    particles: int,
-    steps: int,
     seed: int,
     device: torch.device,
+    **search: int,
 ) -> pd.DataFrame:
-    """What the swarm finds for each choice and image; `compute` says what the columns are.
+    """What `swarm.minimise` finds for each choice and image; `compute` says what the columns are.
 
     Besides, of the published choice: bytes, the moved image as `pictures.packed` has it; None for the others.
     """
@@ -128,7 +127,7 @@ def attacked(
             low, high = (-255 * reach * mask).maximum(-flat), (255 * reach * mask).minimum(255 - flat)
             # The same draws for every choice.
             draws = torch.Generator(device).manual_seed(training.mixed_seed(seed, 70_000, int(rows[0])))
-            moves, _ = swarm.minimise(margin, low, high, particles=particles, steps=steps, generator=draws)
+            moves, _ = swarm.minimise(margin, low, high, generator=draws, **search)
             moved = x + moves.view_as(x)
             with torch.no_grad():
                 after = model(moved).argmax(1)
@@ -148,10 +147,7 @@ def ranked(model: nn.Module, x: Tensor, *, generator: torch.Generator) -> tuple[
     metric = influence.metric_tensor(model, x, wrt=influence.Patches(size=1))
     predicted, target = metric.log_probs.topk(2, dim=1).indices.T
     fi = influence.first_order_influence(metric, target).fi
-    leaf = x.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        log_p = F.log_softmax(model(leaf).double(), dim=1).gather(1, target[:, None])
-        (gradient,) = torch.autograd.grad(log_p.sum(), leaf)
+    gradient, _ = score_gradient(model, x, target)
     chance = torch.rand(fi.shape, generator=generator, device=fi.device, dtype=fi.dtype)
     found = {"fi": fi, "saliency": gradient.flatten(1).abs().double(), "trace": metric.trace(), "random": chance}
     return predicted, target, found
@@ -191,15 +187,10 @@ def claims(found: pd.DataFrame) -> dict[str, list[Estimate]]:
         "threshold_passes": (PUBLISHED, "passing"),
         "published_choice_changes": (PUBLISHED, "changed"),
     }
-    claimed: dict[str, list[Estimate]] = {}
+    claimed = {}
     for item, (choice, value) in wanted.items():
-        prefix = "" if value == "changed" else f"{value}_"
-        claimed[item] = [
-            Estimate(
-                row[value], row[f"{prefix}low"], row[f"{prefix}high"], row["images"], f"{row['dataset']} {row['model']}"
-            )
-            for row in found[found["choice"] == choice].to_dict("records")
-        ]
+        ends = "" if value == "changed" else None
+        claimed[item] = estimates(found[found["choice"] == choice], value, ends, of="{dataset} {model}")
     return claimed
 
 

@@ -131,11 +131,7 @@ def correlations(measures: pd.DataFrame) -> pd.DataFrame:
     for (seed, l2), group in measures[measures["of"] == "training"].groupby(["seed", "l2"]):
         wide = group.pivot(index="image", columns="quantity", values=["size", "signed"])
         for name in PREDICTORS:
-            found = {
-                kind: float(spearman(wide[kind, name], wide[kind, "change"]))
-                for kind in ("size", "signed")
-                if kind == "size" or name in SIGNED
-            }
+            found = {kind: float(spearman(wide[kind, name], wide[kind, "change"])) for kind in ("size", "signed")}
             rows.append(pd.DataFrame([{"seed": seed, "l2": l2, "quantity": name, "among": TOTAL, **found}]))
     return pd.concat(rows, ignore_index=True)
 

@@ -53,10 +53,9 @@ def table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """
     rows = []
     for what, changes in _changes(tables).items():
-        counted = "weights" if what == "weights" else "pixels"
         for about, group in groups(changes, "treatment", "ranking", "share"):
             row = {"what": what, **about, "networks": len(group)}
-            row |= {"images": int(group["images"].iloc[0]), "count": int(group[counted].iloc[0])}
+            row |= {"images": int(group["images"].iloc[0]), "count": int(group[what].iloc[0])}
             for column in ("lost", "risen"):
                 row |= columns(column, mean_interval(group[column]))
             rows.append(row)

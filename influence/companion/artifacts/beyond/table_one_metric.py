@@ -29,7 +29,7 @@ from ...scores.detection import Interval, columns, detection, spearman, spearman
 from ...scores.evaluation import mean_interval
 from ...zoo import finetuning, pretrained, recipes, training
 from ...zoo.recipes import RecipeError
-from ..common import Network, groups, named, scored
+from ..common import Network, estimates, groups, named, scored
 from .table_stability_family import arms
 
 WORST = "worst_direction"
@@ -277,7 +277,7 @@ def claims(found: pd.DataFrame, table: pd.DataFrame, ranked: pd.DataFrame) -> di
       lambda_max_ranks_networks, mean_lambda_max_ranks_kinds and error_ranks_kinds stand beside it.
     * fi_orders_as_the_loss: no AUROC of FI is further than 1e-9 from that of the loss.
     """
-    of, metric = "difference", ("trace", "lambda_max")
+    metric = ("trace", "lambda_max")
     pgd = [task for task in table["task"].unique() if task.startswith("PGD")]
     asked = {
         "wrong_labels_need_the_label": ([LABELS], metric),
@@ -289,24 +289,13 @@ def claims(found: pd.DataFrame, table: pd.DataFrame, ranked: pd.DataFrame) -> di
     }
     claimed: dict[str, bool | list[Estimate]] = {}
     for item, (tasks, measures) in asked.items():
-        rows = table[table["task"].isin(tasks) & table["score"].isin(measures)].to_dict("records")
-        if rows:
-            claimed[item] = [
-                Estimate(
-                    row[of],
-                    row[f"{of}_low"],
-                    row[f"{of}_high"],
-                    row["kinds"],
-                    f"{row['task']}, {row['score']}",
-                    df=row["kinds"] - 1 or None,
-                )
-                for row in rows
-            ]
+        rows = table[table["task"].isin(tasks) & table["score"].isin(measures)]
+        if len(rows):
+            less = estimates(rows, "difference", of="{task}, {score}", n="kinds")
+            claimed[item] = [replace(e, df=e.n - 1 or None) for e in less]
     for measure, unit in _RANKED:
-        rows = ranked[(ranked["measure"] == measure) & (ranked["unit"] == unit)].to_dict("records")
-        claimed[f"{measure}_ranks_{unit}"] = [
-            Estimate(row["spearman"], row["low"], row["high"], row["n"], row["attack"]) for row in rows
-        ]
+        rows = ranked[(ranked["measure"] == measure) & (ranked["unit"] == unit)]
+        claimed[f"{measure}_ranks_{unit}"] = estimates(rows, "spearman", "", of="{attack}", n="n")
     values = found.pivot(index=["task", "network"], columns="score", values="auroc")
     claimed["fi_orders_as_the_loss"] = bool(((values["exact"] - values["loss"]).abs() <= 1e-9).all())
     return claimed

@@ -22,7 +22,7 @@ from ...ledger.results import Run
 from ...scores.detection import columns
 from ...scores.evaluation import mean_interval
 from ...zoo import training
-from ..common import dataset, groups, named, over_networks, scored
+from ..common import dataset, estimates, groups, named, over_networks, scored
 from ..overview import divergence
 from ..stability import comparison
 from ..stability.comparison import colours, label
@@ -202,10 +202,7 @@ def claims(
     whole = reached[reached["third"] == "all"]
     there = reached[reached["sigma"] == sigma]
     departures = {
-        name: [
-            Estimate(row["median"], row["low"], row["high"], row["images"], row["network"])
-            for row in there[there["third"] == third].to_dict("records")
-        ]
+        f"departure_{name}": estimates(there[there["third"] == third], "median", "", of="{network}")
         for name, third in (("at_the_training_noise", "all"), ("of_the_surest_third", CONFIDENCE[-1]))
     }
     least = whole.loc[whole["sigma"] == whole["sigma"].min(), "median"]
@@ -215,7 +212,7 @@ def claims(
     logs = _logs(once, arm, "trace")
     return {
         "loss_is_the_quadratic_form": bool(((least - 1).abs() <= 0.01).all()),
-        **{f"departure_{name}": estimates for name, estimates in departures.items()},
+        **departures,
         "ratio_of_traces": _ratio(logs.groupby(level="seed").mean()),
         "ratio_of_mean_traces": _ratio(np.log(means[arm] / means[comparison.CONTROL])),
         "ratio_of_traces_by_confidence": _by_confidence(once, arm),

@@ -52,6 +52,10 @@ MEASURES = {
 }
 
 
+# Of the scores of an image: what the rest follows from.
+_PUBLISHED = ["image", "label", "predicted", "loss", "ceiling", "exact", "released", "rank"]
+
+
 def predicted_influence(run: Run) -> dict[str, pd.DataFrame]:
     """Setup 3: FI of the whole image, f = -log P(y_pred), for training and test images of each network.
 
@@ -70,7 +74,7 @@ def both_parts(run: Run, network: Subject, *, images: int | None, epsilon: float
     for part, split in (("train", network.dataset.train), ("test", network.dataset.test)):
         sample, name = split.sample(images, seed=network.seed), f"setup3/{network.name}-{part}"
         frame = scored(run, name, predicted_class_scores, network.trained, sample, epsilon=epsilon)
-        frames.append(frame.drop(columns="near_cut").assign(part=part, **network.columns))
+        frames.append(frame[_PUBLISHED].assign(part=part, **network.columns))
     return pd.concat(frames, ignore_index=True)
 
 

@@ -231,11 +231,10 @@ def draw_by_class(whole: pd.DataFrame) -> Figure:
     for row, (name, model, group) in zip(grid, groups, strict=True):
         for axes, column in zip(row, ("released", "released", "exact"), strict=True):
             manhattan(axes, group["position"], group[column], group["label"])
-        row[0].set_ylim(0)
         zoom = float(np.quantile(group["released"], 0.9)) or float(group["released"].max())
+        row[0].set(ylim=(0, None), ylabel=f"{name}\n{model}\nFI of all parameters")
         row[1].set_ylim(0, zoom if zoom > 0 else 1)
         row[2].set_yscale("log")
-        row[0].set_ylabel(f"{name}\n{model}\nFI of all parameters")
         for axes, title in zip(row, ("as released", "as released, lower 90%", "exact (log scale)"), strict=True):
             axes.set_title(f"{title}, {len(group)} images", fontsize=8)
             axes.set_xlabel("class")
@@ -304,9 +303,7 @@ def draw_rounded(rounded: pd.DataFrame) -> Figure:
                 axes.plot(part[column], part["divergence"], label=str(kind), **look)
             order = spearman(group[column], group["divergence"])
             axes.set_title(f"Spearman {order:.2f}, {len(group)} layers", fontsize=8)
-            axes.set_yscale("log")
-            if column != "released_share":
-                axes.set_xscale("log")
+            axes.set(xscale="linear" if column == "released_share" else "log", yscale="log")
             if column == "predicted":
                 ends = [min(group[column]), max(group[column])]
                 axes.plot(ends, ends, color="0.5", linewidth=0.8, linestyle="--")

@@ -170,8 +170,8 @@ def draw_curves(points: pd.DataFrame, table: pd.DataFrame, state: str) -> Figure
                 x, y = lines.loc[score, "x"], lines.loc[score, "y"]
                 front = 3 if score == "loss" else 2  # dots on the line of exact FI
                 axes.plot(x, y, color=colour, linestyle=dashes, label=style.name(score), zorder=front)
-        row[0].set(xlim=(-0.005, _FALSE), ylim=(0.5, 1.01))
-        row[0].set(xlabel="false positive rate", ylabel=f"{style.name(model)}\ntrue positive rate")
+        row[0].set(xlim=(-0.005, _FALSE), ylim=(0.5, 1.01), xlabel="false positive rate")
+        row[0].set_ylabel(f"{style.name(model)}\ntrue positive rate")
         row[1].set(xlim=(0.5, 1.01), ylim=(-0.01, 1.02), xlabel="recall", ylabel="precision (1 outlier in 21)")
         counts = f"{first['outliers']} outliers, {first['images']} training images"
         row[0].set_title(f"ROC, {state} fine-tuning, one network:\n{counts}", fontsize=8)

@@ -317,13 +317,12 @@ def _say_flat(axes: Axes, values: np.ndarray, column: str) -> None:
 
 def draw_intervention(table: pd.DataFrame) -> Figure:
     """Fall of P when each ranking's first entries are changed in each way, with 95% intervals; first seed."""
-    first = table[table["seed"] == table["seed"].min()]
-    groups = list(first.groupby(["dataset", "model"], sort=False))
-    changes = list(first["change"].unique())
+    shown = style.first_seed(table)
+    changes = list(table["change"].unique())
     figure, grid = style.subplots(
-        len(groups), len(changes), height=0.5 + 2.0 * len(groups), width=1.25, squeeze=False, sharey="row"
+        len(shown), len(changes), height=0.5 + 2.0 * len(shown), width=1.25, squeeze=False, sharey="row"
     )
-    for row, ((name, model), group) in zip(grid, groups, strict=True):
+    for row, (name, model, group) in zip(grid, shown, strict=True):
         targets = group[["target", "count"]].drop_duplicates().to_numpy().tolist()
         rankings = list(group["ranking"].unique())
         for axes, change in zip(row, changes, strict=True):
@@ -334,11 +333,11 @@ def draw_intervention(table: pd.DataFrame) -> Figure:
                 axes.errorbar(x, part["drop"], yerr=style.error_bars(part, "drop"), label=style.name(ranking), **look)
             axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
             axes.set_xticks(range(len(targets)), [_target(*target) for target in targets], fontsize=7, rotation=20)
-        row[0].set_ylabel(f"{style.name(name)}\n{style.name(model)}\nfall of P")
+        row[0].set_ylabel(f"{name}\n{model}\nfall of P")
     for axes, change in zip(grid[0], changes, strict=True):
         axes.set_title("to the farther end" if change == "farther" else f"{change} grey levels", fontsize=8)
     figure.suptitle(
-        f"{first['images'].iloc[0]} test images of each data set, 95% bootstrap intervals over them", fontsize=9
+        f"{table['images'].iloc[0]} test images of each data set, 95% bootstrap intervals over them", fontsize=9
     )
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7)
     return figure

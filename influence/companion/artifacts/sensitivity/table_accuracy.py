@@ -106,8 +106,8 @@ def draw(table: pd.DataFrame) -> Figure:
             left.plot(gates["gate"], rows, "|", color="#D55E00", markersize=14, markeredgewidth=2, label="gate (test)")
         left.set_yticks(range(len(networks)), [style.network(network) for network in networks])
         left.set(ylim=(len(networks) - 0.5, -0.5), xlabel="accuracy")
-        right.set_xlabel("expected calibration error")
-        right.set_xlim(left=0)  # no error: the confidences can be taken at their word
+        # No error: the confidences can be taken at their word.
+        right.set(xlim=(0, None), xlabel="expected calibration error")
         left.set_title(style.name(name), loc="left")
         right.tick_params(labelleft=False)
     legends = [axes.get_legend_handles_labels() for axes in panels[:, 0]]

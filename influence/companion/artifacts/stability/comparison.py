@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache as remember
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.image import AxesImage
 from numpy.typing import ArrayLike
+from torch import Tensor
 
 from influence.progress import progress_bar
 
@@ -26,7 +28,7 @@ from ...scores.detection import columns
 from ...scores.evaluation import mean_interval
 from ...zoo import finetuning, recipes, training
 from ...zoo.finetuning import Arm
-from ..common import dataset, groups, over_networks, over_seeds
+from ..common import bound, dataset, groups, over_networks, over_seeds
 
 ORIGINAL = distortions.ORIGINAL
 
@@ -123,43 +125,38 @@ def measure(
         One row per seed, arm and distortion: seed, arm, distortion, n (images), precision_at_1, precision_at_5.
     """
     model, images = run.parameters["model"], run.parameters["images"] or None
-    everything = dataset(run, dataset_name)
-    split = (everything.test if part == "test" else everything.valid).sample(images)
-
-    @remember
-    def distorted(version: str) -> torch.Tensor:
-        return distortions.apply(version, split.images)
-
-    rows = []
+    split = getattr(dataset(run, dataset_name), part).sample(images)
+    distorted = remember(partial(distortions.apply, images=split.images))
+    frames = []
     for seed, name, trained in networks(run, dataset_name, chosen, task=f"arms on {dataset_name}"):
         for version in versions:
             key = {"model": trained.key, "version": version, "images": images, "part": part, "device": run.device.type}
-
-            def count(trained: training.Trained = trained, version: str = version) -> pd.DataFrame:
-                return _precision(trained, distorted(version), split, run.device)
-
-            found = cache.table(f"arms/{dataset_name}-{model}", key, count).iloc[0].to_dict()
-            rows.append({"seed": seed, "arm": name, "distortion": version} | found | {"n": len(split)})
-    return pd.DataFrame(rows)[["seed", "arm", "distortion", "n", "precision_at_1", "precision_at_5"]]
+            count = bound(_precision, trained, split, distorted, version, run.device)
+            found = cache.table(f"arms/{dataset_name}-{model}", key, count)
+            frames.append(found.assign(seed=seed, arm=name, distortion=version, n=len(split)))
+    names = ["seed", "arm", "distortion", "n", "precision_at_1", "precision_at_5"]
+    return pd.concat(frames, ignore_index=True)[names]
 
 
 def measured_again(
     run: Run, dataset_name: str, chosen: Mapping[str, Arm], examples: pd.DataFrame, *, part: str = "test"
 ) -> pd.DataFrame:
     """The rows of `measure` that examples with the columns seed, arm and distortion name, by `again`."""
-    everything = dataset(run, dataset_name)
-    split = (everything.test if part == "test" else everything.valid).sample(run.parameters["images"] or None)
+    split = getattr(dataset(run, dataset_name), part).sample(run.parameters["images"] or None)
 
     def rows(trained: training.Trained, seed: int, group: pd.DataFrame) -> pd.DataFrame:
-        shown = {version: distortions.apply(version, split.images) for version in group["distortion"]}
-        parts = [_precision(trained, shown[name], split, run.device).assign(distortion=name) for name in shown]
-        return pd.concat(parts).assign(n=len(split))
+        shown = partial(distortions.apply, images=split.images)
+        versions = list(group["distortion"])
+        parts = [_precision(trained, split, shown, version, run.device) for version in versions]
+        return pd.concat(parts).assign(distortion=versions, n=len(split))
 
     return again(run, dataset_name, chosen, examples, rows)
 
 
-def _precision(trained: training.Trained, images: torch.Tensor, split: Split, device: torch.device) -> pd.DataFrame:
-    logits = training.predict(trained.model, images, device=device)
+def _precision(
+    trained: training.Trained, split: Split, shown: Callable[[str], Tensor], version: str, device: torch.device
+) -> pd.DataFrame:
+    logits = training.predict(trained.model, shown(version), device=device)
     hits = logits.topk(5, dim=1).indices == split.labels[:, None]
     at = {f"precision_at_{k}": [float(hits[:, :k].any(dim=1).double().mean())] for k in (1, 5)}
     return pd.DataFrame(at)
@@ -251,12 +248,10 @@ def gain_cells(
     return image
 
 
-def gain_matrix(
-    axes: Axes, table: pd.DataFrame, *, across: str, names: Callable[[str], str], size: int = 7
-) -> list[str]:
+def gain_matrix(axes: Axes, table: pd.DataFrame, *, across: str, names: Callable[[str], str], size: int = 7) -> None:
     """The gain of each arm but the control (rows) on each `across`; bold where the interval excludes 0.
 
-    `table` is a `summary`, `names` what readers know an arm by. Returns the columns, from left to right.
+    `table` is a `summary`, `names` what readers know an arm by.
     """
     part = table[table["arm"] != CONTROL]
     part = part.assign(sure=(part["gain_low"] > 0) | (part["gain_high"] < 0))
@@ -267,7 +262,6 @@ def gain_matrix(
     axes.set_xticks(range(len(columns)), [c.replace("_", " ") for c in columns], rotation=45, ha="right")
     axes.set_yticks(range(len(rows)), [names(row) for row in rows])
     axes.figure.colorbar(image, ax=axes, label="gain (pp)")
-    return columns
 
 
 def gain_bars(axes: Axes, group: pd.DataFrame, *, across: str) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache as remember
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from ...images import distortions
 from ...images.data import Split
@@ -49,10 +49,7 @@ def vectors(run: Run) -> Iterator[tuple[int, str, Vectors]]:
     """
     chosen, part = run.parameters, images(run)
 
-    @remember
-    def distorted(version: str) -> torch.Tensor:
-        return distortions.apply(version, part.images)
-
+    distorted = remember(partial(distortions.apply, images=part.images))
     for seed, arm, trained in networks(run, chosen["dataset"], standard(chosen, EmbeddingArm), task="embeddings"):
         found = {}
         for version in [ORIGINAL, *measured(chosen)]:

@@ -93,16 +93,11 @@ def draw(table: pd.DataFrame) -> Figure:
     for axes in (right, near):
         axes.axhline(0, color=style.COLOURS["control"], linewidth=1)
     seeds = int(table["seeds"].iloc[0])
-    left.set_ylabel("precision@1")
-    left.set_title(f"mean over {seeds} seeds")
-    right.set_title(f"gain paired by seed, 95% interval, {seeds} seeds")
-    near.set_title(f"{label(first)} alone")
-    right.set_ylabel("gain (pp)")
-    near.set_ylabel("gain (pp)")
+    left.set(title=f"mean over {seeds} seeds", xlabel="JPEG quality", ylabel="precision@1")
+    right.set(title=f"gain paired by seed, 95% interval, {seeds} seeds", ylabel="gain (pp)")
+    near.set(title=f"{label(first)} alone", xlabel="JPEG quality", ylabel="gain (pp)")
     for axes in (left, right, near):
         axes.set_xticks(x, [name.removeprefix("jpeg-") for name in distortions], rotation=60)
-    left.set_xlabel("JPEG quality")
-    near.set_xlabel("JPEG quality")
     right.tick_params(labelbottom=False)
     left.legend(fontsize=7)
     return figure

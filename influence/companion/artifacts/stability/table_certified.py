@@ -64,9 +64,8 @@ def again(run: Run, examples: pd.DataFrame, *, table: str) -> pd.DataFrame:
 def _setting(parameters: Mapping[str, Any], table: str) -> dict[str, Any]:
     if table == "attacks":
         return {"epsilons": parameters["epsilons"]}
-    return {"sigma": parameters["smoothing_sigma"]} | {
-        name: parameters[name] for name in ("select", "estimate", "level")
-    }
+    named = {name: parameters[name] for name in ("select", "estimate", "level")}
+    return {"sigma": parameters["smoothing_sigma"], **named}
 
 
 def _certified(model: nn.Module, split: Split, *, device: torch.device, seed: int, **setting: Any) -> pd.DataFrame:
@@ -156,8 +155,7 @@ def draw(table: pd.DataFrame, *, images: int) -> Figure:
             colour = tint[str(arm)]
             axes.plot(group["strength"], group["value"], "o-", color=colour, markersize=3, label=label(str(arm)))
             axes.fill_between(group["strength"], group["low"], group["high"], color=colour, alpha=0.15, linewidth=0)
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
+        axes.set(xlabel=x, ylabel=y)
     panels[0].set_ylim(-0.02, 1.05)
     seeds = int(table["seeds"].iloc[0])
     over = f"over {seeds} seeds, {images:,} images"

@@ -107,10 +107,9 @@ def draw(table: pd.DataFrame) -> Figure:
     for axes, metric in ((left, "triplet_accuracy"), (right, "score_share")):
         comparison.bars(axes, groups[metric], across="distortion", value="value")
     comparison.gain_bars(middle, groups["triplet_accuracy"], across="distortion")
-    left.set_ylabel("triplet accuracy")
-    middle.set_ylabel("its gain over control (pp)")
-    right.set_ylabel("score at the top, as a share")
-    for axes in (left, middle, right):
+    words = ("triplet accuracy", "its gain over control (pp)", "score at the top, as a share")
+    for axes, label in zip((left, middle, right), words, strict=True):
+        axes.set_ylabel(label)
         axes.tick_params(axis="x", rotation=60)
     figure.suptitle(f"mean and 95% interval over {int(table['seeds'].iloc[0])} seeds, gain paired by seed", fontsize=9)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)

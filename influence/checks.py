@@ -20,6 +20,12 @@ def require_count(**values: object) -> None:
             raise ValueError(f"{name} must be a whole number >= 1, got {value!r}. Use None for the default.")
 
 
+def require_rtol(rtol: float | None) -> None:
+    """Refuse with ValueError a relative tolerance outside [0, 1); None is the default."""
+    if rtol is not None and not 0 <= rtol < 1:
+        raise ValueError(f"rtol must lie in [0, 1), got {rtol}. Use None for the default.")
+
+
 def require_finite(tensor: Tensor, *, name: str, hint: str, numbers: Sequence[int] | None = None) -> None:
     """Refuse NaN and infinity in a floating tensor with ValueError: where the first one is.
 
@@ -128,7 +134,7 @@ def require_deterministic(model: nn.Module) -> None:
         changes = isinstance(module, batch_norm | nn.modules.dropout._DropoutNd | nn.RReLU) or (
             isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0
         )
-        if module.training and changes:
+        if getattr(module, "training", False) and changes:  # a frozen script has no such flag
             raise RuntimeError(
                 f"expected a model in evaluation mode, got {where} in training mode: its output is random or depends "
                 "on the other examples. Call model.eval() first."

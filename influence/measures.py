@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from influence.checks import require_labels
+from influence.checks import require_labels, require_rtol
 from influence.kernels.elimination import Factor, factor_of_jacobian, pivoted_cholesky
 from influence.kernels.projection import weighted_projection
 from influence.metric import MetricTensor, default_rtol
@@ -35,8 +35,7 @@ class Exact:
     rtol: float | None = None
 
     def __post_init__(self) -> None:
-        if self.rtol is not None and not 0 <= self.rtol < 1:
-            raise ValueError(f"rtol must lie in [0, 1), got {self.rtol}. Use None for the default.")
+        require_rtol(self.rtol)
 
 
 @dataclass(frozen=True)

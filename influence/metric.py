@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from influence.checks import require_count, require_deterministic, require_finite
+from influence.checks import require_count, require_deterministic, require_finite, require_rtol
 from influence.grams.parameters import ParameterGrams, ParameterPasses
 from influence.inputs import Batch, Inputs
 from influence.kernels.backend import using
@@ -147,6 +148,7 @@ class MetricTensor:
         ``rtol`` is the tolerance on their pivots (squared lengths), relative to the largest; None: ``default_rtol``.
         """
         examples, blocks, classes, _ = self.gram.shape
+        require_rtol(rtol)
         rtol = default_rtol(self.dtype, classes=classes) if rtol is None else rtol
         decided = pivoted_cholesky(self.contrast_gram().flatten(0, 1), rtol=rtol, max_rank=classes - 1)
         return decided.rank.view(examples, blocks)
@@ -319,9 +321,21 @@ def parameter_blocks(
     return groups, parameters
 
 
+_ONE_AT_A_TIME = threading.RLock()
+
+
 @contextmanager
 def exact_autograd(model: nn.Module, perturbed: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Record all that autograd needs, in full precision, for these parameters only; afterwards all is as before."""
+    """Record all that autograd needs, in full precision, for these parameters only; afterwards all is as before.
+
+    One thread at a time: what is changed in PyTorch and in the model, others would see and restore.
+    """
+    with _ONE_AT_A_TIME, _changed(model, perturbed):
+        yield
+
+
+@contextmanager
+def _changed(model: nn.Module, perturbed: Sequence[nn.Parameter]) -> Iterator[None]:
     everything = [p for p in model.parameters() if p.is_floating_point() or p.is_complex()]
     before, wanted = [p.requires_grad for p in everything], {id(p) for p in perturbed}
     cudnn: Any = torch.backends.cudnn

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -53,11 +54,13 @@ class Patches:
 
     def __post_init__(self) -> None:
         """Refuse sizes and strides below 1."""
-        if not self.sizes or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in self.sizes):
+        if not self.sizes or any(
+            isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1 for k in self.sizes
+        ):
             raise ValueError(f"size must be a whole number >= 1 or several of them, got {self.size!r}.")
         if len(set(self.sizes)) < len(self.sizes):
             raise ValueError(f"size must list each size once, got {self.size!r}.")
-        if isinstance(self.stride, bool) or not isinstance(self.stride, int) or self.stride < 1:
+        if isinstance(self.stride, bool) or not isinstance(self.stride, int | np.integer) or self.stride < 1:
             raise ValueError(f"stride must be a whole number >= 1, got {self.stride!r}.")
 
     @property

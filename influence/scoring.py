@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,18 +15,27 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
 
 from influence.checks import require_count, require_deterministic, require_labels
 from influence.independence import require_independent
 from influence.inputs import Batch, Inputs
 from influence.last_layer import head
 from influence.measures import Estimator, Exact, Influence, Released, first_order_influence, log_ceiling
-from influence.memory import in_chunks
+from influence.memory import in_chunks, is_out_of_memory
 from influence.metric import metric_tensor
 from influence.pixels import Patches
 from influence.progress import progress_bar
-from influence.shards import batches, claim, file_of, fingerprint, labels_of, require_same, require_same_model, write
+from influence.shards import (
+    batches,
+    claim,
+    file_of,
+    fingerprint,
+    labels_of,
+    order_of,
+    require_same,
+    require_same_model,
+    write,
+)
 
 Wrt = str | Sequence[str] | Patches
 # Fixed, not read off the free memory: the last digits of a Gram depend on it.
@@ -65,7 +75,8 @@ def score(
             predicted classes labels are not needed. Each time the same in the same order.
         path: The folder; ``read_scores`` or ``pandas.read_parquet`` read it.
         wrt: As for ``metric_tensor``.
-        estimator: As for ``first_order_influence``. What ``Released`` finds near its cut is computed again in float64.
+        estimator: As for ``first_order_influence``. What ``Released`` finds near its cut is computed again in float64,
+            where the model can be.
         labels: Which class y the loss f = -log P_y is of: the loader's labels, or the class that the model predicts.
         batches_per_shard: Batches in one file.
         chunk_size: Examples computed at once. None: 32, fewer for many classes of large inputs, and half of it again
@@ -84,9 +95,9 @@ def score(
         keeps its numbers; else it counts from the loader's first.
 
     Raises:
-        ValueError: If the loader is empty, shuffles or has no labels where they are to be taken, the folder holds the
-            scores of another run, of other data or of a model that computed something else, a number is below 1, or a
-            closed form is asked for where neither holds or the estimator is not ``Exact``.
+        ValueError: If the loader is empty, shuffles, is a process's own part or has no labels where they are to be
+            taken, the folder holds the scores of another run, of other data or of a model that computed something else,
+            a number is below 1, or a closed form is asked for where neither holds or the estimator is not ``Exact``.
         TypeError, RuntimeError: As ``metric_tensor``.
 
     Example:
@@ -103,10 +114,6 @@ def score(
     require_count(**sizes)
     if labels not in ("given", "predicted"):
         raise ValueError(f"labels must be 'given' or 'predicted', got {labels!r}.")
-    if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
-        raise ValueError(
-            "loader must go through the data in the same order each time, got shuffle=True. Switch it off."
-        )
     require_deterministic(model)
     estimator = Exact() if estimator is None else estimator
     if closed_form is not None and not isinstance(estimator, Exact):
@@ -119,6 +126,7 @@ def score(
         "estimator": repr(estimator),
         "labels": labels,
         "data": None if labels == "predicted" else labels_of(loader),
+        "order": order_of(loader),
         **sizes,
     }
     claim(folder, run)
@@ -153,8 +161,7 @@ def score(
             elif file.exists():
                 require_same(file, place, batch)
                 if not compared:
-                    with torch.no_grad():
-                        logits = _like(model, batch.inputs[: chunk_size or _CHUNK]).logits(model)
+                    logits = _like(model, batch.inputs[: chunk_size or _CHUNK]).logits(model).detach()
                     require_same_model(file, batch.numbers[: len(logits)], logits)
                     compared = True
     return folder
@@ -212,7 +219,12 @@ def _rows(
         metric = metric_tensor(model, few.batch, wrt=wrt, chunk_size=len(few))
         result = first_order_influence(metric, given, estimator=estimator)
         if isinstance(estimator, Released):
-            result = refine(result, model, few.batch, wrt=wrt, estimator=estimator, chunk_size=len(few))
+            try:
+                result = refine(result, model, few.batch, wrt=wrt, estimator=estimator, chunk_size=len(few))
+            except (RuntimeError, TypeError) as error:
+                if is_out_of_memory(error):
+                    raise
+                _warn_of_precision(type(model).__name__, str(error).partition("\n")[0])
         table = result.to_dataframe()
         table["example"] += part.start
         table["trace"] = metric.trace().cpu().flatten().numpy() if spectrum else np.nan
@@ -223,10 +235,17 @@ def _rows(
     return pd.concat(in_chunks(compute, len(x), size, may_halve=chunk_size is None), ignore_index=True)
 
 
+@cache
+def _warn_of_precision(model: str, reason: str) -> None:
+    logging.getLogger("influence").warning(
+        f"{model} cannot be computed in float64 ({reason}): what lies near a cut keeps its value and its near_cut"
+    )
+
+
 def _examples_at_once(model: nn.Module, x: Inputs, wrt: Wrt) -> int:
     """Examples whose Jacobian and Grams stay small, by numbers that do not depend on the machine."""
-    with torch.no_grad():
-        classes = x[:1].logits(model).shape[1]
+    # With a graph: a model may keep what it makes from its parameters for the calls that follow.
+    classes = x[:1].logits(model).shape[1]
     of_input = isinstance(wrt, str) and wrt.partition(":")[0] == "input"
     values = x.perturbing(str(wrt).partition(":")[2] or None).x[0].numel() if of_input else 0
     # A Gram is float64, and a few of its size are alive at once.

@@ -103,7 +103,8 @@ def worst_direction(
         sums = ScoreSums.of(metric.log_probs[chosen], coefficients[chosen, None])
         row = engine.jacobian(inputs[chosen], lambda logits: sums)[1].squeeze(1).double()
         size = row.reshape(len(row), -1).norm(dim=1).view(-1, *[1] * (row.ndim - 1))
-        return torch.where(size > 0, row / size, 0.0).to(inputs.x.dtype)
+        moves = (size > 0) & (values[chosen, -1] > 0).view_as(size)
+        return torch.where(moves, row / size, 0.0).to(inputs.x.dtype)
 
     direction = torch.cat(in_parts(compute, model, inputs, engine, passes=1, chunk_size=chunk_size))
     return direction, values[:, -1].clamp(min=0)

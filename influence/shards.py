@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from influence.inputs import Inputs
 from influence.measures import log_ceiling
@@ -150,7 +150,17 @@ def _digest(numbers: Sequence[int | str], *tensors: Tensor | None) -> str:
     for tensor in tensors:
         if tensor is not None:
             result.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            result.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            result.update(
+                tensor.detach()
+                .cpu()
+                .resolve_neg()
+                .resolve_conj()
+                .contiguous()
+                .flatten()
+                .view(torch.uint8)
+                .numpy()
+                .tobytes()
+            )
     return result.hexdigest()
 
 
@@ -231,6 +241,29 @@ def labels_of(loader: Iterable[Any]) -> str | None:
             except (TypeError, ValueError, RuntimeError):  # no numbers
                 return None
     return None
+
+
+def order_of(loader: Iterable[Any]) -> str | None:
+    """Digest of the order in which a loader goes through its data set, where that is known beforehand.
+
+    Raises:
+        ValueError: If the order is another each time, or leaves examples to other processes.
+    """
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return None
+    if isinstance(loader.sampler, DistributedSampler):
+        raise ValueError(
+            "loader must go through all of the data, got a DistributedSampler. Leave it out: the processes share the "
+            "batches by RANK and WORLD_SIZE."
+        )
+    source = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    first, again = ("\n".join(map(str, source)) for _ in range(2))
+    if first != again:
+        raise ValueError(
+            "loader must go through the data in the same order each time, got shuffle=True or a random sampler. Switch "
+            "it off."
+        )
+    return _digest([first])
 
 
 def claim(folder: Path, key: dict[str, Any], *, begin: bool = True) -> None:

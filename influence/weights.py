@@ -25,6 +25,7 @@ from influence.inputs import Batch, Inputs
 from influence.kernels.tolerances import REVERSE
 from influence.measures import given_labels, log_ceiling
 from influence.metric import in_parts, parameter_blocks
+from influence.pixels import Patches
 
 # A ReLU at its kink may open in a batch and stay shut for the example alone, which moves a gradient in single precision
 # by this many tolerances and leaves its length; another gradient is further off by orders.
@@ -96,7 +97,7 @@ def weight_influence(
     """
     require_count(chunk_size=chunk_size, samples=samples)
     require_deterministic(model)
-    if wrt in ("input", "layers"):
+    if isinstance(wrt, Patches) or (isinstance(wrt, str) and wrt.partition(":")[0] in ("input", "layers")):
         raise ValueError(f"wrt must be 'parameters' or a list of modules or parameters, got {wrt!r}.")
     inputs, given = Inputs.of(x), given_labels(labels)
     groups, parameters = parameter_blocks(model, wrt, trainable_only=trainable_only)

@@ -45,7 +45,7 @@ from influence.last_layer import NarrowLayer
 from influence.memory import is_out_of_memory, require_room
 
 # Models and parameters whose slower way has been announced.
-_ANNOUNCED: set[tuple[str, tuple[str, ...]]] = set()
+_ANNOUNCED: set[tuple[str, ...]] = set()
 # Of so many examples of the first chunk the Gram of one is compared with autograd's: of one at least, of two at most.
 _FOR_EACH_COMPARED = 8
 
@@ -116,6 +116,7 @@ class ParameterPasses:
         }
         require_differentiable(self._model, inputs, cut, logits.detach(), dtype)
         self._unused.update(cut)
+        self._announce_unused(cut)
         compared = 0 if self._compared else 1 if len(inputs) < 2 * _FOR_EACH_COMPARED else 2
         drawn = torch.randn(compared, len(seeds), generator=self._generator, dtype=torch.float64, device="cpu")
         return Pass(logits, graph, dtype, chosen, seeds, drawn.to(seeds.device))
@@ -218,16 +219,27 @@ class ParameterPasses:
 
     def _announce(self) -> None:
         """Say once which parameters go the slower way."""
-        names = tuple(sorted(self.refused))
-        key = (type(self._model).__name__, names)
-        if not names or key in _ANNOUNCED:
+        self._say_once(
+            "have no exact rule and take the slower, equally exact autograd path",
+            [f"{name}: {reason}" for name, reason in sorted(self.refused.items())],
+        )
+
+    def _announce_unused(self, cut: Mapping[str, nn.Parameter]) -> None:
+        """Say once whose part of the metric is 0 because nothing of theirs reaches the logits."""
+        self._say_once(
+            "do not reach the logits of these examples, so that their metric is 0. If the model keeps a tensor that it "
+            "made from them in an earlier call, as a table of attention biases, empty that first",
+            sorted(name for name, parameter in cut.items() if parameter.numel()),
+        )
+
+    def _say_once(self, what: str, of: Sequence[str]) -> None:
+        key = (type(self._model).__name__, what, *of)
+        if not of or key in _ANNOUNCED:
             return
         _ANNOUNCED.add(key)
-        shown = "; ".join(f"{name}: {self.refused[name]}" for name in names[:5])
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        shown = "; ".join(of[:5]) + (f" and {len(of) - 5} more" if len(of) > 5 else "")
         logging.getLogger("influence").warning(
-            f"{key[0]}: {len(names)} of {len(self._parameters)} parameters have no exact rule and take the slower, "
-            f"equally exact autograd path ({shown}{more})"
+            f"{key[0]}: {len(of)} of {len(self._parameters)} parameters {what} ({shown})"
         )
 
 

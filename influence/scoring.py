@@ -31,7 +31,7 @@ from influence.shards import (
     file_of,
     fingerprint,
     labels_of,
-    order_of,
+    require_order,
     require_same,
     require_same_model,
     write,
@@ -114,6 +114,7 @@ def score(
     require_count(**sizes)
     if labels not in ("given", "predicted"):
         raise ValueError(f"labels must be 'given' or 'predicted', got {labels!r}.")
+    require_order(loader)
     require_deterministic(model)
     estimator = Exact() if estimator is None else estimator
     if closed_form is not None and not isinstance(estimator, Exact):
@@ -126,7 +127,6 @@ def score(
         "estimator": repr(estimator),
         "labels": labels,
         "data": None if labels == "predicted" else labels_of(loader),
-        "order": order_of(loader),
         **sizes,
     }
     claim(folder, run)

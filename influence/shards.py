@@ -243,14 +243,13 @@ def labels_of(loader: Iterable[Any]) -> str | None:
     return None
 
 
-def order_of(loader: Iterable[Any]) -> str | None:
-    """Digest of the order in which a loader goes through its data set, where that is known beforehand.
+def require_order(loader: Iterable[Any]) -> None:
+    """Refuse with ValueError a loader that goes through its data in another order each time, or leaves some to others.
 
-    Raises:
-        ValueError: If the order is another each time, or leaves examples to other processes.
+    That is known beforehand of the samplers of data with indices.
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return None
+        return
     if isinstance(loader.sampler, DistributedSampler):
         raise ValueError(
             "loader must go through all of the data, got a DistributedSampler. Leave it out: the processes share the "
@@ -263,7 +262,6 @@ def order_of(loader: Iterable[Any]) -> str | None:
             "loader must go through the data in the same order each time, got shuffle=True or a random sampler. Switch "
             "it off."
         )
-    return _digest([first])
 
 
 def claim(folder: Path, key: dict[str, Any], *, begin: bool = True) -> None:

@@ -437,3 +437,10 @@ def test_blocks_files_devices_and_a_short_repr(tmp_path) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"no metric tensor.*\['weight'\]"):
         influence.MetricTensor.load(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("rtol", [float("nan"), -1.0, 1.0, 2.0])
+def test_rank_refuses_a_tolerance_that_is_none(rtol: float) -> None:
+    metric = influence.metric_tensor(nn.Linear(5, 3), torch.zeros(2, 5))
+    with pytest.raises(ValueError, match=r"rtol must lie in \[0, 1\)"):
+        metric.rank(rtol=rtol)

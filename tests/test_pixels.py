@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -77,3 +78,8 @@ def test_a_patch_over_everything_is_the_input() -> None:
 def test_errors(words: str, call) -> None:
     with pytest.raises((ValueError, TypeError), match=words):
         call()
+
+
+def test_sizes_of_numpy_are_whole_numbers() -> None:
+    blocks = influence.Patches(np.int64(3), stride=np.int32(2)).blocks((1, 5, 5))  # type: ignore[arg-type]
+    assert blocks == influence.Patches(3, stride=2).blocks((1, 5, 5))

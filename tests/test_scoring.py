@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import influence
+from influence import scoring
 
 WORKER = """
 import os, signal, sys, time
@@ -476,3 +488,48 @@ def test_examples_that_a_loader_drops_are_refused(tmp_path: Path) -> None:
     dropping = DataLoader(data().dataset, batch_size=3, collate_fn=lambda rows: torch.stack([x for x, _ in rows[1:]]))
     with pytest.raises(ValueError, match=r"loader must keep the examples of a batch, got 2 of 3"):
         influence.score(network(), dropping, tmp_path, labels="predicted", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("sampled", "words"),
+    [
+        (lambda d: {"sampler": SubsetRandomSampler(range(20)), "batch_size": 2}, "same order"),
+        (lambda d: {"sampler": WeightedRandomSampler([1.0] * 20, 20), "batch_size": 2}, "same order"),
+        (lambda d: {"batch_sampler": BatchSampler(RandomSampler(d), 2, drop_last=False)}, "same order"),
+        (lambda d: {"sampler": DistributedSampler(d, num_replicas=2, rank=0), "batch_size": 2}, "share the batches"),
+    ],
+    ids=["subset", "weighted", "batches", "distributed"],
+)
+def test_samplers_that_lose_or_repeat_examples_are_refused(tmp_path: Path, sampled: Any, words: str) -> None:
+    """Two processes that share the batches of such a loader would score some examples twice and others never."""
+    dataset = TensorDataset(torch.randn(20, 6), torch.arange(20) % 4)
+    with pytest.raises(ValueError, match=words):
+        influence.score(network(), DataLoader(dataset, **sampled(dataset)), tmp_path, progress=False)
+
+
+class InSinglePrecision(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.float())
+
+
+def test_a_model_of_one_precision_keeps_what_lies_near_a_cut(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scoring._warn_of_precision.cache_clear()
+    plain = scoring.first_order_influence
+
+    def near(*args: Any, **options: Any) -> influence.Influence:
+        found = plain(*args, **options)
+        return replace(found, near_cut=torch.ones_like(found.near_cut))
+
+    monkeypatch.setattr(scoring, "first_order_influence", near)
+    with caplog.at_level(logging.WARNING, logger="influence"):
+        for name, model in (("a", network()), ("b", InSinglePrecision().eval())):
+            influence.score(model, data(), tmp_path / name, estimator=influence.Released(), progress=False)
+    ours, refined = (influence.read_scores(tmp_path / name) for name in ("b", "a"))
+    assert ours["near_cut"].all() and np.allclose(ours["fi"], refined["fi"], rtol=1e-3, atol=0)
+    assert "InSinglePrecision cannot be computed in float64" in caplog.text and "Sequential" not in caplog.text

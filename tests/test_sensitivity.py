@@ -221,3 +221,11 @@ def test_where_nothing_moves_the_output_there_is_no_direction() -> None:
     model[0].bias.data.fill_(-100.0)
     direction, value = influence.worst_direction(model, torch.zeros(2, 4))
     assert not direction.any() and not value.any()
+
+
+@pytest.mark.parametrize("gap", [700.0, 800.0, 1400.0])
+def test_worst_direction_is_zero_where_the_eigenvalue_is(gap: float) -> None:
+    """Where the probabilities of the other classes underflow."""
+    direction, value = influence.worst_direction(nn.Identity(), torch.tensor([[gap, 0.0, 0.0, -3.0]]).double())
+    assert bool((value > 0).all()) == (gap == 700)
+    assert float(direction.norm()) == pytest.approx(1.0 if gap == 700 else 0.0)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import rnn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 from torchvision.ops import StochasticDepth
 
 import influence
@@ -872,3 +874,64 @@ def test_a_module_under_two_names_is_known_by_both() -> None:
     assert influence.metric_tensor(net, x, wrt="layers").blocks == ("first", "head")
     both = [influence.metric_tensor(net, x, wrt=[name]).gram for name in ("first", "again")]
     assert torch.equal(*both)
+
+
+class KeptTable(nn.Module):
+    """A table of biases that is looked up once and kept for later calls, as LeViT does in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.table, self.head = nn.Linear(6, 6), nn.Embedding(4, 6), nn.Linear(6, 3)
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is None:
+            self.kept = self.table(torch.tensor([0, 1, 1, 2, 3]))
+        return self.head(torch.tanh(self.first(x) + self.kept).mean(dim=1))
+
+
+def test_parameters_that_reach_no_logits_are_named(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    x = torch.randn(3, 5, 6)
+    model = KeptTable().eval()
+    scores = influence.read_scores(
+        influence.score(model, [(x, torch.tensor([0, 1, 2]))], tmp_path, wrt="layers", progress=False)
+    )
+    assert (scores.loc[scores["block"] == "table", "trace"] > 0).all()
+    model.kept = None
+    with torch.no_grad():
+        model(x)
+    influence.grams.parameters._ANNOUNCED.clear()
+    with caplog.at_level(logging.WARNING, logger="influence"):
+        metric = influence.metric_tensor(model, x, wrt="layers")
+    assert bool((metric["table"].trace() == 0).all()) and bool((metric["first"].trace() > 0).all())
+    assert "do not reach the logits" in caplog.text and "(table.weight)" in caplog.text
+
+
+def test_threads_leave_the_models_as_they_were() -> None:
+    models = [nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)).eval() for _ in range(2)]
+    x, before = torch.randn(4, 6), CheckpointFunction.apply
+    expected = [influence.metric_tensor(model, x, wrt="layers").gram for model in models]
+    found: list[tuple[int, Tensor]] = []
+
+    def work(number: int) -> None:
+        for _ in range(10):
+            wrt = "layers" if number < 3 else "input"
+            metric = influence.metric_tensor(models[number % 2], x, wrt=wrt)
+            if wrt == "layers":
+                found.append((number % 2, metric.gram))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 30 and all(torch.equal(gram, expected[which]) for which, gram in found)
+    assert all(p.requires_grad for model in models for p in model.parameters())
+    assert CheckpointFunction.apply == before
+
+
+def test_a_frozen_script_is_a_model() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
+    x = torch.randn(2, 6)
+    frozen = torch.jit.freeze(torch.jit.script(model))
+    torch.testing.assert_close(influence.metric_tensor(frozen, x).gram, influence.metric_tensor(model, x).gram)

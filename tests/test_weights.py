@@ -48,7 +48,7 @@ def compare(found: influence.WeightInfluence, expected: dict[str, Tensor], limit
             ours = getattr(found, number)[name]
             assert ours.shape == one.shape and ours.dtype == torch.float64
             gap = torch.where(real | torch.tensor(number != "fi"), (ours - one).abs(), 0.0)
-            # A gradient that cancels leaves rounding of what cancels: 1e-15 of the largest, which processors do otherwise.
+            # A gradient that cancels leaves rounding of what cancels, 1e-15 of the largest gradient.
             scale = max(float(one.abs().max()), 1e3 * floor if number == "gradient" else floor**2)
             assert float(gap.max()) <= limit * scale, (name, number)
 
@@ -342,3 +342,9 @@ def test_bad_input(options: dict[str, Any], message: str) -> None:
         influence.weight_influence(lambda x: x, x, labels)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="training mode"):
         influence.weight_influence(nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3)), torch.randn(4, 5), [0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("wrt", ["input", "input:x", "layers", influence.Patches(1)])
+def test_what_is_no_parameter_is_refused(wrt: object) -> None:
+    with pytest.raises(ValueError, match="wrt must be 'parameters' or a list"):
+        influence.weight_influence(nn.Linear(5, 3), torch.zeros(2, 5), [0, 1], wrt=wrt)  # type: ignore[arg-type]

@@ -137,6 +137,7 @@ def judged(make: Callable[[], Made]) -> dict[str, Any]:
     """What became of one network: kind, and more about it."""
     heard: list[str] = []
     handler = logging.Handler()
+    handler.addFilter(lambda record: "autograd path" in record.getMessage())
     handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("influence").addHandler(handler)
     torch.manual_seed(0)

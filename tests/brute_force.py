@@ -225,12 +225,13 @@ def exact_influence(logits: Tensor, jacobian: Tensor, label: int) -> tuple[int, 
 
 @contextmanager
 def listening() -> Iterator[list[str]]:
-    """What the engine announces meanwhile."""
+    """What the engine announces meanwhile of slower paths."""
     heard: list[str] = []
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            heard.append(record.getMessage())
+            if "autograd path" in record.getMessage():
+                heard.append(record.getMessage())
 
     log, handler = logging.getLogger("influence"), Handler()
     log.addHandler(handler)

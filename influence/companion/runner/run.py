@@ -112,10 +112,7 @@ def profile_of(name: str) -> dict[str, dict[str, Any]]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run what is not up to date and say how each notebook ended; returns 1 where one failed.
-
-    A UsageError, NotebookError or ManifestError says why the request cannot be carried out.
-    """
+    """Run what is not up to date and say how each notebook ended. Exit status: 1 where one failed."""
     from . import kernels  # Jupyter takes half a second
 
     profile, refresh = options.profile, options.refresh_notebooks

@@ -125,13 +125,11 @@ def _read(path: Path, *, found: bool) -> pd.DataFrame:
 @cache
 def commit() -> str | None:
     """The commit of the checkout, "+" behind it where files differ from it; None where there is no git."""
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]  # by no tag
     try:
-        options: dict[str, Any] = {"cwd": paths.ROOT, "capture_output": True, "text": True, "check": True}
-        head = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **options).stdout.strip()
+        return subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head + ("+" if changed else "")
 
 
 @cache

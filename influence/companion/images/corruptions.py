@@ -8,7 +8,6 @@ frost are read from the reader's folder. Images are (N, 3, 32, 32) uint8.
 
 from __future__ import annotations
 
-import hashlib
 from functools import cache as remember
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
+from ..ledger import cache
 from . import distortions
 from .data import DataError
 
@@ -220,7 +220,7 @@ def frost_photographs(data_dir: Path | None) -> tuple[_Pixels, ...]:
             raise DataError(
                 f"frost: {file} is missing: take it from {FROST_ADDRESS}, and name the folder by --data DIR"
             )
-        if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+        if cache.sha256(file) != digest:
             raise DataError(f"frost: {file} is another file than that of {FROST_ADDRESS}")
         with Image.open(file) as photograph:
             whole = np.asarray(photograph.convert("RGB")) / 255

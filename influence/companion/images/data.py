@@ -169,7 +169,6 @@ def _class(name: str) -> type[Any]:
 
 
 def _download(name: str, root: Path) -> None:
-    root.mkdir(parents=True, exist_ok=True)
     _class(name)(str(root), download=True)
 
 

@@ -7,6 +7,7 @@ source that computes it, so that an edit of either makes a new entry.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,13 +15,14 @@ import subprocess
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock, Timeout
 
 from influence.shards import atomically as atomic_write
 
@@ -38,6 +40,16 @@ _PARSING = threading.Lock()
 # Under which name a file says how long its table took.
 _SECONDS = "seconds"
 _spared = 0.0
+
+
+@contextlib.contextmanager
+def alone(lock: Path, refusal: Exception) -> Iterator[None]:
+    """Hold a lock; where another process has it, raise the refusal."""
+    try:
+        with FileLock(lock, timeout=0):
+            yield
+    except Timeout:
+        raise refusal from None
 
 
 def sha256(file: Path) -> str:
@@ -113,13 +125,11 @@ def _read(path: Path, *, found: bool) -> pd.DataFrame:
 @cache
 def commit() -> str | None:
     """The commit of the checkout, "+" behind it where files differ from it; None where there is no git."""
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]  # by no tag
     try:
-        options: dict[str, Any] = {"cwd": paths.ROOT, "capture_output": True, "text": True, "check": True}
-        head = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **options).stdout.strip()
+        return subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head + ("+" if changed else "")
 
 
 @cache

@@ -55,7 +55,6 @@ def read(profile: str, *, root: Path | None = None) -> dict[str, dict[str, Any]]
 def record(profile: str, row: Mapping[str, Any]) -> None:
     """Put an artifact's row into the ledger and delete files that it owned before and owns no longer."""
     root = folder(profile)
-    root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / ".manifest.lock"):
         rows = read(profile)
         former = rows.get(row["stem"], {}).get("files", {})

@@ -165,8 +165,10 @@ class Comparison:
     @property
     def shown(self) -> str:
         """Ours in words; of several estimates that are judged the one nearest to failing, of others their range."""
+        if self.ours is None:
+            return "not finite"
         if not isinstance(self.ours, tuple):
-            return format_finding(self.ours)
+            return str(self.ours).lower() if isinstance(self.ours, bool) else f"{self.ours:.4g}"
         if len(self.ours) < 2 or self.reference is None:
             return "; ".join(map(str, self.ours))
         if self.reference.kind == "context":
@@ -186,13 +188,6 @@ class Comparison:
             return ""
         effect = max(e.smallest_effect for e in open_ones)
         return f" (80% power for {'a factor of ' * open_ones[0].ratio}{effect:.2g} beyond the margin)"
-
-
-def format_finding(value: bool | float | None) -> str:
-    """Four significant digits, or the truth value."""
-    if value is None:
-        return "not finite"
-    return str(value).lower() if isinstance(value, bool) else f"{value:.4g}"
 
 
 def plain(ours: Finding) -> Any:

@@ -43,7 +43,9 @@ def layers(subject: Subject, *, images: int, relative: float = 0.01, seed: int =
     samples = 0
     if subject.many_classes:
         samples = min(DRAWS, max(_FEWEST_DRAWS, -(-_DRAWS_IN_ALL // len(examples))))
-        traces, alignment = _drawn(subject, examples, samples), np.full(len(frame), np.nan)
+        batches = enumerate(subject.batches(examples))
+        drawn = [estimated_trace(subject, x, wrt="layers", draws=samples, seed=n).cpu() for n, (x, _) in batches]
+        traces, alignment = torch.cat(drawn), np.full(len(frame), np.nan)
     else:
         traces, alignment = _exact(subject, examples)
     each = traces.numpy() * (0.5 * relative**2 * frame.pop("square").to_numpy())
@@ -64,8 +66,3 @@ def _exact(subject: Subject, examples: Examples) -> tuple[Tensor, np.ndarray]:
         traces.append(metric.trace().cpu())
         alignments.append(influence.first_order_influence(metric, labels).alignment.cpu())
     return torch.cat(traces), torch.cat(alignments).mean(0).numpy()
-
-
-def _drawn(subject: Subject, examples: Examples, samples: int) -> Tensor:
-    batches = enumerate(subject.batches(examples))
-    return torch.cat([estimated_trace(subject, x, wrt="layers", draws=samples, seed=n).cpu() for n, (x, _) in batches])

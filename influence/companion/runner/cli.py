@@ -1,6 +1,13 @@
-"""`influence`: run the notebooks, score a model and data of one's own, make the report.
+"""Sensitivity (Shu & Zhu 2019) and stability (Zheng et al. 2016) of classifiers.
 
-Everything that can be wrong with a request is said in one line, with exit status 2.
+  influence run                       regenerate the artifacts of the papers (what run_all.sh calls)
+  influence list                      name them
+  influence check                     are the published results what their ledger says, and what the code computes?
+  influence zoo                       the trained networks: recipes, accuracies, gates; `zoo train`, `zoo check`
+  influence score --model M --data D  influence of every example of your own data on your own model
+  influence report                    all artifacts as one static site
+
+`influence COMMAND --help` explains each with an example.
 """
 
 from __future__ import annotations
@@ -13,6 +20,7 @@ import secrets
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from inspect import getdoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,36 +38,6 @@ _MOST_BATCHES = 8
 _MOST_NAMED = 20  # classes
 _WITHOUT_SIZE = ("digits", "mnist", "cifar10")
 
-_ABOUT = """\
-Sensitivity (Shu & Zhu 2019) and stability (Zheng et al. 2016) of classifiers.
-
-  influence run                       regenerate the artifacts of the papers (what run_all.sh calls)
-  influence list                      name them
-  influence check                     are the published results what their ledger says, and what the code computes?
-  influence zoo                       the trained networks: recipes, accuracies, gates; `zoo train`, `zoo check`
-  influence score --model M --data D  influence of every example of your own data on your own model
-  influence report                    all artifacts as one static site
-
-`influence COMMAND --help` explains each with an example.
-"""
-_SCORE = """\
-Compute the influence measure FI of every example and write it as Parquet files, one row for each example and block;
-`example` is its number in the data, or in their part, counted from 0, which a sample keeps. A run that was interrupted
-goes on where it stopped when the same command is given again.
-
-MODEL is one of
-  torchvision:resnet18            random weights; torchvision:resnet18@DEFAULT for trained ones
-  my_module:my_function           a function of yours, in the current folder, that returns a torch.nn.Module
-  weights.pt, weights.safetensors a checkpoint of weights; name what they belong to with --architecture
-  companion:resnet50              the network that the companion trains on one of its sets
-DATA is one of
-  digits, photos, mnist, cifar10  the companion's sets
-  torchvision:FashionMNIST        a set of torchvision with training and test part
-  FOLDER                          CLASS/*.jpg, or train/CLASS/*.jpg and test/CLASS/*.jpg; sorted by name. Which file
-                                  each example is, _examples.csv beside the scores says
-  FILE.npz                        arrays images and labels (and test_images, test_labels, classes)
-  my_module:my_function           a function of yours that returns (inputs, labels), or a pair of these: train and test
-"""
 _SCORE_EXAMPLES = """\
 examples:
   influence score --model companion:resnet50 --data digits --part test --images 64 --out build/scores
@@ -81,32 +59,17 @@ examples:
   influence run --only sensitivity/fig_outlier_ranking
   influence run --profile cpu --data ~/data                 MNIST and CIFAR-10 in torchvision's layout
 """
-_CHECK = """\
-Is every file in results/ owned by a notebook, and as its ledger says? Which tables were computed by other code than
-today's is named as well, which is no fault. With --recompute, N random examples of every published table that has rows
-of single examples are computed anew, on the published networks and the data sets in INFLUENCE_DATA, and compared, each
-value within what rounding can do. Exit status: 1 where a file or a value is not what it should be.
-"""
 _CHECK_EXAMPLES = """\
 examples:
   influence check
   influence check --recompute 20
   influence check --recompute 100 --only sensitivity/fig_label_noise --seed 7
 """
-_ZOO = """\
-The trained networks that the artifacts rest on, in results/zoo: weights, histories and a ledger. `list` shows recipe,
-data, epochs, hours, accuracies and gate of each; `train` trains some by name, going on where a former call was
-interrupted; `check` measures the published ones anew and ends with 1 where a gate or a stored accuracy is missed.
-"""
 _ZOO_EXAMPLES = """\
 examples:
   influence zoo
   influence zoo train paper-resnet50-mnist-0 --data ~/data    with one thread: OMP_NUM_THREADS=1
   influence zoo check
-"""
-_REPORT = """\
-Make one static site of the artifacts of a profile: a gallery with figure, table, the paper's value, ours and the
-verdict, and every notebook as it was executed. It needs no network to read and goes to build/site/PROFILE/.
 """
 _REPORT_EXAMPLES = """\
 examples:
@@ -117,11 +80,11 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Carry out a command line; returns the exit status (0 well, 1 something failed, 2 bad usage, 130 interrupted)."""
-    commands = {"run": run.run, "list": _list, "check": _check, "score": _score, "report": _report, "zoo": _zoo}
     try:
         words = sys.argv[1:] if arguments is None else list(arguments)
         options = _parser().parse_args(words or ["--help"])
-        return commands[options.command](options)
+        status: int = options.carry_out(options)
+        return status
     except (run.UsageError, NotebookError, manifest.ManifestError) as error:
         return _refuse(error)
     except KeyboardInterrupt:
@@ -130,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse(error: Exception | str) -> int:
+    """Say in one line what is wrong with a request."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
 
@@ -142,6 +106,13 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
+    """Is every file in results/ owned by a notebook, and as its ledger says?
+
+    Which tables were computed by other code than today's is named as well, which is no fault. With --recompute, N
+    random examples of every published table that has rows of single examples are computed anew, on the published
+    networks and the data sets in INFLUENCE_DATA, and compared, each value within what rounding can do. Exit status: 1
+    where a file or a value is not what it should be.
+    """
     from . import audit
 
     chosen = options.profile or COMMITTED
@@ -165,6 +136,25 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _score(options: argparse.Namespace) -> int:
+    """Compute the influence measure FI of every example and write it as Parquet files.
+
+    The files have one row for each example and block; `example` is its number in the data, or in their part, counted
+    from 0, which a sample keeps. A run that was interrupted goes on where it stopped when the same command is given
+    again.
+
+    MODEL is one of
+      torchvision:resnet18            random weights; torchvision:resnet18@DEFAULT for trained ones
+      my_module:my_function           a function of yours, in the current folder, that returns a torch.nn.Module
+      weights.pt, weights.safetensors a checkpoint of weights; name what they belong to with --architecture
+      companion:resnet50              the network that the companion trains on one of its sets
+    DATA is one of
+      digits, photos, mnist, cifar10  the companion's sets
+      torchvision:FashionMNIST        a set of torchvision with training and test part
+      FOLDER                          CLASS/*.jpg, or train/CLASS/*.jpg and test/CLASS/*.jpg; sorted by name. Which
+                                      file each example is, _examples.csv beside the scores says
+      FILE.npz                        arrays images and labels (and test_images, test_labels, classes)
+      my_module:my_function           a function of yours that returns (inputs, labels), or a pair: train and test
+    """
     import influence
     from influence.shards import atomically
 
@@ -174,6 +164,8 @@ def _score(options: argparse.Namespace) -> int:
     logging.basicConfig(format="%(message)s")
     try:
         model, loader, classes, files = _prepared(options)
+        # What is lost at most when a run is interrupted: minutes, whatever the number of backward passes.
+        most = _MOST_BATCHES if options.closed_form else max(1, min(_MOST_BATCHES, 10 * _MOST_BATCHES // classes))
         folder = influence.score(
             model,
             loader,
@@ -182,7 +174,7 @@ def _score(options: argparse.Namespace) -> int:
             estimator=influence.Exact() if options.released is None else influence.Released(epsilon=options.released),
             labels="predicted" if options.predicted else "given",
             closed_form=options.check if options.closed_form else None,
-            batches_per_shard=options.batches_per_file or _batches_per_file(options.closed_form, classes),
+            batches_per_shard=options.batches_per_file or most,
             chunk_size=options.chunk_size,
             progress=sys.stderr.isatty(),
         )
@@ -278,11 +270,6 @@ def _part(options: argparse.Namespace, found: Material) -> tuple[Examples, Examp
     return found.train, chosen, f", of part {part!r} after a fifth of each class was drawn at random as the test part"
 
 
-def _batches_per_file(closed_form: bool, classes: int) -> int:
-    # What is lost at most when a run is interrupted: minutes, whatever the number of backward passes.
-    return _MOST_BATCHES if closed_form else max(1, min(_MOST_BATCHES, 10 * _MOST_BATCHES // classes))
-
-
 def _wrt(word: str, model: Any) -> Any:
     import influence
 
@@ -307,6 +294,11 @@ def _wrt(word: str, model: Any) -> Any:
 
 
 def _report(options: argparse.Namespace) -> int:
+    """Make one static site of the artifacts of a profile.
+
+    It has a gallery with figure, table, the paper's value, ours and the verdict, and every notebook as it was executed,
+    needs no network to read, and goes to build/site/PROFILE/.
+    """
     from . import report
 
     try:
@@ -322,6 +314,12 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _zoo(options: argparse.Namespace) -> int:
+    """The trained networks that the artifacts rest on, in results/zoo: weights, histories and a ledger.
+
+    `list` shows recipe, data, epochs, hours, accuracies and gate of each; `train` trains some by name, going on where a
+    former call was interrupted; `check` measures the published ones anew and ends with 1 where a gate or a stored
+    accuracy is missed.
+    """
     from ..images import data
     from ..zoo import published, recipes, training
 
@@ -362,14 +360,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> _Parser:
-    parser = _Parser(prog="influence", description=_ABOUT, formatter_class=_PLAIN)
+    parser = _Parser(prog="influence", description=__doc__, formatter_class=_PLAIN)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, said: str, description: str | None = None, epilog: str | None = None) -> Callable[..., Any]:
-        texts: dict[str, Any] = {"help": said, "description": description, "epilog": epilog}
-        return commands.add_parser(name, formatter_class=_PLAIN, **texts).add_argument
+    def command(name: str, carry_out: Callable[..., int], said: str, examples: str | None = None) -> Callable[..., Any]:
+        made = commands.add_parser(
+            name, help=said, description=getdoc(carry_out), epilog=examples, formatter_class=_PLAIN
+        )
+        made.set_defaults(carry_out=carry_out)
+        return made.add_argument
 
-    add = command("run", "regenerate what has changed", epilog=_RUN_EXAMPLES)
+    add = command("run", run.run, "regenerate what has changed", _RUN_EXAMPLES)
     add("--profile", default=run.SMOKE, help="smoke, cpu or paper (default: smoke)")
     add("--only", nargs="+", default=[], metavar="STEM", help="these notebooks alone")
     add("--recompute", action="store_true", help="compute what other profiles than smoke only draw (needs the data)")
@@ -379,16 +380,16 @@ def _parser() -> _Parser:
     add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     add("--time-limit", type=_seconds, metavar="SECONDS", help="for each notebook")
     add("--refresh-notebooks", action="store_true", help="for maintainers: keep the outputs in notebooks/")
-    add = command("list", "name every notebook")
+    add = command("list", _list, "name every notebook")
     add("--profile", help="with what each came to in this profile")
     add("--markdown", action="store_true", help="as the README's table")
     add("--claims", action="store_true", help="what each claim came to in the committed results")
-    add = command("check", "are the published results what their ledger says?", _CHECK, _CHECK_EXAMPLES)
+    add = command("check", _check, "are the published results what their ledger says?", _CHECK_EXAMPLES)
     add("--recompute", type=_positive, metavar="N", help="compute N random examples of each published table anew")
     add("--profile", help=f"whose tables (default: {COMMITTED})")
     add("--only", nargs="+", default=[], metavar="STEM", help="tables of these notebooks alone")
     add("--seed", type=_count, metavar="S", help="of the choice of examples (default: another each time)")
-    add = command("score", "influence of your data on your model", _SCORE, _SCORE_EXAMPLES)
+    add = command("score", _score, "influence of your data on your model", _SCORE_EXAMPLES)
     add("--model", required=True, help="see above")
     add("--data", required=True, help="see above")
     add("--out", default="scores", metavar="DIR", help="folder for the files (default: scores)")
@@ -413,12 +414,12 @@ def _parser() -> _Parser:
     add("--root", metavar="DIR", help="folder of torchvision's sets (default: INFLUENCE_DATA)")
     add("--profile", help="of companion:NAME (default: smoke)")
     add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-    add = command("zoo", "the trained networks", _ZOO, _ZOO_EXAMPLES)
+    add = command("zoo", _zoo, "the trained networks", _ZOO_EXAMPLES)
     add("action", nargs="?", choices=("list", "train", "check"), default="list", help="default: list")
     add("names", nargs="*", metavar="NAME", help="of networks; for check: none for all")
     add("--data", metavar="DIR", help="folder of the data sets (default: INFLUENCE_DATA)")
     add("--device", help="cpu, cuda or cuda:N (default: cpu)")
-    add = command("report", "all artifacts as one static site", _REPORT, _REPORT_EXAMPLES)
+    add = command("report", _report, "all artifacts as one static site", _REPORT_EXAMPLES)
     add("--profile", default=run.SMOKE, help="smoke, cpu or paper (default: smoke)")
     add("--out", metavar="DIR", help="folder of the site (default: build/site/PROFILE)")
     return parser

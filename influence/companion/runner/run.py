@@ -8,18 +8,16 @@ thread. Long ones run one at a time.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from influence.shards import TEMPORARY
 
@@ -112,10 +110,7 @@ def profile_of(name: str) -> dict[str, dict[str, Any]]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run what is not up to date and say how each notebook ended; returns 1 where one failed.
-
-    A UsageError, NotebookError or ManifestError says why the request cannot be carried out.
-    """
+    """Run what is not up to date and say how each notebook ended. Exit status: 1 where one failed."""
     from . import kernels  # Jupyter takes half a second
 
     profile, refresh = options.profile, options.refresh_notebooks
@@ -278,10 +273,6 @@ def _require_writable(*folders: Path) -> None:
             raise UsageError(f"cannot write to {folder}: {error.strerror or error}") from None
 
 
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    try:
-        with FileLock(paths.BUILD / "run.lock", timeout=0):
-            yield
-    except Timeout:
-        raise UsageError("another run is under way in this checkout: wait for its end") from None
+def _alone() -> AbstractContextManager[None]:
+    refusal = UsageError("another run is under way in this checkout: wait for its end")
+    return cache.alone(paths.BUILD / "run.lock", refusal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 
@@ -28,11 +29,8 @@ def layer(classifier: nn.Module) -> nn.Linear:
 def features(classifier: nn.Module, images: Tensor, *, device: torch.device | str = "cpu") -> Tensor:
     """What the last layer takes, (N, D) float32 on the CPU, for pixels 0..255 (N, C, H, W) of any type."""
     found: list[Tensor] = []
-    handle = layer(classifier).register_forward_pre_hook(lambda module, inputs: found.append(inputs[0].float().cpu()))
-    try:
+    with layer(classifier).register_forward_pre_hook(lambda module, inputs: found.append(inputs[0].float().cpu())):
         training.predict(classifier, images, device=device)
-    finally:
-        handle.remove()
     return torch.cat(found)
 
 
@@ -59,8 +57,7 @@ def tune(
     Adam, batches of 128, a copy of each image drawn anew at every step; alpha = 0 is the control, which draws the same.
     The copies are those of `with_noisy_copies`; the layer `start` is left as it is.
     """
-    tuned = nn.Linear(start.in_features, start.out_features)
-    tuned.load_state_dict({name: value.detach().clone() for name, value in start.state_dict().items()})
+    tuned = copy.deepcopy(start).cpu()
     batches = training.Shuffled(Split(copies, labels, torch.arange(len(labels))), 128)
     training.train(
         tuned,

@@ -81,7 +81,8 @@ def train(name: str, *, device: torch.device | str = "cpu", data_dir: Path | Non
         return f"{_said(recipe, row)}, trained already"
     weights, resume = _file(name, recipe.published), paths.ZOO / f"{name}.resume.pt"
     made_by = training.provenance(torch.device(device))
-    with training.alone(name):
+    refusal = TrainingError(f"{name}: another process is training it; wait for its end")
+    with cache.alone(training.folder() / f"{name}.lock", refusal):
         model = recipe.build(dataset).to(device)
         history, seconds = training.fit_into(model, recipe, dataset, resume)
         training.save_weights(weights, model, half=True)

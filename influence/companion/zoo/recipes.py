@@ -85,11 +85,21 @@ class Recipe:
         return next(rate for end, (_, rate) in zip(ends, self.phases, strict=True) if done < end / self.epochs)
 
     def optimize(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimiser of those parameters that require a gradient."""
+        """The optimiser of those parameters that require a gradient.
+
+        Adam has the L2 penalty of the released code on the kernels of convolutions, and Keras' epsilon. Keras'
+        regularizers.l2(1e-4) adds 1e-4 |w|^2 to the loss, hence a `weight_decay` of 2e-4.
+        """
         if self.optimizer == "adam":
-            return adam(model, self.rate(0), self.weight_decay)
-        weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-        groups = _groups(model, weights, self.weight_decay)
+            decayed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Conv2d)}
+        else:
+            decayed = {id(parameter) for parameter in model.parameters() if parameter.ndim > 1}
+        groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (self.weight_decay, 0.0)]
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                groups[id(parameter) not in decayed]["params"].append(parameter)
+        if self.optimizer == "adam":
+            return torch.optim.Adam(groups, lr=self.rate(0), eps=1e-7)
         return torch.optim.SGD(groups, lr=self.rate(0), momentum=0.9, nesterov=True)
 
     def build(self, dataset: Dataset) -> nn.Module:
@@ -102,24 +112,6 @@ class Recipe:
     def dataset(self, data_dir: Path | None = None) -> Dataset:
         """What the network is trained, validated and tested on; raises a DataError as `data.load`."""
         return data_set(self.data, self.labels, self.fold, data_dir or paths.data_dir())
-
-
-def adam(model: nn.Module, rate: float, weight_decay: float) -> torch.optim.Adam:
-    """Adam with the L2 penalty of the released code on the kernels of convolutions, and Keras' epsilon.
-
-    Keras' regularizers.l2(1e-4) adds 1e-4 |w|^2 to the loss, hence a `weight_decay` of 2e-4.
-    """
-    kernels = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
-    return torch.optim.Adam(_groups(model, kernels, weight_decay), lr=rate, eps=1e-7)
-
-
-def _groups(model: nn.Module, decayed: Sequence[Tensor], weight_decay: float) -> list[dict[str, Any]]:
-    chosen = {id(weight) for weight in decayed}
-    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            groups[id(parameter) not in chosen]["params"].append(parameter)
-    return groups
 
 
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Recipe)}

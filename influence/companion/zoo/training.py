@@ -16,7 +16,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache as remember
 from functools import partial
@@ -25,7 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -354,8 +353,6 @@ def made_once(
     name = f"{name}-{key[:16]}"
     home = published_folder() if publish or (published_folder() / f"{name}.json").exists() else folder()
     weights, notes, resume = home / f"{name}.safetensors", home / f"{name}.json", folder() / f"{name}.resume.pt"
-    for place in (home, folder()):
-        place.mkdir(parents=True, exist_ok=True)
     with FileLock(folder() / f"{name}.lock"):
         if not (weights.exists() and notes.exists()):
             history, seconds = make(resume)
@@ -370,17 +367,6 @@ def made_once(
         raise TrainingError(f"{weights}: damaged (another checksum than in its .json): delete both, to train it again")
     load_weights(weights, model)
     return Trained(model.eval(), key, record["history"], record["seconds"])
-
-
-@contextmanager
-def alone(name: str) -> Iterator[None]:
-    """Refuse to train what another process is training."""
-    folder().mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder() / f"{name}.lock", timeout=0):
-            yield
-    except Timeout:
-        raise TrainingError(f"{name}: another process is training it; wait for its end") from None
 
 
 def save_weights(path: Path, model: nn.Module, *, half: bool) -> None:

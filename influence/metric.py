@@ -36,7 +36,7 @@ _WRT = ("input", "parameters", "layers")
 _TENSORS = ("log_probs", "gram", "dims")
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class MetricTensor:
     r"""Everything about G = sum_k P_k (d log P_k / d omega)(d log P_k / d omega)^T that a measure needs.
 

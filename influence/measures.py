@@ -79,12 +79,15 @@ class Influence:
         fi: ``(N, B)`` float64, the estimator's value; no unit.
         ceiling: ``(N,)`` float64, (1 - P_y) / P_y, the exact FI of any perturbation of full rank.
         alignment: ``(N, B)`` float64 in [0, 1], exact FI / ceiling: the part that depends on the perturbation, whatever
-            the estimator. 0 where the perturbation moves nothing.
+            the estimator. 0 where nothing of the perturbation reaches the logits.
         rank: ``(N, B)`` int64, the directions used: the rank of G; for ``Released`` the singular values above its cut.
         near_cut: ``(N, B)`` bool, whether rounding (of the Jacobian, each row by a few hundred eps of its precision, or
             of the float64 Gram) may have moved a direction across the cut, or made all that separates FI from its
             ceiling; compute these examples in float64 where it matters. Not seen is a ReLU that rounding puts on the
             other side of its kink, which changes PyTorch's gradients as well: FI of a single pixel may move by half.
+            Nor is a block whose gradient cancels for every class, such as a bias before InstanceNorm or of the keys of
+            an attention: what is left is rounding, which has a rank, and an FI up to the ceiling, of its own. Its trace
+            says so, which is next to nothing beside that of other blocks.
         labels: ``(N,)`` int64, y.
         blocks: B names.
     """

@@ -258,8 +258,8 @@ def start(stem: str, namespace: Mapping[str, Any]) -> Run:
     merged = notebook.merge({**read_profile(profile).get(stem, {}), **own}, profile=profile)
     device = _deterministic_device(merged.get("seeds"))
     print(f"profile {profile}, device {device.type}")
-    if left_open := [f"{name} = {merged[name]}" for name in given if name not in own]:
-        print(textwrap.fill("of the profile: " + ", ".join(left_open), width=120))
+    if left_open := [name for name, parameter in notebook.parameters.items() if parameter.default is None]:
+        print(textwrap.fill("with " + ", ".join(f"{name} = {merged[name]}" for name in left_open), width=120))
     recompute = bool(merged.get("recompute", True))
     run = Run(
         stem, profile, merged, device, recompute=recompute, _notebook=notebook, _key=manifest.key(notebook, merged)

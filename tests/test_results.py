@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def begun(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> Run:
     workspace.notebook(STEM)
     started = results.start(STEM, dict(profile="smoke", seeds=[3], scale=2.0, limit=None))
-    assert capsys.readouterr().out == f"profile smoke, device {started.device.type}\n"
+    assert capsys.readouterr().out == f"profile smoke, device {started.device.type}\nwith limit = None\n"
     return started
 
 
@@ -399,7 +399,8 @@ def test_the_first_cell_says_what_was_found(
     capsys.readouterr()
     results.start(STEM, _namespace())
     printed = capsys.readouterr().out.splitlines()
-    assert printed[1:] == ["gain: ours 2 [1, 3], n = 5, reference above 0: supported", "verdict: reproduced"]
+    assert printed[1].startswith("with ")  # the values that the notebook leaves to the profile
+    assert printed[2:] == ["gain: ours 2 [1, 3], n = 5, reference above 0: supported", "verdict: reproduced"]
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ def test_classification_claims_need_every_data_set() -> None:
     assert [estimate.of for estimate in claims[clean]] == ["mnist", "cifar10"]
     table = table_classification.summary({"runs": both})
     assert len(table) == 2 * 2 * 4 * 2 and set(table["at"]) == {1, 5}
-    assert len(table_classification.draw(table).axes) == 2
+    assert len(table_classification.draw(table).axes) == 4
 
 
 def test_the_cell_is_chosen_on_validation_images_and_judged_on_test_images() -> None:

@@ -22,7 +22,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from influence.inputs import Inputs
 from influence.measures import log_ceiling
@@ -150,17 +157,8 @@ def _digest(numbers: Sequence[int | str], *tensors: Tensor | None) -> str:
     for tensor in tensors:
         if tensor is not None:
             result.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            result.update(
-                tensor.detach()
-                .cpu()
-                .resolve_neg()
-                .resolve_conj()
-                .contiguous()
-                .flatten()
-                .view(torch.uint8)
-                .numpy()
-                .tobytes()
-            )
+            plain = tensor.detach().cpu().resolve_neg().resolve_conj().contiguous()
+            result.update(plain.flatten().view(torch.uint8).numpy().tobytes())
     return result.hexdigest()
 
 
@@ -250,14 +248,16 @@ def require_order(loader: Iterable[Any]) -> None:
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return
-    if isinstance(loader.sampler, DistributedSampler):
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    if isinstance(sampler, DistributedSampler):
         raise ValueError(
             "loader must go through all of the data, got a DistributedSampler. Leave it out: the processes share the "
             "batches by RANK and WORLD_SIZE."
         )
     source = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     first, again = ("\n".join(map(str, source)) for _ in range(2))
-    if first != again:
+    # A few examples may come in the same order twice by chance.
+    if first != again or isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
         raise ValueError(
             "loader must go through the data in the same order each time, got shuffle=True or a random sampler. Switch "
             "it off."

@@ -496,9 +496,16 @@ def test_examples_that_a_loader_drops_are_refused(tmp_path: Path) -> None:
         (lambda d: {"sampler": SubsetRandomSampler(range(20)), "batch_size": 2}, "same order"),
         (lambda d: {"sampler": WeightedRandomSampler([1.0] * 20, 20), "batch_size": 2}, "same order"),
         (lambda d: {"batch_sampler": BatchSampler(RandomSampler(d), 2, drop_last=False)}, "same order"),
+        (lambda d: {"sampler": RandomSampler(d, num_samples=1), "batch_size": 1}, "same order"),
         (lambda d: {"sampler": DistributedSampler(d, num_replicas=2, rank=0), "batch_size": 2}, "share the batches"),
+        (
+            lambda d: {
+                "batch_sampler": BatchSampler(DistributedSampler(d, num_replicas=2, rank=0), 2, drop_last=False)
+            },
+            "share the batches",
+        ),
     ],
-    ids=["subset", "weighted", "batches", "distributed"],
+    ids=["subset", "weighted", "batches", "one", "distributed", "distributed batches"],
 )
 def test_samplers_that_lose_or_repeat_examples_are_refused(tmp_path: Path, sampled: Any, words: str) -> None:
     """Two processes that share the batches of such a loader would score some examples twice and others never."""

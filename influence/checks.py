@@ -124,10 +124,18 @@ def require_deterministic(model: nn.Module) -> None:
     """Refuse with RuntimeError a model whose examples influence each other or whose output is random.
 
     That is BatchNorm or Dropout (also inside attention and recurrent layers) in training mode, and in any mode
-    BatchNorm without running statistics. What is no module is a TypeError.
+    BatchNorm without running statistics. So is one whose parameters have no values or can take no gradient. What is no
+    module is a TypeError.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or parameter.is_inference():
+            made = "on the meta device" if parameter.is_meta else "under torch.inference_mode()"
+            raise RuntimeError(
+                f"parameter {name!r} was made {made}: it has no {'values' if parameter.is_meta else 'gradient'}. Load "
+                "the model's weights outside of that."
+            )
     for name, module in model.named_modules():
         where = f"{type(module).__name__} at {name or 'the model itself'!r}"
         batch_norm = nn.modules.batchnorm._BatchNorm

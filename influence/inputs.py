@@ -42,7 +42,7 @@ class Inputs:
         """Read a batch, of whose examples the ``numbers`` are told where one is not finite; None: their places.
 
         Raises:
-            TypeError: If it is neither a tensor nor a tuple or a mapping of tensors.
+            TypeError: If it is neither a tensor nor a tuple or a mapping of tensors, dense ones with values.
             ValueError: If there is no example, the tensors have different numbers of them, or one is not finite.
         """
         if isinstance(x, Tensor):
@@ -61,6 +61,9 @@ class Inputs:
         for name, tensor in zip(batch.names, batch.tensors, strict=True):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"x must hold tensors (N, ...), got {type(tensor).__name__} as {name!r}.")
+            if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+                kind = "nested" if tensor.is_nested else "meta" if tensor.is_meta else str(tensor.layout)
+                raise TypeError(f"x must hold dense tensors with values, got a {kind} one as {name!r}. Use to_dense().")
             if tensor.ndim == 0 or tensor.shape[0] == 0:
                 raise ValueError(f"x must hold at least one example, (N, ...), got shape {tuple(tensor.shape)}.")
             require_finite(tensor, name=name, hint="Check the data.", numbers=numbers or range(len(tensor)))

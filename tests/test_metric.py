@@ -427,6 +427,8 @@ def test_blocks_files_devices_and_a_short_repr(tmp_path) -> None:
     assert metric[["head", "stem"]].blocks == ("head", "stem")
     with pytest.raises(KeyError, match="unknown block 'body'"):
         metric["body"]
+    with pytest.raises(KeyError, match="unknown block 0"):
+        metric[0]  # type: ignore[index]
     metric.save(tmp_path / "metric.safetensors")
     read = influence.MetricTensor.load(tmp_path / "metric.safetensors")
     assert (read.blocks, read.dtype) == (metric.blocks, torch.float32)
@@ -444,3 +446,25 @@ def test_rank_refuses_a_tolerance_that_is_none(rtol: float) -> None:
     metric = influence.metric_tensor(nn.Linear(5, 3), torch.zeros(2, 5))
     with pytest.raises(ValueError, match=r"rtol must lie in \[0, 1\)"):
         metric.rank(rtol=rtol)
+
+
+@pytest.mark.parametrize(
+    "kind, x",
+    [
+        (r"sparse_coo", torch.eye(3, 5).to_sparse()),
+        (r"meta", torch.zeros(3, 5, device="meta")),
+        (r"nested", torch.nested.nested_tensor([torch.zeros(5), torch.zeros(5)])),
+    ],
+)
+def test_a_tensor_without_plain_values_is_refused(kind: str, x: torch.Tensor) -> None:
+    with pytest.raises(TypeError, match=f"dense tensors with values, got a .*{kind} one as 'x'"):
+        influence.metric_tensor(nn.Linear(5, 3), x)
+
+
+def test_parameters_without_values_or_gradients_are_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"'weight' was made on the meta device.*no values"):
+        influence.metric_tensor(nn.Linear(5, 3, device="meta"), torch.zeros(2, 5))
+    with torch.inference_mode():
+        model = nn.Linear(5, 3)
+    with pytest.raises(RuntimeError, match=r"'weight' was made under torch.inference_mode.*no gradient"):
+        influence.metric_tensor(model, torch.zeros(2, 5), wrt="layers")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..images.data import Split
+from ..zoo import dynamics
 from .imagewise import chunks
 
 _AT_ONCE = 250  # images: their starts are drawn together
@@ -29,9 +30,7 @@ def margins(
 
 def margin(logits: Tensor, labels: Tensor) -> np.ndarray:
     """The logit of each label less the largest other one, ``(N,)``: above 0 where the prediction is right."""
-    chosen = labels[:, None]
-    others = logits.scatter(1, chosen, -torch.inf).amax(dim=1)
-    return (logits.gather(1, chosen)[:, 0] - others).double().cpu().numpy()
+    return dynamics.margins(logits, labels).double().cpu().numpy()
 
 
 def near_tie(margins: np.ndarray, *, attacked: bool) -> np.ndarray:

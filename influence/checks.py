@@ -124,17 +124,16 @@ def require_deterministic(model: nn.Module) -> None:
     """Refuse with RuntimeError a model whose examples influence each other or whose output is random.
 
     That is BatchNorm or Dropout (also inside attention and recurrent layers) in training mode, and in any mode
-    BatchNorm without running statistics. So is one whose parameters have no values or can take no gradient. What is no
-    module is a TypeError.
+    BatchNorm without running statistics. So is one whose parameters can take no gradient. What is no module is a
+    TypeError.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     for name, parameter in model.named_parameters():
-        if parameter.is_meta or parameter.is_inference():
-            made = "on the meta device" if parameter.is_meta else "under torch.inference_mode()"
+        if parameter.is_inference():
             raise RuntimeError(
-                f"parameter {name!r} was made {made}: it has no {'values' if parameter.is_meta else 'gradient'}. Load "
-                "the model's weights outside of that."
+                f"parameter {name!r} was made under torch.inference_mode() and can take no gradient. Make or load the "
+                "model outside of it."
             )
     for name, module in model.named_modules():
         where = f"{type(module).__name__} at {name or 'the model itself'!r}"

@@ -207,8 +207,8 @@ def metric_tensor(
         TypeError: For an ``x`` that is not a tensor (or not floating, where it is perturbed), an output that is not
             floating logits, or a ``wrt`` of another type.
         ValueError: For an empty or non-finite ``x``, an output that is not finite or not ``(N, K)`` with K >= 2, an
-            unknown ``wrt`` or module name, a module without parameters, patches of what is no image or whose
-            Grams do not fit, a chunk size below 1, or an unknown backend.
+            unknown ``wrt`` or module name, a module without parameters or with some on the meta device, patches of
+            what is no image or whose Grams do not fit, a chunk size below 1, or an unknown backend.
         RuntimeError: For a model with BatchNorm or Dropout in training mode, logits that carry no gradient, or none of
             a parameter that they depend on, or examples whose logits or gradients depend on their batch.
 
@@ -313,6 +313,11 @@ def parameter_blocks(
             what = f"module {name!r} ({type(modules[name]).__name__})" if name in modules else f"parameter {name!r}"
             raise ValueError(f"{what} has no {kind} to perturb. Name one that has.")
     for name in chain.from_iterable(groups.values()):
+        if parameters[name].is_meta:
+            raise ValueError(
+                f"parameter {name!r} is on the meta device, where it has no values to perturb. Load the whole model, "
+                "without offloading, or perturb its input."
+            )
         if parameters[name].is_complex():  # a step along one has two real directions, and a Gram two definitions
             raise ValueError(
                 f"parameter {name!r} is complex ({parameters[name].dtype}): the metric tensor needs real ones. "

@@ -462,9 +462,27 @@ def test_a_tensor_without_plain_values_is_refused(kind: str, x: torch.Tensor) ->
 
 
 def test_parameters_without_values_or_gradients_are_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"'weight' was made on the meta device.*no values"):
-        influence.metric_tensor(nn.Linear(5, 3, device="meta"), torch.zeros(2, 5))
+    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 3))
+    model[1].to("meta")
+    with pytest.raises(ValueError, match=r"'1.weight' is on the meta device"):
+        influence.metric_tensor(model, torch.zeros(2, 5), wrt="layers")
     with torch.inference_mode():
         model = nn.Linear(5, 3)
-    with pytest.raises(RuntimeError, match=r"'weight' was made under torch.inference_mode.*no gradient"):
-        influence.metric_tensor(model, torch.zeros(2, 5), wrt="layers")
+    with pytest.raises(RuntimeError, match=r"'weight' was made under torch.inference_mode"):
+        influence.metric_tensor(model, torch.zeros(2, 5))
+
+
+def test_parameters_that_come_for_each_call_do_not_keep_the_input_from_its_metric() -> None:
+    """Offloaded ones are on the meta device but for a call of their module."""
+    whole = nn.Linear(5, 3)
+
+    class Offloaded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 3, device="meta")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.func.functional_call(self.layer, dict(whole.named_parameters()), x)
+
+    x = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(influence.metric_tensor(Offloaded(), x).gram, influence.metric_tensor(whole, x).gram)

@@ -74,7 +74,7 @@ class MetricTensor:
 
     def __getitem__(self, blocks: str | Sequence[str]) -> MetricTensor:
         """The same for one block, or some, by name; KeyError for a name that is no block."""
-        chosen = [blocks] if isinstance(blocks, str) or not isinstance(blocks, Sequence) else list(blocks)
+        chosen = list(blocks) if isinstance(blocks, Iterable) and not isinstance(blocks, str) else [blocks]
         for name in chosen:
             if name not in self.blocks:
                 raise KeyError(f"unknown block {name!r}: there are {list(self.blocks[:20])}.")

@@ -6,6 +6,7 @@ import copy
 from collections import UserDict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -424,7 +425,8 @@ def test_blocks_files_devices_and_a_short_repr(tmp_path) -> None:
     metric = influence.metric_tensor(network(torch.float32), images(2, torch.float32), wrt="layers")
     part = metric["head"]
     assert part.blocks == ("head",) and torch.equal(part.gram, metric.gram[:, 4:]) and part.dims.tolist() == [25]
-    assert metric[["head", "stem"]].blocks == ("head", "stem")
+    for names in (["head", "stem"], np.array(["head", "stem"]), dict.fromkeys(["head", "stem"]).keys()):
+        assert metric[names].blocks == ("head", "stem")
     with pytest.raises(KeyError, match="unknown block 'body'"):
         metric["body"]
     with pytest.raises(KeyError, match="unknown block 0"):
